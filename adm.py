@@ -1,0 +1,134 @@
+"""Stage 2: adversarial distribution matching (ADM), the paper's Algorithm 1.
+
+    torchrun --nproc_per_node=8 adm.py --teacher sdxl --init runs/adp-sdxl --prompts prompts.txt     # one step, after ADP: DMDX
+    torchrun --nproc_per_node=8 adm.py --teacher sdxl --steps 4 --prompts prompts.txt                # four steps, from the teacher
+    python adm.py --teacher assets/tiny-sdxl --init runs/adp --prompts prompts/shapes_train.txt --loss dmd   # the baseline
+
+F_phi is the frozen teacher: the real score, and the backbone of the discriminator D_tau. f_psi is the fake score, which follows the
+student G_theta. No pictures are needed, only prompts. `--loss dmd` replaces the discriminator by the DMD loss.
+"""
+import torch
+import torch.nn.functional as F
+
+import common
+from common import T, UserError, hinge_discriminator, hinge_generator
+
+
+def main(argv=None):
+    parser = common.Parser(__doc__)
+    common.add_training_arguments(parser)
+    parser.add("--prompts", "text file, a prompt a line", required=True)
+    parser.add("--init", "checkpoint of adp.py or adm.py to start from (default the teacher)")
+    parser.add("--steps", "of the student (default those of --init, else 1)", type=common.positive)
+    parser.add("--loss", "what moves the student", choices=("adm", "dmd"), default="adm")
+    parser.add("--guidance", "the teacher's classifier-free guidance scale", type=common.non_negative, default=8.0)  # DMD2
+    parser.add("--dt", "length of the ODE step, in units of T", type=float, default=1 / 64)  # peers
+    parser.add("--ttur", "updates of fake score and discriminator for each of the generator", type=common.positive, default=1)  # paper
+    parser.add("--fake-lr", "of the fake score", type=common.non_negative, default=5e-7)
+    parser.add("--warmup", "first iterations, in which only the fake score and the heads learn", type=int, default=0)
+    # paper silent: without a penalty D drifts, and takes the student along (README, "What the paper leaves open"); 0 turns it off
+    parser.add("--r1", "weight of D's gradient penalty on real samples, times dt", type=common.non_negative, default=1.0)
+    parser.add("--r2", "the same on fake samples", type=common.non_negative, default=1.0)
+    parser.add("--r-noise", "standard deviation of the noise that the penalties take their differences with", type=common.non_negative, default=0.1)
+    args = parser.parse_args(argv)
+    if not 0 < args.dt < 1:
+        raise UserError(f"--dt must be between 0 and 1, not {args.dt}")
+
+    prompts = common.read_prompts(args.prompts)
+    device = common.start_processes()
+    teacher = common.load_teacher(args.teacher, device, common.dtype_of(args.precision, device), args.resolution)
+    teacher.check(prompts)
+
+    # G_theta starts from ADP or the teacher, f_psi from the teacher; D_tau is the teacher's backbone with new heads.
+    if args.init:
+        G, student, meta = common.load_student(args.init, teacher, device)
+        G = common.trainable(G, args.checkpointing)
+        student = common.Student(teacher, student.parametrisation, args.steps or student.steps)
+    else:
+        G, student = teacher.trainable_copy(args.checkpointing), common.Student(teacher, "teacher", args.steps or 1)
+    f = teacher.trainable_copy(args.checkpointing)
+    with torch.no_grad():
+        maps = teacher.features(torch.zeros(1, *teacher.latent_shape, device=device), torch.ones(1, device=device), teacher.null(1))
+    heads = common.Heads(maps, args.head_width).to(device)
+
+    ema = common.EMA(G, args.ema)
+    opt_G, opt_f, opt_heads = (common.adamw(net.parameters(), lr, args) for net, lr in ((G, args.lr), (f, args.fake_lr), (heads, args.head_lr)))
+    run = common.Run("adm", args, student, {
+        "G": G, "ema": ema, "f": f, "heads": heads, "opt_G": opt_G, "opt_f": opt_f, "opt_heads": opt_heads})
+    G_train, f_train, heads_train = common.distributed(G), common.distributed(f), common.distributed(heads)
+    dt = args.dt * T
+
+    for step in range(run.start, args.iterations):
+        common.set_lr(opt_G, args.lr, step, args)
+        for inner in range(args.ttur):
+            rows = common.Rows(common.own_rows(args.batch), (args.seed, step, inner), device)
+            noise = lambda: rows.normal(*teacher.latent_shape)
+            cond = teacher.encode([prompts[i] for i in rows.integers(len(prompts))])
+            generator_turn = inner == args.ttur - 1 and step >= args.warmup
+
+            # 1. Generate: x0_hat = G_theta(x_t', t', c), x_t' by backward simulation from pure noise. t' is the same on every process.
+            k = int(torch.randint(student.steps, (1,), generator=common.generator("cpu", args.seed, step, inner)))
+            x_t_prime = student.simulate(G, rows, cond, k)
+            t_prime = torch.full((args.batch,), student.times[k], dtype=torch.float64, device=device)
+            with torch.set_grad_enabled(generator_turn):
+                x0_hat = student.x0(G_train, x_t_prime, t_prime, cond)
+
+            # 2. Fake score: denoise the student's samples, as the teacher was trained to
+            t, eps = rows.uniform() * T, noise()
+            x_t = teacher.diffuse(x0_hat.detach(), eps, t)
+            loss_f = F.mse_loss(teacher.call(f_train, x_t, teacher.timestep(t), cond), teacher.target(x0_hat.detach(), eps, t))
+            norm_f = common.update(loss_f, opt_f, args.clip)
+            metrics = {"loss_f": loss_f, "norm_f": norm_f}
+
+            # 3. Generator. The student's sample at t ~ U(dt, T], and what both scores make of it. Only G_theta learns from this.
+            with common.frozen(f, heads):
+                t = T - rows.uniform() * (T - dt)
+                x_t = teacher.diffuse(x0_hat, noise(), t)
+                with torch.set_grad_enabled(generator_turn and args.loss == "adm"):
+                    fake = teacher.predict(f, x_t, t, cond)
+                with torch.no_grad():
+                    real = teacher.guided(x_t, t, cond, args.guidance)
+                    # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
+                    direction = (fake[0] - real[0]) / (x0_hat - real[0]).abs().mean((1, 2, 3), keepdim=True)
+                    metrics["dmd_loss"] = 0.5 * direction.square().mean()
+                if args.loss == "dmd":
+                    loss_G = 0.5 * F.mse_loss(x0_hat, (x0_hat - direction).detach())
+                else:
+                    # L(theta) = -E D_tau(x_fake, t - dt, c), through D's backbone, f_psi and the diffusion into G_theta
+                    s = t - dt
+                    x_fake, x_real = teacher.step(*fake, s), teacher.step(*real, s)
+                    with torch.set_grad_enabled(generator_turn):
+                        maps_fake = teacher.features(x_fake, s, cond)
+                        loss_G = hinge_generator(heads(maps_fake))
+                if generator_turn:
+                    if args.loss == "adm":
+                        x_fake.retain_grad()
+                    metrics |= {"loss_G": loss_G, "norm_G": common.update(loss_G, opt_G, args.clip)}
+                    ema.update()
+            if args.loss == "dmd":
+                continue
+            if generator_turn:
+                metrics["cosine"] = F.cosine_similarity(-x_fake.grad.flatten(1), (x_real - x_fake).flatten(1)).mean()
+
+            # 4. Discriminator: L(tau) = E relu(1 + D(x_fake)) + E relu(1 - D(x_real)); D's maps of x_fake are at hand from step 3
+            with torch.no_grad():
+                groups = [teacher.features(x_real, s, cond), [m.detach() for m in maps_fake]]
+                # R1, R2: lambda E (D(x) - D(x + n))^2 / |n|^2, so that grad D points along the difference of the scores
+                groups += [teacher.features(x + args.r_noise * noise(), s, cond) for x, weight in ((x_real, args.r1), (x_fake, args.r2)) if weight]
+            logits = heads_train([torch.cat(maps) for maps in zip(*groups)]).chunk(len(groups))
+            D_real, D_fake, perturbed = *logits[:2], list(logits[2:])
+            loss_D = hinge_discriminator(D_real, D_fake)
+            for D, weight in ((D_real, args.r1), (D_fake, args.r2)):
+                if weight:
+                    penalty = (D - perturbed.pop(0)).square().mean() / args.r_noise**2
+                    loss_D = loss_D + weight * args.dt * penalty
+            norm_D = common.update(loss_D, opt_heads, args.clip)
+            metrics |= {"loss_D": loss_D, "D_abs": torch.cat([D_real, D_fake]).abs().mean(), "D_gap": D_real.mean() - D_fake.mean(), "norm_D": norm_D}
+
+        run.log(step + 1, metrics)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.iterations:
+            run.save(step + 1, ema.average, prompts)
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -1,0 +1,96 @@
+"""Stage 1: adversarial distillation pre-training (ADP) of a one-step student, on ODE pairs of the teacher.
+
+    torchrun --nproc_per_node=8 adp.py --teacher sdxl
+    python adp.py --teacher assets/tiny-sdxl --pairs pairs/tiny --pixel-backbone assets/tiny-sam.pth --out runs/adp
+
+The student starts from the teacher and learns the velocity x_T - x_0 of the straight path between the two ends of a pair, against a
+latent discriminator (the frozen teacher with heads) and a pixel discriminator (SAM's image encoder with heads).
+"""
+import os
+
+import torch
+import torch.nn.functional as F
+
+import common
+from collect_ode import Pairs
+from common import T, hinge_discriminator, hinge_generator
+
+
+def main(argv=None):
+    parser = common.Parser(__doc__)
+    common.add_training_arguments(parser)
+    parser.add("--pairs", "folder of collect_ode.py (default pairs/TEACHER)")
+    parser.add("--pixel-backbone", "a SAM checkpoint file; sam_vit_b, sam_vit_l, sam_vit_h; dinov2 or a folder of one", default="sam_vit_b")
+    parser.add("--lambda-latent", "weight of the latent discriminator", type=common.non_negative, default=0.85)  # paper
+    parser.add("--lambda-pixel", "weight of the pixel discriminator; 0 leaves it out", type=common.non_negative, default=0.15)  # paper
+    parser.add("--warmup", "first iterations on the velocity's squared error alone; with all of them this is rectified flow", type=int, default=500)
+    parser.add("--mse", "weight of the velocity's squared error after the warm-up", type=common.non_negative, default=0.0)
+    args = parser.parse_args(argv)
+
+    device = common.start_processes()
+    teacher = common.load_teacher(args.teacher, device, common.dtype_of(args.precision, device), args.resolution)
+    pairs = Pairs(args.pairs or os.path.join("pairs", common.short_name(args.teacher)), teacher)
+    backbone = common.PixelBackbone(args.pixel_backbone, device, teacher.dtype) if args.lambda_pixel else None
+
+    def discriminator_maps(x_0, x_t_prime, t_prime, cond):
+        """What the heads see: the teacher's maps of the re-noised latents and, beside them, SAM's maps of the decoded picture."""
+        maps = teacher.features(x_t_prime, t_prime, cond)
+        return maps + backbone.features(teacher.decode(x_0)) if backbone else maps
+
+    student = common.Student(teacher, "velocity", steps=1)
+    G = teacher.trainable_copy(args.checkpointing)
+    with torch.no_grad():
+        x_T, x_0, prompts = pairs.batch([0])
+        x_0, cond = x_0.to(device), teacher.encode(prompts)
+        maps = discriminator_maps(x_0, x_0, torch.zeros(1, device=device), cond)
+    heads = common.Heads(maps, args.head_width).to(device)
+    # D = lambda_1 D_tau1 + lambda_2 D_tau2, each the mean of its heads
+    latent_maps, pixel_maps = len(teacher.taps), len(maps) - len(teacher.taps)
+    weights = torch.tensor([args.lambda_latent / latent_maps] * latent_maps + [args.lambda_pixel / max(1, pixel_maps)] * pixel_maps, device=device)
+
+    ema = common.EMA(G, args.ema)
+    opt_G, opt_heads = common.adamw(G.parameters(), args.lr, args), common.adamw(heads.parameters(), args.head_lr, args)
+    run = common.Run("adp", args, student, {"G": G, "ema": ema, "heads": heads, "opt_G": opt_G, "opt_heads": opt_heads})
+    G_train, heads_train = common.distributed(G), common.distributed(heads)
+
+    for step in range(run.start, args.iterations):
+        common.set_lr(opt_G, args.lr, step, args)
+        rows = common.Rows(common.own_rows(args.batch), (args.seed, step), device)
+        x_T, x_0, prompts = pairs.batch(rows.integers(len(pairs)))
+        x_T, x_0, cond = x_T.to(device), x_0.to(device), teacher.encode(prompts)
+
+        # Straight path: x_t = (1 - t/T) x_0 + (t/T) x_T, with generator times on the cubic schedule t = [1 - (u/T)^3] T
+        t = (1 - rows.uniform() ** 3) * T
+        x_t = student.diffuse(x_0, x_T, t)
+        velocity = student.velocity(G_train, x_t, t, cond)
+        mse = F.mse_loss(velocity, x_T - x_0)
+        if step < args.warmup:  # paper silent: an eps or v network's output becomes a velocity by regression first
+            norm = common.update(mse, opt_G, args.clip)
+            ema.update()
+            run.log(step + 1, {"mse": mse, "norm_G": norm})
+        else:
+            # Generator: L(theta) = -E[lambda_1 D_tau1(x~_t', t') + lambda_2 D_tau2(x~_0)], discriminator times t' ~ U[0, T]
+            x0_tilde = x_t - student.ratio(t, x_t) * velocity
+            t_prime = rows.uniform() * T
+            x_fake = teacher.diffuse(x0_tilde, rows.normal(*x_0.shape[1:]), t_prime)
+            maps_fake = discriminator_maps(x0_tilde, x_fake, t_prime, cond)
+            with common.frozen(heads):
+                loss_G = hinge_generator(heads(maps_fake), weights) + args.mse * mse
+                norm = common.update(loss_G, opt_G, args.clip)
+            ema.update()
+
+            # Discriminators: hinge on the pairs' x_0 and on the same x~_0, whose maps are at hand
+            with torch.no_grad():
+                maps_real = discriminator_maps(x_0, teacher.diffuse(x_0, rows.normal(*x_0.shape[1:]), t_prime), t_prime, cond)
+            D_real, D_fake = heads_train([torch.cat([r, f.detach()]) for r, f in zip(maps_real, maps_fake)]).chunk(2)
+            loss_D = hinge_discriminator(D_real, D_fake, weights)
+            norm_heads = common.update(loss_D, opt_heads, args.clip)
+            run.log(step + 1, {"loss_G": loss_G, "loss_D": loss_D, "D_real": (D_real * weights).sum(1).mean(),
+                               "D_fake": (D_fake * weights).sum(1).mean(), "mse": mse, "norm_G": norm, "norm_heads": norm_heads})
+
+        if (step + 1) % args.save_every == 0 or step + 1 == args.iterations:
+            run.save(step + 1, ema.average, pairs.index["prompts"])
+
+
+if __name__ == "__main__":
+    common.launch(main)

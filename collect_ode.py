@@ -1,0 +1,122 @@
+"""Stage 0: collects ODE pairs (x_T, x_0) from the guided teacher's deterministic sampler, the data of adversarial pre-training.
+
+    python collect_ode.py --teacher assets/tiny-sdxl --prompts prompts/shapes_train.txt --count 4096 --out pairs/tiny
+    torchrun --nproc_per_node=8 collect_ode.py --teacher sdxl --prompts prompts.txt --count 100000
+
+Writes OUT/00000.safetensors ... (x_T, x_0 as [n, C, H, W], half precision; prompt numbers) and OUT/index.json, which says what they
+are. A pair depends on --seed and its number alone: any number of processes writes the same files, and a repeated command
+skips the shards that are there.
+"""
+import json
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import common
+from common import UserError
+
+
+class Pairs:
+    """A folder of ODE pairs. `pairs[i]` -> (x_T, x_0, prompt); rows are read from disk as they are asked for.
+
+    UserError where the folder is not there, not complete, or of another teacher."""
+
+    def __init__(self, folder, teacher=None):
+        self.index = read_json(os.path.join(folder, "index.json"))
+        if not self.index:
+            raise UserError(f"there are no ODE pairs in {folder!r}: run collect_ode.py --out {folder} first")
+        if teacher and self.index["fingerprint"] != teacher.fingerprint:
+            raise UserError(f"the pairs in {folder} come from the teacher {self.index['teacher']}, not from {teacher.path}")
+        if teacher and tuple(self.index["latent_shape"]) != teacher.latent_shape:
+            raise UserError(f"the pairs in {folder} have latents {self.index['latent_shape']}, not {list(teacher.latent_shape)}; check --resolution")
+        self.shards = []
+        for k in range(-(-self.index["count"] // self.index["shard"])):
+            path = os.path.join(folder, f"{k:05d}.safetensors")
+            if not complete(path):
+                raise UserError(f"the shard {path} is missing or damaged: delete it, and run collect_ode.py again")
+            self.shards.append(safe_open(path, "pt"))
+
+    def __len__(self):
+        return self.index["count"]
+
+    def __getitem__(self, i):
+        shard, row = self.shards[i // self.index["shard"]], i % self.index["shard"]
+        x_T, x_0, prompt = (shard.get_slice(name)[row : row + 1][0] for name in ("x_T", "x_0", "prompt"))
+        return x_T.float(), x_0.float(), self.index["prompts"][prompt]
+
+    def batch(self, rows):
+        """Numbers of pairs -> (x_T [n, C, H, W], x_0 [n, C, H, W], list of prompts)."""
+        x_T, x_0, prompts = zip(*(self[i] for i in rows))
+        return torch.stack(x_T), torch.stack(x_0), list(prompts)
+
+
+def read_json(path):
+    """The file's value; None where it is not there or damaged."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def complete(path):
+    """Whether the shard is there and undamaged."""
+    try:
+        with safe_open(path, "pt") as shard:
+            return {"x_T", "x_0", "prompt"} <= set(shard.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
+def main():
+    parser = common.Parser(__doc__)
+    parser.add("--teacher", "sdxl, a pipeline folder, or a hub id", required=True)
+    parser.add("--prompts", "text file, a prompt a line; pair i takes a random one", required=True)
+    parser.add("--out", "folder for the shards (default pairs/TEACHER)")
+    parser.add("--count", "number of pairs", type=common.positive, default=4096)
+    parser.add("--steps", "steps of the teacher's sampler", type=common.positive, default=25)  # paper: Table 1's teacher
+    parser.add("--guidance", "classifier-free guidance scale", type=common.non_negative, default=5.0)  # paper silent: the pipeline's own default
+    parser.add("--batch", "pairs at a time in a process", type=common.positive, default=16)
+    parser.add("--shard", "pairs in a file", type=common.positive, default=512)
+    parser.add("--resolution", "pixels a side (default the teacher's)", type=common.positive)
+    parser.add("--precision", "of the teacher (default bf16 on a GPU)", choices=("fp32", "bf16"))
+    parser.add("--seed", "of noise and prompts", type=int, default=0)
+    args = parser.parse_args()
+
+    prompts = common.read_prompts(args.prompts)
+    device = common.own_device()  # the processes share nothing but the list of shards: no group, no waiting
+    teacher = common.load_teacher(args.teacher, device, common.dtype_of(args.precision, device), args.resolution)
+    out = args.out or os.path.join("pairs", common.short_name(args.teacher))
+    index = {"teacher": args.teacher, "fingerprint": teacher.fingerprint, "steps": args.steps, "guidance": args.guidance, "seed": args.seed,
+             "resolution": teacher.resolution, "latent_shape": list(teacher.latent_shape), "count": args.count, "shard": args.shard, "prompts": prompts}
+    index_path = os.path.join(out, "index.json")
+    if os.path.exists(index_path) and read_json(index_path) != index:
+        raise UserError(f"{out} holds pairs made with other settings; give another --out, or delete it")
+    teacher.check(prompts)
+
+    os.makedirs(out, exist_ok=True)
+    if common.is_main():
+        common.write_json(index_path, index)
+    shards = range(-(-args.count // args.shard))
+    todo = [k for k in shards if not complete(os.path.join(out, f"{k:05d}.safetensors"))]
+    mine = todo[common.rank() :: common.world_size()]
+    with tqdm(total=len(mine) * args.shard, disable=not common.is_main(), unit="pair", desc="ODE pairs") as bar:
+        for k in mine:
+            first, last = k * args.shard, min((k + 1) * args.shard, args.count)
+            parts = []
+            for begin in range(first, last, args.batch):
+                rows = common.Rows(range(begin, min(begin + args.batch, last)), (args.seed,), device)
+                prompt = rows.integers(len(prompts))
+                x_T = rows.normal(*teacher.latent_shape)
+                x_0 = teacher.sample(x_T, teacher.encode([prompts[i] for i in prompt]), args.steps, args.guidance)
+                parts.append((x_T.half().cpu(), x_0.half().cpu(), torch.tensor(prompt)))
+                bar.update(len(prompt))
+            with common.replacing(os.path.join(out, f"{k:05d}.safetensors")) as temporary:
+                save_file(dict(zip(("x_T", "x_0", "prompt"), map(torch.cat, zip(*parts)))), temporary)
+
+
+if __name__ == "__main__":
+    common.launch(main)

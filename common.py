@@ -1,0 +1,877 @@
+"""What the stages share: teachers behind one interface, students, discriminators, losses, and the few helpers for processes,
+checkpoints and logs. Nothing here knows of a stage.
+
+Conventions: time t is a float in [0, T], T = 1000, from data (0) to noise (T); tensors of times have one entry a row. Latents are
+[B, C, H, W], scaled as the denoiser wants them; pixels are [B, 3, H, W] in [-1, 1]. A condition is a dictionary of tensors, each
+with one row a prompt. Schedules are computed in float64, networks run in `teacher.dtype`, everything between them in float32.
+"""
+import argparse
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+T = 1000.0
+
+
+class UserError(Exception):
+    """A mistake of the person who typed the command: one sentence that says what is wrong and what to type instead."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Teachers
+# ---------------------------------------------------------------------------------------------------------------------------
+
+TEACHERS = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+
+
+class Teacher:
+    """A frozen diffusers pipeline: the real score estimator F_phi, and the backbone of every latent discriminator.
+
+    A family adds `encode`, `null`, `call`, `decode`, `latent_shape` and `taps`; the mathematics below serves them all."""
+
+    prediction: str  # what the denoiser's raw output means: "epsilon" or "v_prediction"
+
+    def __init__(self, pipe, path, device, dtype):
+        self.pipe, self.path, self.device, self.dtype = pipe, path, device, dtype
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.to(device).requires_grad_(False).eval()
+        scheduler = pipe.scheduler
+        self.prediction = scheduler.config.prediction_type
+        # abar at t = 0, 1, ..., T: clean data first, then the training schedule, so that timestep n of the network is t = n + 1
+        self.alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), scheduler.alphas_cumprod.double().cpu()]).to(device)
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise UserError(f"the teacher {path} predicts {self.prediction!r}; only epsilon and v_prediction are known here")
+        if self.prediction == "epsilon" and self.alphas_cumprod[-1] == 0:
+            raise UserError(f"the teacher {path} predicts noise at zero terminal SNR, where noise says nothing of the picture")
+
+    # The forward process, x_t = alpha_t x_0 + sigma_t eps ------------------------------------------------------------------
+
+    def alpha_sigma(self, t, x):
+        """alpha_t, sigma_t for times t [B] (any float), in x's dtype and shaped to broadcast over x [B, ...].
+
+        abar is interpolated linearly between the integer times, in float64; alpha_0 = 1 and sigma_0 = 0 exactly."""
+        t = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x)).clamp(0, T)
+        below = t.floor().long().clamp(max=int(T) - 1)
+        abar = torch.lerp(self.alphas_cumprod[below], self.alphas_cumprod[below + 1], t - below)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        return abar.sqrt().to(x.dtype).view(shape), (1 - abar).sqrt().to(x.dtype).view(shape)
+
+    def timestep(self, t):
+        """Time t [B] -> the network's own timestep input [B]."""
+        return (t - 1).clamp(min=0)
+
+    def diffuse(self, x_0, eps, t):
+        """x_t = alpha_t x_0 + sigma_t eps."""
+        alpha, sigma = self.alpha_sigma(t, x_0)
+        return alpha * x_0 + sigma * eps
+
+    # Predictions -----------------------------------------------------------------------------------------------------------
+
+    def target(self, x_0, eps, t):
+        """What the raw output is trained to be."""
+        alpha, sigma = self.alpha_sigma(t, x_0)
+        return eps if self.prediction == "epsilon" else alpha * eps - sigma * x_0
+
+    def convert(self, raw, x_t, t):
+        """Raw output -> (x0_hat, eps_hat). Exact at both ends: v needs no division, and alpha_T > 0 where noise is predicted."""
+        alpha, sigma = self.alpha_sigma(t, x_t)
+        if self.prediction == "epsilon":
+            return (x_t - sigma * raw) / alpha, raw
+        return alpha * x_t - sigma * raw, sigma * x_t + alpha * raw
+
+    def predict(self, net, x_t, t, cond):
+        """(x0_hat, eps_hat) of `net`, a network with this teacher's parametrisation; x_t [B, C, H, W], t [B]."""
+        return self.convert(self.call(net, x_t, self.timestep(t), cond), x_t, t)
+
+    def guided(self, x_t, t, cond, scale):
+        """(x0_hat, eps_hat) of the teacher with classifier-free guidance: null + scale (cond - null). One pass at scale 1, else two."""
+        if scale == 1:
+            return self.predict(self.denoiser, x_t, t, cond)
+        both = concatenate(cond, self.null(len(x_t)))
+        raw, raw_null = self.call(self.denoiser, x_t.repeat(2, *[1] * (x_t.ndim - 1)), self.timestep(t.repeat(2)), both).chunk(2)
+        return self.convert(raw_null + scale * (raw - raw_null), x_t, t)
+
+    def step(self, x0_hat, eps_hat, s):
+        """The probability-flow ODE's step to time s [B], which is DDIM's: x_s = alpha_s x0_hat + sigma_s eps_hat."""
+        return self.diffuse(x0_hat, eps_hat, s)
+
+    def times(self, steps):
+        """The teacher's own times for a sampler of so many steps: its scheduler's spacing, then 0."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(steps)
+        return [*(scheduler.timesteps.double() + 1).tolist(), 0.0]
+
+    @torch.no_grad()
+    def sample(self, x_T, cond, steps, scale):
+        """Noise x_T [B, C, H, W] -> x_0 by `steps` deterministic steps with guidance."""
+        x, times = x_T, x_T.new_tensor(self.times(steps), dtype=torch.float64)
+        for t, s in zip(times[:-1], times[1:]):
+            x = self.step(*self.guided(x, t.expand(len(x)), cond, scale), s.expand(len(x)))
+        return x
+
+    # Networks --------------------------------------------------------------------------------------------------------------
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def trainable_copy(self, checkpointing=True):
+        """The denoiser again, from its file, with float32 weights that train."""
+        net = type(self.denoiser).from_pretrained(self.path, subfolder=self.subfolder, dtype=torch.float32)
+        return trainable(net.to(self.device), checkpointing)
+
+    def features(self, x_t, t, cond):
+        """x_t [B, C, H, W] at times t [B] -> the maps [B, C_i, H_i, W_i] of the frozen denoiser at `self.taps`. The pass ends at the
+        deepest tap. Gradients flow to x_t."""
+        return tapped(self.taps, lambda: self.call(self.denoiser, x_t, self.timestep(t), cond))
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Tells this teacher from any other, whatever the precision it was loaded in: its configuration and a few of its weights."""
+        configs = [{k: v for k, v in dict(c).items() if not k.startswith("_")} for c in (self.denoiser.config, self.pipe.scheduler.config)]
+        digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
+        for weight in list(self.denoiser.parameters())[:: max(1, len(list(self.denoiser.parameters())) // 16)]:
+            digest.update(weight.detach().flatten()[:256].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+class SDXL(Teacher):
+    """Stable Diffusion XL: U-Net with two text encoders, pooled text and image-size embeddings; noise prediction."""
+
+    subfolder = "unet"
+
+    def __init__(self, pipe, path, device, dtype, resolution=None):
+        self.denoiser = pipe.unet
+        super().__init__(pipe, path, device, dtype)
+        self.resolution = resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+        side = self.resolution // pipe.vae_scale_factor
+        smallest = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+        if self.resolution % (pipe.vae_scale_factor * smallest):
+            raise UserError(f"--resolution {self.resolution} is not a multiple of {pipe.vae_scale_factor * smallest}, as this teacher needs")
+        self.latent_shape = (pipe.unet.config.in_channels, side, side)
+        # The residual before each downsampler, the bottleneck, and the up blocks' outputs.
+        layers = [len(block.resnets) - 1 for block in pipe.unet.down_blocks]
+        self.taps = [(block, lambda out, i=i: out[1][i]) for block, i in zip(pipe.unet.down_blocks, layers)]
+        self.taps += [(pipe.unet.mid_block, lambda out: out)]
+
+    def check(self, prompts):
+        """UserError for a prompt with a word that the tokenizer cannot express (CLIP's own can express all)."""
+        tokenizer = self.pipe.tokenizer
+        if tokenizer.unk_token_id == tokenizer.eos_token_id:
+            return
+        for prompt in dict.fromkeys(prompts):
+            unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
+            if unknown:
+                raise UserError(f"the prompt {prompt!r} has words that this teacher's tokenizer does not know: {', '.join(unknown)}")
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """n prompts -> condition."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        return self._condition(embeds, pooled)
+
+    def null(self, n):
+        """The unconditional condition, n rows: zeros where the pipeline's config says so (as SDXL's does), else the empty prompt."""
+        if not hasattr(self, "_null"):
+            self._null = self.encode([""])
+            if self.pipe.config.force_zeros_for_empty_prompt:
+                self._null |= {name: torch.zeros_like(self._null[name]) for name in ("encoder_hidden_states", "text_embeds")}
+        return {name: value.expand(n, *value.shape[1:]) for name, value in self._null.items()}
+
+    def _condition(self, embeds, pooled):
+        side = self.resolution
+        time_ids = torch.tensor([side, side, 0, 0, side, side], device=self.device).expand(len(embeds), 6)
+        return {"encoder_hidden_states": embeds.to(self.dtype), "text_embeds": pooled.to(self.dtype), "time_ids": time_ids}
+
+    def call(self, net, x, timestep, cond):
+        """The raw output of `net`, float32: x [B, C, H, W], the network's timestep [B]."""
+        added = {"text_embeds": cond["text_embeds"], "time_ids": cond["time_ids"]}
+        with self.autocast():
+            return net(x.to(self.dtype), timestep.float(), cond["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False)[0].float()
+
+    def decode(self, latents):
+        """Latents -> pixels [B, 3, H, W], about [-1, 1], not clamped; gradients flow."""
+        vae = self.pipe.vae
+        latents = latents / vae.config.scaling_factor
+        if getattr(vae.config, "latents_mean", None) is not None:
+            mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+            latents = latents * std + mean
+        with self.autocast():
+            return vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+
+
+FAMILIES = {"StableDiffusionXLPipeline": SDXL}
+
+
+def short_name(teacher):
+    """The last part of a teacher's name, folder or hub id, for the names of output folders."""
+    return os.path.basename(os.path.normpath(teacher))
+
+
+def load_teacher(name, device, dtype=torch.float32, resolution=None):
+    """A known name, a local pipeline folder or a hub id -> Teacher. UserError where there is none, or of an unknown family."""
+    from diffusers import DiffusionPipeline
+
+    for library in ("diffusers", "transformers"):
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+    path = TEACHERS.get(name, name)
+    if not os.path.isdir(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise UserError(f"there is no teacher {name!r}: give one of {', '.join(TEACHERS)}, a pipeline folder, or a hub id such as {TEACHERS['sdxl']}")
+    try:
+        family = DiffusionPipeline.load_config(path)["_class_name"]
+        if family not in FAMILIES:
+            raise UserError(f"the teacher {name!r} is a {family}; known are {', '.join(FAMILIES)}")
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the teacher {name!r} could not be loaded from {path}: {str(error).splitlines()[0]}") from error
+    return FAMILIES[family](pipe, path, device, dtype, resolution)
+
+
+def trainable(net, checkpointing=True):
+    """`net` in float32, every parameter with a gradient, gradient checkpointing on or off."""
+    net.float().requires_grad_(True).train()
+    if checkpointing:
+        net.enable_gradient_checkpointing()
+    return net
+
+
+def concatenate(*conditions):
+    return {name: torch.cat([c[name] for c in conditions]) for name in conditions[0]}
+
+
+class _DeepestTapReached(Exception):
+    pass
+
+
+def tapped(taps, run):
+    """The maps that `run()` leaves at taps [(module, output -> map)], in their order; the pass ends at the last of them."""
+    maps = []
+
+    def catch(read, last):
+        def hook(module, inputs, output):
+            maps.append(read(output).float())
+            if last:
+                raise _DeepestTapReached
+
+        return hook
+
+    handles = [module.register_forward_hook(catch(read, module is taps[-1][0])) for module, read in taps]
+    try:
+        with contextlib.suppress(_DeepestTapReached):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maps
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Students
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Student:
+    """G_theta: what a network's output means and at which times it is used. The network itself is passed in, bare or wrapped by DDP.
+
+    parametrisation "teacher": predicts as the teacher does, on the teacher's forward process.
+    parametrisation "velocity" (after ADP): predicts v = x_T - x_0 on the straight path x_t = (1 - t/T) x_0 + (t/T) x_T."""
+
+    def __init__(self, teacher, parametrisation, steps):
+        self.teacher, self.parametrisation, self.steps = teacher, parametrisation, steps
+        # paper silent: equidistant times from T downwards, as DMD2's (999, 749, 499, 249 for four steps)
+        self.times = [T * (1 - i / steps) for i in range(steps)]
+
+    def diffuse(self, x_0, eps, t):
+        """x_0 and noise -> the input at times t [B]."""
+        if self.parametrisation == "teacher":
+            return self.teacher.diffuse(x_0, eps, t)
+        r = self.ratio(t, x_0)
+        return (1 - r) * x_0 + r * eps
+
+    def x0(self, net, x_t, t, cond):
+        """x0_hat = G_theta(x_t, t, c)."""
+        if self.parametrisation == "teacher":
+            return self.teacher.predict(net, x_t, t, cond)[0]
+        return x_t - self.ratio(t, x_t) * self.velocity(net, x_t, t, cond)
+
+    @staticmethod
+    def ratio(t, x):
+        """t/T for times t [B], shaped to broadcast over x."""
+        return (t / T).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+    def velocity(self, net, x_t, t, cond):
+        """The raw output of a velocity student. Its timestep input is t itself: T for pure noise."""
+        return self.teacher.call(net, x_t, t, cond)
+
+    @torch.no_grad()
+    def simulate(self, net, rows, cond, k):
+        """Backward simulation: run the student from pure noise through its first k times -> x at self.times[k], [B, C, H, W]."""
+        x = rows.normal(*self.teacher.latent_shape)
+        for t, s in zip(self.times[:k], self.times[1 : k + 1]):
+            t, s = (torch.full((len(x),), value, dtype=torch.float64, device=x.device) for value in (t, s))
+            x = self.diffuse(self.x0(net, x, t, cond), rows.normal(*self.teacher.latent_shape), s)
+        return x
+
+    @torch.no_grad()
+    def sample(self, net, rows, cond):
+        """Pure noise -> latents, in self.steps steps."""
+        x = self.simulate(net, rows, cond, self.steps - 1)
+        return self.x0(net, x, torch.full((len(x),), self.times[-1], dtype=torch.float64, device=x.device), cond)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Discriminators
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Head2d(nn.Module):
+    """[B, channels, H, W] -> one logit a row [B]. Up to three [Conv 4x4 stride 2, GroupNorm, SiLU], fewer for maps under 8x8, then
+    [Conv 3x3, GroupNorm, SiLU], global average pool, linear (paper, section B.1, after SDXL-Lightning)."""
+
+    def __init__(self, channels, side, width=256):
+        super().__init__()
+        layers = []
+        for _ in range(min(3, int(math.log2(side)))):
+            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.GroupNorm(32, width), nn.SiLU()]
+            channels = width
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(32, width), nn.SiLU()]
+        self.body, self.logit = nn.Sequential(*layers), nn.Linear(width, 1)
+
+    def forward(self, x):
+        return self.logit(self.body(x).mean((2, 3)))[:, 0]
+
+
+class Heads(nn.Module):
+    """A head for every map: list of [B, C_i, H_i, W_i] -> logits [B, number of maps]. D(x) is their mean over the maps."""
+
+    def __init__(self, maps, width=256):
+        super().__init__()
+        self.heads = nn.ModuleList(Head2d(m.shape[1], min(m.shape[2:]), width) for m in maps)
+
+    def forward(self, maps):
+        return torch.stack([head(m) for head, m in zip(self.heads, maps)], dim=1)
+
+
+class PixelBackbone:
+    """A frozen vision encoder, the backbone of ADP's pixel discriminator: pixels [B, 3, H, W] in [-1, 1] -> maps [B, C, H/p, W/p].
+
+    `name` is a SAM checkpoint (.pth or .safetensors, official or of the same layout), the name of an official one (sam_vit_b, _l, _h:
+    fetched to torch's cache), or DINOv2 as a transformers folder, hub id, or "dinov2"."""
+
+    SAM = {"sam_vit_b": "sam_vit_b_01ec64.pth", "sam_vit_l": "sam_vit_l_0b3195.pth", "sam_vit_h": "sam_vit_h_4b8939.pth"}
+
+    def __init__(self, name, device, dtype):
+        self.device, self.dtype = device, dtype
+        if name == "dinov2" or os.path.isdir(name) or re.fullmatch(r"[\w-]+/[\w.-]+", name) and not os.path.exists(name):
+            from transformers import AutoModel
+
+            try:
+                self.encoder = AutoModel.from_pretrained("facebook/dinov2-base" if name == "dinov2" else name)
+            except (OSError, ValueError) as error:
+                raise UserError(f"the pixel backbone {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
+            self.patch = self.encoder.config.patch_size
+            layers = self.encoder.encoder.layer
+            self.taps = [(layers[len(layers) * i // 4 - 1], self._fold) for i in (1, 2, 3, 4)]
+        else:
+            self.encoder = load_sam_encoder(name if name not in self.SAM else self._fetch(self.SAM[name]))
+            self.patch = self.encoder.patch_embed.proj.stride[0]
+            self.position = self.encoder.pos_embed.detach().clone().permute(0, 3, 1, 2)
+            # paper and peers: vit_b's layers 3, 6, 9, 12, which are its global-attention blocks; so for the other sizes, too
+            self.taps = [(block, lambda out: out.permute(0, 3, 1, 2)) for block in self.encoder.blocks if block.window_size == 0]
+        self.encoder.to(device, dtype).requires_grad_(False).eval()
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    @staticmethod
+    def _fetch(file):
+        url = f"https://dl.fbaipublicfiles.com/segment_anything/{file}"
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, path, progress=is_main())
+            except OSError as error:
+                raise UserError(f"{url} could not be fetched ({error}); fetch it by hand and give --pixel-backbone PATH") from error
+        return path
+
+    def _fold(self, out):
+        tokens = out[0] if isinstance(out, tuple) else out
+        rows, columns = self.grid
+        return tokens[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))  # the class token comes first
+
+    def features(self, pixels):
+        """pixels [B, 3, H, W] in [-1, 1], any size from two patches up -> maps. Gradients flow to the pixels."""
+        size = [max(2, side // self.patch) * self.patch for side in pixels.shape[2:]]
+        if list(pixels.shape[2:]) != size:
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+        self.grid = [side // self.patch for side in size]
+        x = (((pixels + 1) / 2 - self.mean) / self.std).to(self.dtype)
+        if hasattr(self, "position") and list(self.encoder.pos_embed.shape[1:3]) != self.grid:
+            position = F.interpolate(self.position, self.grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+            self.encoder.pos_embed = nn.Parameter(position.to(self.device, self.dtype), requires_grad=False)
+        return tapped(self.taps, lambda: self.encoder(x))
+
+
+def load_sam_encoder(path):
+    """A SAM checkpoint -> its ImageEncoderViT, whose sizes are read off the tensors: the official files of vit_b, vit_l and vit_h,
+    and any other of that layout."""
+    from segment_anything.modeling import ImageEncoderViT
+
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {name.removeprefix("image_encoder."): w for name, w in state.items() if name.startswith("image_encoder.")}
+        dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+        side = state["pos_embed"].shape[1]
+        # a block's relative positions have 2 n - 1 rows, n its window's side or, with global attention, the whole map's
+        spans = [(len(state[f"blocks.{i}.attn.rel_pos_h"]) + 1) // 2 for i in range(len([k for k in state if k.endswith("attn.rel_pos_h")]))]
+        encoder = ImageEncoderViT(
+            img_size=side * patch, patch_size=patch, embed_dim=dim, depth=len(spans), num_heads=dim // state["blocks.0.attn.rel_pos_h"].shape[1],
+            norm_layer=functools.partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=min(spans),
+            global_attn_indexes=[i for i, span in enumerate(spans) if span == side], out_chans=len(state["neck.0.weight"]))
+        encoder.load_state_dict(state)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no SAM checkpoint at {path!r}; give a file, one of {', '.join(PixelBackbone.SAM)}, or dinov2") from error
+    except Exception as error:  # torch.load, safetensors and load_state_dict raise many kinds for a file of another layout
+        raise UserError(f"{path!r} is not a SAM checkpoint: {str(error).splitlines()[0]}") from error
+    return encoder
+
+
+def hinge_discriminator(real, fake, weights=None):
+    """E relu(1 - D(real)) + E relu(1 + D(fake)); logits [B, heads], weights [heads] or None for the mean.
+
+    paper silent: the hinge is taken per head, then averaged."""
+    return weighted(F.relu(1 - real), weights) + weighted(F.relu(1 + fake), weights)
+
+
+def hinge_generator(fake, weights=None):
+    """-E D(fake); logits [B, heads], weights [heads] or None for the mean."""
+    return -weighted(fake, weights)
+
+
+def weighted(values, weights):
+    return values.mean() if weights is None else (values * weights).sum(1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Processes and random numbers
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main():
+    return rank() == 0
+
+
+def own_device():
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_processes():
+    """Joins the processes that torchrun started, if it did -> this process's device."""
+    device = own_device()
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **({"device_id": device} if device.type == "cuda" else {}))
+    return device
+
+
+def dtype_of(precision, device):
+    """"fp32", "bf16" or None (bf16 on a GPU, else fp32) -> the dtype that networks run in."""
+    precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def distributed(module):
+    """`module` wrapped by DDP if there are several processes. The bare module stays usable beside it."""
+    if not dist.is_initialized():
+        return module
+    ids = [torch.cuda.current_device()] if next(module.parameters()).is_cuda else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def means(values):
+    """{name: scalar tensor or float} -> {name: float}, averaged over the processes."""
+    packed = torch.stack([torch.as_tensor(v, dtype=torch.float32).detach().cpu() for v in values.values()])
+    if dist.is_initialized():
+        packed = packed.cuda() if dist.get_backend() == "nccl" else packed
+        dist.all_reduce(packed)
+        packed = packed / world_size()
+    return dict(zip(values, packed.tolist()))
+
+
+@contextlib.contextmanager
+def frozen(*modules):
+    """Inside, the modules' parameters get no gradient (and DDP's hooks stay quiet)."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+class Rows:
+    """Random numbers for the rows of a global batch. A row's numbers depend on (key, row) alone, never on who draws them, so that any
+    number of processes, any resumption and any order gives the same; nothing has to be saved."""
+
+    def __init__(self, rows, key, device):
+        self.device = device
+        self.generators = [generator(device, *key, row) for row in rows]
+
+    def normal(self, *shape):
+        """[rows, *shape], float32."""
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+
+    def uniform(self):
+        """[rows], float64, in [0, 1)."""
+        return torch.cat([torch.rand(1, dtype=torch.float64, generator=g, device=self.device) for g in self.generators])
+
+    def integers(self, high):
+        """[rows], a list of int in [0, high)."""
+        return [int(torch.randint(high, (1,), generator=g, device=self.device)) for g in self.generators]
+
+
+def generator(device, *key):
+    """A generator seeded by a tuple of non-negative integers, well mixed."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def own_rows(batch):
+    """The rows of the global batch that belong to this process; `batch` is the number per process."""
+    return range(rank() * batch, (rank() + 1) * batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path):
+    """A text file with a prompt a line -> list of str. UserError where there is none, it is not text, or it is empty."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            prompts = [line.strip() for line in file]
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt file {path} is not UTF-8 text") from error
+    except OSError as error:
+        raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise UserError(f"the prompt file {path} has no prompts; write one a line")
+    if any("\0" in prompt for prompt in prompts):
+        raise UserError(f"the prompt file {path} is not text")
+    return prompts
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path to write to (a file or a folder), moved to `path` at the end: readers never see half of it."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.isdir(temporary):
+            shutil.rmtree(temporary)
+        elif os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path, value):
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+
+
+def find_checkpoint(path):
+    """A run or one of its step folders -> (step folder, meta). UserError where it is not there or not complete."""
+    if not os.path.isdir(path):
+        raise UserError(f"there is no checkpoint {path!r}: give a run folder, or one of its step_... folders")
+    if os.path.isfile(os.path.join(path, "latest")):
+        path = os.path.join(path, open(os.path.join(path, "latest")).read().strip())
+    try:
+        with open(os.path.join(path, "meta.json")) as file:
+            meta = json.load(file)
+        complete = all(os.path.exists(os.path.join(path, part)) for part in ("student/config.json", "state.pt"))
+    except (OSError, ValueError):
+        complete = False
+    if not complete:
+        raise UserError(f"{path} is not a complete checkpoint (student/, state.pt, meta.json); give another step_... folder of the run")
+    return path, meta
+
+
+def load_student(path, teacher, device):
+    """A checkpoint -> (network with the teacher's architecture, Student, meta). UserError for a student of another teacher."""
+    folder, meta = find_checkpoint(path)
+    if meta["fingerprint"] != teacher.fingerprint:
+        raise UserError(f"the checkpoint {folder} was distilled from {meta['teacher']}, not from {teacher.path}")
+    net = type(teacher.denoiser).from_pretrained(os.path.join(folder, "student"), dtype=torch.float32).to(device)
+    return net, Student(teacher, meta["parametrisation"], meta["steps"]), meta
+
+
+class Run:
+    """A training run's folder: RUN/step_000500/{student/, state.pt, meta.json}, RUN/latest, metrics.jsonl, curves.png and samples/.
+
+    student/ is a plain diffusers model folder with the weights to sample with. `parts` names everything that training goes on from:
+    anything with state_dict and load_state_dict. UserError if the folder holds a run and --resume is not given, or of another kind."""
+
+    def __init__(self, stage, args, student, parts):
+        self.folder, self.args, self.parts, self.start = args.out or os.path.join("runs", f"{stage}-{short_name(args.teacher)}"), args, parts, 0
+        self.student, teacher = student, student.teacher
+        self.meta = {"stage": stage, "teacher": args.teacher, "fingerprint": teacher.fingerprint, "resolution": teacher.resolution,
+                     "parametrisation": student.parametrisation, "steps": student.steps, "arguments": vars(args), "torch": torch.__version__}
+        if os.path.exists(os.path.join(self.folder, "latest")):
+            if not args.resume:
+                raise UserError(f"{self.folder} holds a run already: add --resume to go on with it, or give another --out")
+            self._restore()
+        elif args.resume and os.path.isdir(self.folder) and any(name.startswith("step_") for name in os.listdir(self.folder)):
+            raise UserError(f"{self.folder} has no complete checkpoint to resume from; give another --out")
+        barrier()  # every process has looked before the main one writes
+        os.makedirs(os.path.join(self.folder, "samples"), exist_ok=True)
+        self.metrics = os.path.join(self.folder, "metrics.jsonl")
+        if is_main():
+            kept = [line for line in open(self.metrics) if json.loads(line)["step"] <= self.start] if self.start else []
+            with replacing(self.metrics) as temporary, open(temporary, "w") as file:
+                file.writelines(kept)
+        self.bar = tqdm(total=args.iterations, initial=self.start, disable=not is_main(), mininterval=1, dynamic_ncols=True, desc=stage)
+        self.clock = time.perf_counter()
+
+    def _restore(self):
+        folder, meta = find_checkpoint(self.folder)
+        for name in ("stage", "fingerprint", "parametrisation", "steps"):
+            if meta[name] != self.meta[name]:
+                raise UserError(f"{folder} cannot be resumed: its {name} is {meta[name]}, not {self.meta[name]}")
+        try:
+            state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(f"{folder} cannot be resumed with these settings: {str(error).splitlines()[0]}") from error
+        self.start = meta["step"]
+
+    def log(self, step, values):
+        """A line of metrics, averaged over the processes."""
+        self.bar.update()
+        if step % self.args.log_every:
+            return
+        values = means(values)
+        seconds, self.clock = (time.perf_counter() - self.clock) / self.args.log_every, time.perf_counter()
+        if is_main():
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps({"step": step, **values, "seconds": seconds, "peak_mb": peak_mb()}) + "\n")
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in list(values.items())[:4]})
+
+    def save(self, step, net, prompts):
+        """A checkpoint, in one move, and samples of the first prompts from fixed noise. The main process writes, the others wait."""
+        if is_main():
+            folder = os.path.join(self.folder, f"step_{step:06d}")
+            shutil.rmtree(folder, ignore_errors=True)
+            with replacing(folder) as temporary:
+                os.makedirs(temporary)
+                net.save_pretrained(os.path.join(temporary, "student"))
+                torch.save({name: part.state_dict() for name, part in self.parts.items()}, os.path.join(temporary, "state.pt"))
+                write_json(os.path.join(temporary, "meta.json"), {"step": step, **self.meta})
+            with replacing(os.path.join(self.folder, "latest")) as temporary, open(temporary, "w") as file:
+                file.write(os.path.basename(folder) + "\n")
+            save_grid(preview(self.student, net, prompts, self.args.seed), os.path.join(self.folder, "samples", f"step_{step:06d}.png"))
+            save_curves(self.metrics, os.path.join(self.folder, "curves.png"))
+        barrier()
+        self.clock = time.perf_counter()
+
+
+@torch.no_grad()
+def preview(student, net, prompts, seed, count=16):
+    """Pixels [count, 3, H, W] in [-1, 1] of fixed noise and of the first prompts."""
+    teacher = student.teacher
+    prompts = (prompts * count)[:count]
+    latents = student.sample(net, Rows(range(count), (seed,), teacher.device), teacher.encode(prompts))
+    return teacher.decode(latents).clamp(-1, 1)
+
+
+def save_grid(pixels, path, columns=8):
+    """Pixels [n, 3, H, W] in [-1, 1] -> one picture."""
+    from torchvision.utils import save_image
+
+    with replacing(path) as temporary:
+        save_image(pixels.cpu().float() / 2 + 0.5, temporary, nrow=columns, padding=2, format="png")
+
+
+def save_curves(metrics, path):
+    """metrics.jsonl -> a picture with a panel for every quantity."""
+    import matplotlib.figure
+
+    lines = [json.loads(line) for line in open(metrics)]
+    names = [name for name in (lines[-1] if lines else {}) if name != "step"]
+    if not names:
+        return
+    figure = matplotlib.figure.Figure(figsize=(16, 2.2 * math.ceil(len(names) / 4)), layout="constrained")
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(math.ceil(len(names) / 4), 4, i + 1, title=name)
+        axes.plot(*zip(*((line["step"], line[name]) for line in lines if name in line)), linewidth=1)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+
+
+def peak_mb():
+    """The most memory that this process has used, in MiB: the GPU's if there is one, else the process's own."""
+    import resource  # not on Windows
+
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def adamw(parameters, lr, args):
+    return torch.optim.AdamW(parameters, lr=lr, betas=args.betas, weight_decay=args.weight_decay)
+
+
+def update(loss, optimizer, clip):
+    """One step down `loss` -> the gradient's norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    optimizer.step()
+    return norm
+
+
+def set_lr(optimizer, lr, step, args):
+    """Constant, then linearly to zero over the last `args.decay` of the iterations."""
+    remaining = (args.iterations - step) / max(1, args.decay * args.iterations)
+    optimizer.param_groups[0]["lr"] = lr * min(1.0, remaining)
+
+
+class EMA:
+    """A moving average of the student's weights, to sample and to save; decay 0 is the student itself."""
+
+    def __init__(self, net, decay):
+        self.net, self.decay, self.updates = net, decay, 0
+        self.average = copy.deepcopy(net).requires_grad_(False).eval() if decay else net
+
+    @torch.no_grad()
+    def update(self):
+        self.updates += 1
+        if self.decay:
+            decay = min(self.decay, self.updates / (self.updates + 10))  # short runs forget their start
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - decay)
+
+    def state_dict(self):
+        return {"updates": self.updates, **({"average": self.average.state_dict()} if self.decay else {})}
+
+    def load_state_dict(self, state):
+        self.updates = state["updates"]
+        if self.decay:
+            self.average.load_state_dict(state["average"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Command lines
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in --help, and says what is wrong once, not once a process."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(self, name, help, **options):
+        if options.get("default") not in (None, False):
+            help += f" (default {options['default']})".replace("%", "%%")
+        self.add_argument(name, help=help, **options)
+
+    def error(self, message):
+        if is_main():
+            print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_training_arguments(parser):
+    """The arguments that both training stages share. Learning rates and the like: paper silent, DMD2's recipe for SDXL."""
+    parser.add("--teacher", "sdxl, a pipeline folder, or a hub id", required=True)
+    parser.add("--resolution", "pixels a side (default the teacher's)", type=positive)
+    parser.add("--out", "the run's folder (default runs/STAGE-TEACHER)")
+    parser.add("--resume", "go on from the run's newest checkpoint", action="store_true")
+    parser.add("--iterations", "generator updates", type=positive, default=10000)
+    parser.add("--batch", "rows in each process", type=positive, default=8)
+    parser.add("--lr", "of the student", type=non_negative, default=5e-7)
+    parser.add("--head-lr", "of the discriminators' heads", type=non_negative, default=5e-6)
+    parser.add("--head-width", "hidden channels of the heads, a multiple of 32", type=positive, default=256)  # paper
+    parser.add("--betas", "of AdamW", type=float, nargs=2, default=(0.9, 0.999))
+    parser.add("--weight-decay", "of AdamW", type=non_negative, default=0.01)
+    parser.add("--clip", "gradient norm", type=non_negative, default=10.0)
+    parser.add("--decay", "share of the iterations, at the end, over which the student's learning rate falls to zero", type=non_negative, default=0.0)
+    parser.add("--ema", "decay of the student's moving average, which is what is saved; 0 is none", type=non_negative, default=0.0)
+    parser.add("--precision", "of the networks' passes; weights that train are fp32 (default bf16 on a GPU)", choices=("fp32", "bf16"))
+    parser.add("--no-checkpointing", "keep activations instead of computing them twice", dest="checkpointing", action="store_false")
+    parser.add("--log-every", "iterations", type=positive, default=10)
+    parser.add("--save-every", "iterations", type=positive, default=500)
+    parser.add("--seed", "of everything random", type=int, default=0)
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def non_negative(text):
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, but is {text}")
+    return value
+
+
+def launch(main):
+    """Runs a script's main(); a UserError becomes one sentence, said once, and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        if is_main():
+            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()

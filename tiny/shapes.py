@@ -1,0 +1,157 @@
+"""The world of the tiny teachers: pictures of one coloured shape, prompts that describe them, and an oracle that reads them.
+
+    a small red circle on a blue-free world:  "a small red circle on a white background"
+
+A prompt may leave any attribute out ("a red shape"), and the missing one is then *uniform* over its values. So what a
+perfect model does with every prompt is known exactly, and prompt accuracy, mode coverage and spread are numbers, not opinions.
+
+    python tiny/shapes.py --prompts prompts      # writes the three disjoint prompt lists of this project
+"""
+import argparse
+import os
+
+import numpy as np
+
+SIDE = 32  # pixels
+ATTRIBUTES = {
+    "size": ("small", "large"),
+    "colour": ("red", "green", "blue", "yellow", "purple", "cyan"),
+    "shape": ("circle", "square", "triangle"),
+    "background": ("black", "grey", "white"),
+}
+COLOURS = np.array([(220, 40, 40), (40, 170, 60), (50, 70, 230), (240, 215, 50), (165, 50, 200), (60, 205, 225)]) / 127.5 - 1
+BACKGROUNDS = np.array([(20, 20, 20), (128, 128, 128), (238, 238, 238)]) / 127.5 - 1
+RADII = (5.0, 8.0)  # pixels; of the circle. Squares and triangles have the circle's area, so area says nothing of the shape
+CENTRES = (10.0, 22.0)  # each coordinate of the centre is uniform between these, in pixels
+DROP = 0.3  # probability that a prompt leaves an attribute out
+
+
+def masks(shape, size, centre):
+    """Antialiased coverage of n shapes: shape, size int [n], centre float [n, 2] as (x, y) -> [n, SIDE, SIDE] in [0, 1]."""
+    grid = np.arange(SIDE) + 0.5
+    x = grid[None, None, :] - centre[:, 0, None, None]
+    y = grid[None, :, None] - centre[:, 1, None, None]
+    radius = np.array(RADII)[size][:, None, None]
+    half_side = radius * np.sqrt(np.pi) / 2
+    inradius = radius * np.sqrt(np.pi / (3 * np.sqrt(3)))
+    leaning = np.abs(x) * np.sqrt(3) / 2 - y / 2  # the two upper edges of a triangle that points up
+    distances = (np.hypot(x, y) - radius, np.maximum(np.abs(x), np.abs(y)) - half_side, np.maximum(y, leaning) - inradius)
+    distance = np.choose(np.asarray(shape)[:, None, None], distances)
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def render(attributes, centre):
+    """attributes {name: int [n]}, centre [n, 2] -> float32 pictures [n, 3, SIDE, SIDE] in [-1, 1]."""
+    alpha = masks(attributes["shape"], attributes["size"], centre)[:, None]
+    colour = COLOURS[attributes["colour"]][:, :, None, None]
+    background = BACKGROUNDS[attributes["background"]][:, :, None, None]
+    return (alpha * colour + (1 - alpha) * background).astype(np.float32)
+
+
+def draw(rng, n):
+    """n random scenes: (attributes {name: int [n]}, centre [n, 2]), all uniform."""
+    return {name: rng.integers(len(values), size=n) for name, values in ATTRIBUTES.items()}, rng.uniform(*CENTRES, size=(n, 2))
+
+
+def describe(attributes):
+    """{name: value or None} of one picture -> its prompt; None leaves the attribute out."""
+    words = ["a", attributes["size"], attributes["colour"], attributes["shape"] or "shape"]
+    if attributes["background"]:
+        words += ["on", "a", attributes["background"], "background"]
+    return " ".join(word for word in words if word)
+
+
+def parse(prompt):
+    """Prompt -> {name: index or None}, the inverse of `describe`. ValueError where the prompt is not of this world."""
+    known = {value: (name, i) for name, values in ATTRIBUTES.items() for i, value in enumerate(values)}
+    attributes = dict.fromkeys(ATTRIBUTES)
+    for word in prompt.split():
+        if word in known:
+            name, i = known[word]
+            attributes[name] = i
+        elif word not in ("a", "shape", "on", "background"):
+            raise ValueError(f"the prompt {prompt!r} has the word {word!r}, which the world of shapes does not know")
+    return attributes
+
+
+def prompts_of(attributes, rng, drop=DROP):
+    """attributes {name: int [n]} -> n prompts, each attribute left out with probability `drop`."""
+    n = len(attributes["shape"])
+    kept = {name: rng.random(n) >= drop for name in ATTRIBUTES}
+    return [describe({name: values[attributes[name][i]] if kept[name][i] else None for name, values in ATTRIBUTES.items()}) for i in range(n)]
+
+
+class Oracle:
+    """Reads every attribute of a picture by matching it with clean templates. Plain arrays, no learning.
+
+    A picture is *valid* if it really shows one shape: its background and colour are near known ones and the residual of
+    the best template is small. The thresholds are far from both clean renders (0.01) and pictures of nothing (above 0.5)."""
+
+    max_colour_error = 0.45  # Euclidean, RGB in [-1, 1]; the nearest two colours are 1.0 apart
+    max_residual = 0.20  # squared error of the coverage over the template's own energy
+
+    def __init__(self, spacing=0.5):
+        axis = np.arange(CENTRES[0] - 2, CENTRES[1] + 2 + spacing, spacing)
+        shape, size, x, y = (a.ravel() for a in np.meshgrid(range(3), range(2), axis, axis, indexing="ij"))
+        self.shape, self.size, self.centre = shape, size, np.stack([x, y], 1)
+        self.templates = masks(shape, size, self.centre).reshape(len(shape), -1).astype(np.float32)
+        self.energy = (self.templates**2).sum(1)
+
+    def read(self, pictures):
+        """pictures [n, 3, SIDE, SIDE] in [-1, 1] -> {"size", "colour", "shape", "background": int [n], "x", "y": float [n] in
+        pixels, "valid": bool [n]}. ValueError for pictures of another shape."""
+        pictures = np.asarray(pictures, np.float32)
+        if pictures.ndim != 4 or pictures.shape[1:] != (3, SIDE, SIDE):
+            raise ValueError(f"the oracle reads pictures of shape [n, 3, {SIDE}, {SIDE}], not {list(pictures.shape)}")
+        parts = [self._read(pictures[i : i + 512]) for i in range(0, len(pictures), 512)]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def _read(self, pictures):
+        n = len(pictures)
+        pixels = pictures.reshape(n, 3, -1)
+        frame = np.ones((SIDE, SIDE), bool)
+        frame[2:-2, 2:-2] = False
+        background, background_error = nearest(np.median(pictures[:, :, frame], axis=2), BACKGROUNDS)
+        ground = BACKGROUNDS[background][:, :, None]
+        difference = np.linalg.norm(pixels - ground, axis=1)
+        inside = np.argsort(-difference, axis=1)[:, :32]  # the small shape's interior has over 60 pixels
+        colour, colour_error = nearest(np.median(np.take_along_axis(pixels, inside[:, None], 2), axis=2), COLOURS)
+        direction = COLOURS[colour][:, :, None] - ground
+        coverage = ((pixels - ground) * direction).sum(1) / (direction**2).sum(1)
+        coverage = coverage.astype(np.float32)
+        # |coverage - template|^2 for all templates at once; the term of the coverage alone does not change the best one
+        mismatch = self.energy - 2 * coverage @ self.templates.T
+        best = mismatch.argmin(1)
+        residual = ((coverage**2).sum(1) + mismatch[np.arange(n), best]) / self.energy[best]
+        valid = (background_error < self.max_colour_error) & (colour_error < self.max_colour_error) & (residual < self.max_residual)
+        return {"size": self.size[best], "colour": colour, "shape": self.shape[best], "background": background,
+                "x": self.centre[best, 0], "y": self.centre[best, 1], "residual": residual, "valid": valid}
+
+
+def nearest(colours, palette):
+    """colours [n, 3], palette [k, 3] -> index of the nearest [n], its distance [n]."""
+    distance = np.linalg.norm(colours[:, None] - palette, axis=2)
+    return distance.argmin(1), distance.min(1)
+
+
+def split_prompts(seed=0, held_out=64):
+    """(train, tune, eval) prompt lists, disjoint. tune and eval are drawn as prompts come up in the world, so that every
+    attribute is left open in about 30 per cent of them; train has all the others."""
+    rng = np.random.default_rng(seed)
+    everything = sorted({describe({name: v for name, v in zip(ATTRIBUTES, values)}) for values in np.array(
+        np.meshgrid(*[(None, *values) for values in ATTRIBUTES.values()], indexing="ij"), dtype=object).reshape(4, -1).T})
+    drawn = []
+    while len(drawn) < 2 * held_out:
+        prompt = prompts_of(draw(rng, 1)[0], rng)[0]
+        drawn += [prompt] if prompt not in drawn else []
+    return [p for p in everything if p not in drawn], drawn[held_out:], drawn[:held_out]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="write the prompt lists of the world of shapes")
+    parser.add_argument("--prompts", default="prompts", help="folder for shapes_train.txt, shapes_tune.txt, shapes_eval.txt")
+    folder = parser.parse_args().prompts
+    os.makedirs(folder, exist_ok=True)
+    for name, prompts in zip(("train", "tune", "eval"), split_prompts()):
+        with open(os.path.join(folder, f"shapes_{name}.txt"), "w") as file:
+            file.write("\n".join(prompts) + "\n")
