@@ -67,7 +67,7 @@ def main(argv=None):
             generator_turn = inner == args.ttur - 1 and step >= args.warmup
 
             # 1. Generate: x0_hat = G_theta(x_t', t', c), x_t' by backward simulation from pure noise. t' is the same on every process.
-            k = int(torch.randint(student.steps, (1,), generator=common.generator("cpu", args.seed, step, inner)))
+            k = int(torch.randint(student.steps, (1,), generator=common.generator(args.seed, step, inner)))
             x_t_prime = student.simulate(G, rows, cond, k)
             t_prime = torch.full((args.batch,), student.times[k], dtype=torch.float64, device=device)
             with torch.set_grad_enabled(generator_turn):

@@ -71,7 +71,7 @@ def complete(path):
         return False
 
 
-def main():
+def main(argv=None):
     parser = common.Parser(__doc__)
     parser.add("--teacher", "sdxl, a pipeline folder, or a hub id", required=True)
     parser.add("--prompts", "text file, a prompt a line; pair i takes a random one", required=True)
@@ -84,7 +84,7 @@ def main():
     parser.add("--resolution", "pixels a side (default the teacher's)", type=common.positive)
     parser.add("--precision", "of the teacher (default bf16 on a GPU)", choices=("fp32", "bf16"))
     parser.add("--seed", "of noise and prompts", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     prompts = common.read_prompts(args.prompts)
     device = common.own_device()  # the processes share nothing but the list of shards: no group, no waiting
@@ -103,7 +103,7 @@ def main():
     shards = range(-(-args.count // args.shard))
     todo = [k for k in shards if not complete(os.path.join(out, f"{k:05d}.safetensors"))]
     mine = todo[common.rank() :: common.world_size()]
-    with tqdm(total=len(mine) * args.shard, disable=not common.is_main(), unit="pair", desc="ODE pairs") as bar:
+    with tqdm(total=sum(min(args.shard, args.count - k * args.shard) for k in mine), disable=not common.is_main(), unit="pair", desc="ODE pairs") as bar:
         for k in mine:
             first, last = k * args.shard, min((k + 1) * args.shard, args.count)
             parts = []

@@ -185,7 +185,14 @@ class SDXL(Teacher):
     @torch.no_grad()
     def encode(self, prompts):
         """n prompts -> condition."""
-        embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        # as pipe.encode_prompt does, which tokenizes everything twice
+        embeds = []
+        for tokenizer, encoder in ((self.pipe.tokenizer, self.pipe.text_encoder), (self.pipe.tokenizer_2, self.pipe.text_encoder_2)):
+            length = tokenizer.model_max_length
+            ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+            out = encoder(ids.to(self.device), output_hidden_states=True)
+            embeds.append(out.hidden_states[-2])
+        embeds, pooled = torch.cat(embeds, dim=-1), out.text_embeds
         return self._condition(embeds, pooled)
 
     def null(self, n):
@@ -552,28 +559,27 @@ def frozen(*modules):
 
 class Rows:
     """Random numbers for the rows of a global batch. A row's numbers depend on (key, row) alone, never on who draws them, so that any
-    number of processes, any resumption and any order gives the same; nothing has to be saved."""
+    number of processes, any resumption and any device gives the same; nothing has to be saved. Drawn on the CPU, moved to `device`."""
 
     def __init__(self, rows, key, device):
-        self.device = device
-        self.generators = [generator(device, *key, row) for row in rows]
+        self.device, self.generators = device, [generator(*key, row) for row in rows]
 
     def normal(self, *shape):
         """[rows, *shape], float32."""
-        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.generators])
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
 
     def uniform(self):
         """[rows], float64, in [0, 1)."""
-        return torch.cat([torch.rand(1, dtype=torch.float64, generator=g, device=self.device) for g in self.generators])
+        return torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in self.generators]).to(self.device)
 
     def integers(self, high):
-        """[rows], a list of int in [0, high)."""
-        return [int(torch.randint(high, (1,), generator=g, device=self.device)) for g in self.generators]
+        """A list of one int in [0, high) a row."""
+        return [int(torch.randint(high, (1,), generator=g)) for g in self.generators]
 
 
-def generator(device, *key):
+def generator(*key):
     """A generator seeded by a tuple of non-negative integers, well mixed."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def own_rows(batch):
@@ -728,12 +734,12 @@ def preview(student, net, prompts, seed, count=16):
     return teacher.decode(latents).clamp(-1, 1)
 
 
-def save_grid(pixels, path, columns=8):
+def save_grid(pixels, path, columns=8, padding=2):
     """Pixels [n, 3, H, W] in [-1, 1] -> one picture."""
     from torchvision.utils import save_image
 
     with replacing(path) as temporary:
-        save_image(pixels.cpu().float() / 2 + 0.5, temporary, nrow=columns, padding=2, format="png")
+        save_image(pixels.cpu().float() / 2 + 0.5, temporary, nrow=columns, padding=padding, format="png")
 
 
 def save_curves(metrics, path):
@@ -765,7 +771,7 @@ def peak_mb():
 
 
 def adamw(parameters, lr, args):
-    return torch.optim.AdamW(parameters, lr=lr, betas=args.betas, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(parameters, lr=lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
 
 
 def update(loss, optimizer, clip):

@@ -11,6 +11,7 @@ exponential moving average. Everything is drawn from one seed.
 import argparse
 import functools
 import os
+import sys
 import time
 
 import numpy as np
@@ -22,7 +23,8 @@ from tokenizers import AddedToken
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-import shapes
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository's root
+from tiny import shapes
 
 TOKENS = 16  # the longest prompt has 8 words
 
@@ -144,26 +146,46 @@ def train_sdxl(pipe, steps, seed, batch=64, scenes=40000, prompt_dropout=0.1, lr
     fit([p for module in modules for p in module.parameters()], loss, steps, lr=lr, name="denoiser")
 
 
+def train_sam(steps, seed, batch=64):
+    """SAM's image encoder at the size of a thumbnail, trained to segment the shape -> a checkpoint of the official layout."""
+    encoder = ImageEncoderViT(
+        img_size=shapes.SIDE, patch_size=4, embed_dim=64, depth=4, num_heads=2, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True, window_size=4, global_attn_indexes=(1, 3), out_chans=32)
+    mask_head = torch.nn.Sequential(torch.nn.Conv2d(32, 16, 1), torch.nn.PixelShuffle(4))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    rng = np.random.default_rng(seed + 2)
+
+    def loss(step):
+        attributes, centre = shapes.draw(rng, batch)
+        pictures = torch.from_numpy(shapes.render(attributes, centre))
+        truth = torch.from_numpy(shapes.masks(attributes["shape"], attributes["size"], centre)).float()
+        return F.binary_cross_entropy_with_logits(mask_head(encoder(((pictures + 1) / 2 - mean) / std))[:, 0], truth)
+
+    fit([*encoder.parameters(), *mask_head.parameters()], loss, steps, lr=1e-3, decay=0.99, name="image encoder")
+    return {f"image_encoder.{name}": weight.half() for name, weight in encoder.state_dict().items()}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--part", choices=("pipeline", "vae", "sam"), default="pipeline")
-    parser.add_argument("--vae", help="take the autoencoder of this pipeline folder instead of training one")
+    parser.add_argument("--part", choices=("pipeline", "sam"), default="pipeline", help="what to train")
     parser.add_argument("--random", action="store_true", help="random weights, no training")
-    parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--init", help="go on from this pipeline folder: keep its autoencoder, train its denoiser further")
+    parser.add_argument("--vae-steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the denoiser")
+    parser.add_argument("--sam-steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     start = time.time()
-    pipe = build_sdxl()
-    if args.vae:
-        pipe.vae = AutoencoderKL.from_pretrained(args.vae, subfolder="vae")
-    elif not args.random:
-        train_vae(pipe.vae, args.vae_steps, args.seed)
-    if args.part != "vae" and not args.random:
-        train_sdxl(pipe, args.steps, args.seed, args.batch, lr=args.lr)
-    pipe.to(dtype=torch.float16).save_pretrained(args.out)
+    if args.part == "sam":
+        torch.save(train_sam(args.sam_steps, args.seed), args.out)
+    else:
+        pipe = StableDiffusionXLPipeline.from_pretrained(args.init, dtype=torch.float32) if args.init else build_sdxl()
+        if not args.init and not args.random:
+            train_vae(pipe.vae, args.vae_steps, args.seed)
+        if not args.random:
+            train_sdxl(pipe, args.steps, args.seed, lr=args.lr)
+        pipe.to(dtype=torch.float16).save_pretrained(args.out)
     print(f"{args.out}: {(time.time() - start) / 60:.1f} minutes")

@@ -1,0 +1,62 @@
+"""What the tests share beside the fixtures."""
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import torch
+from segment_anything.modeling import ImageEncoderViT
+from torch import nn
+
+import collect_ode
+from tiny import train
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+QUICK = ["--batch", "2", "--iterations", "2", "--log-every", "1", "--head-width", "128", "--lr", "1e-4", "--head-lr", "1e-4"]
+
+
+def random_teacher(folder, seed):
+    torch.manual_seed(seed)
+    train.build_sdxl().to(dtype=torch.float16).save_pretrained(folder)
+    return str(folder)
+
+
+def random_sam(seed, **sizes):
+    """An image encoder of SAM's kind for 64x64 pixels, windows of 3 in the blocks 0 and 2, no weight zero."""
+    torch.manual_seed(seed)
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "out_chans": 16, "window_size": 3,
+             "global_attn_indexes": (1, 3), **sizes}
+    encoder = ImageEncoderViT(**sizes, use_rel_pos=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)).eval()
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return encoder
+
+
+def collect(*arguments):
+    """collect_ode.py in this process."""
+    with mock.patch("sys.argv", ["collect_ode.py", *arguments]):
+        collect_ode.main()
+
+
+def command(*words, processes=None, timeout=300):
+    """A script of the repository as a command, with torchrun if `processes` is given -> its result, output captured as text."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return subprocess.run([sys.executable, *torchrun, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def metrics(folder):
+    """The lines of a run's metrics.jsonl without what differs from machine to machine."""
+    lines = [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
+    return [{name: value for name, value in line.items() if name not in ("seconds", "peak_mb")} for line in lines]
+
+
+def snapshot(folder):
+    """{path: digest} of all files below, folders included."""
+    found = {}
+    for place, folders, files in os.walk(folder):
+        found |= {os.path.join(place, name): None for name in folders}
+        found |= {os.path.join(place, name): hashlib.sha256(open(os.path.join(place, name), "rb").read()).hexdigest() for name in files}
+    return found

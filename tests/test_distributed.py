@@ -1,0 +1,77 @@
+"""Two processes do what one does: the same losses for the same global batch, the same ODE pairs."""
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import adm
+import adp
+import helpers
+
+# a long step dt, because losses that compare two almost equal samples are mostly rounding
+RUNS = (("adp", "--warmup 1"), ("adm", "--dt 0.25"), ("adm", "--dt 0.25 --ttur 2 --steps 2"), ("adm", "--loss dmd"))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, adp_arguments, adm_arguments):
+    """All runs, one after the other, in two processes that torchrun started -> their folders."""
+    folder = tmp_path_factory.mktemp("two")
+    lines = ["import adm, adp, common"]
+    for i, (stage, options) in enumerate(RUNS):
+        arguments = adp_arguments if stage == "adp" else adm_arguments
+        lines.append(f"{stage}.main({[*arguments, '--out', str(folder / str(i)), *options.split(), '--batch', '2', '--iterations', '3']!r})")
+    script = folder / "runs.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {helpers.ROOT!r})\n" + "\n".join(lines) + "\ncommon.dist.destroy_process_group()\n")
+    result = helpers.command(str(script), processes=2)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("i", range(len(RUNS)), ids=[" ".join(run) for run in RUNS])
+def test_two_processes_lose_what_one_does(two_processes, adp_arguments, adm_arguments, teacher, tmp_path, i):
+    """The metrics of every iteration are the same, and so is the way that the student went."""
+    stage, options = RUNS[i]
+    main, arguments = (adp.main, adp_arguments) if stage == "adp" else (adm.main, adm_arguments)
+    main([*arguments, "--out", str(tmp_path), *options.split(), "--batch", "4", "--iterations", "3"])
+    for one, two in zip(helpers.metrics(tmp_path), helpers.metrics(two_processes / str(i)), strict=True):
+        for name in one:  # the rest are norms and differences, in which rounding weighs more
+            assert two[name] == pytest.approx(one[name], **({"rel": 2e-4, "abs": 1e-4} if name.startswith("loss") else {"rel": 2e-2, "abs": 1e-2})), name
+    one, two = (load_file(run / "step_000003/student/diffusion_pytorch_model.safetensors") for run in (tmp_path, two_processes / str(i)))
+    start = teacher.denoiser.state_dict()
+    one, two = (torch.cat([(weights[name] - start[name]).flatten() for name in start]) for weights in (one, two))
+    assert (one - two).norm() < 0.05 * one.norm()
+
+
+@pytest.fixture
+def collect_arguments(teacher_folder, prompts_file):
+    return ["--teacher", teacher_folder, "--prompts", prompts_file, "--count", "9", "--shard", "2", "--steps", "2", "--batch", "2"]
+
+
+def test_two_processes_collect_the_same_pairs(collect_arguments, tmp_path):
+    helpers.collect(*collect_arguments, "--out", str(tmp_path / "one"))
+    result = helpers.command("collect_ode.py", *collect_arguments, "--out", str(tmp_path / "two"), processes=2)
+    assert result.returncode == 0, result.stderr
+    one, two = ({os.path.basename(path): digest for path, digest in helpers.snapshot(tmp_path / name).items()} for name in ("one", "two"))
+    assert one == two and set(one) == {"index.json", *(f"{k:05d}.safetensors" for k in range(5))}
+
+
+def test_all_shards_are_made_when_one_process_is_late(collect_arguments, tmp_path, monkeypatch):
+    """The second process looks for work after the first has finished all of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        helpers.collect(*collect_arguments, "--out", str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == [*(f"{k:05d}.safetensors" for k in range(5)), "index.json"]
+
+
+def test_missing_and_damaged_shards_are_made_again_and_no_other(collect_arguments, tmp_path):
+    arguments = [*collect_arguments, "--out", str(tmp_path)]
+    helpers.collect(*arguments)
+    before, ages = helpers.snapshot(tmp_path), {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)}
+    os.remove(tmp_path / "00001.safetensors")
+    os.truncate(tmp_path / "00003.safetensors", 1000)
+    helpers.collect(*arguments)
+    assert helpers.snapshot(tmp_path) == before
+    changed = {name for name, age in ages.items() if os.stat(tmp_path / name).st_mtime_ns != age}
+    assert changed - {"index.json"} == {"00001.safetensors", "00003.safetensors"}

@@ -1,0 +1,282 @@
+"""Schedules, predictions, samplers, losses and random numbers against hand-computed and analytic values."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import adp
+import common
+from common import T
+
+SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+ZERO_SNR = {**SDXL, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+TIMES = torch.tensor([0, 1e-3, 0.5, 1, 250.25, 499.999, 999, 1000], dtype=torch.float64)
+CPU = torch.device("cpu")
+
+
+def networkless(schedule, kind=common.Teacher):
+    """A teacher with a noise schedule only."""
+    return kind(SimpleNamespace(components={}, scheduler=DDIMScheduler(**schedule)), "analytic", CPU, torch.float32)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Schedule -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
+def test_schedule_ends(schedule):
+    teacher, x = networkless(schedule), torch.zeros(1)
+    assert [float(v) for v in teacher.alpha_sigma([0], x)] == [1, 0]
+    if schedule is ZERO_SNR:
+        assert [float(v) for v in teacher.alpha_sigma([T], x)] == [0, 1]
+
+
+@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
+def test_schedule_is_the_schedulers_own_at_integer_times(schedule):
+    alpha, sigma = networkless(schedule).alpha_sigma(torch.arange(1, 1001), torch.zeros(1000, dtype=torch.float64))
+    torch.testing.assert_close(alpha**2, DDIMScheduler(**schedule).alphas_cumprod.double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
+
+
+def test_schedule_of_sdxl_as_published():
+    alpha, _ = networkless(SDXL).alpha_sigma([1, 250, 500, 750, 1000], torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(alpha**2, torch.tensor([0.99914998, 0.67543209, 0.27766943, 0.05662345, 0.00466010]).double(), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
+def test_schedule_is_monotone_between_integers(schedule):
+    alpha, sigma = networkless(schedule).alpha_sigma(torch.linspace(0, T, 4001), torch.zeros(4001, dtype=torch.float64))
+    assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
+
+
+def test_schedule_broadcasts_in_the_dtype_of_x():
+    alpha, sigma = networkless(SDXL).alpha_sigma([10.0, 20.0], torch.zeros(2, 4, 8, 8))
+    assert alpha.shape == sigma.shape == (2, 1, 1, 1) and alpha.dtype == torch.float32
+
+
+# Predictions --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
+def test_convert_inverts_target(schedule):
+    teacher, x_0, eps = networkless(schedule), normal(8, 3, 2, 2), normal(8, 3, 2, 2, seed=1)
+    x_t = teacher.diffuse(x_0, eps, TIMES)
+    raw = teacher.target(x_0, eps, TIMES)
+    x0_hat, eps_hat = teacher.convert(raw, x_t, TIMES)
+    torch.testing.assert_close(x0_hat, x_0, rtol=0, atol=1e-10)
+    torch.testing.assert_close(eps_hat, eps, rtol=0, atol=1e-10)
+    torch.testing.assert_close(teacher.step(x0_hat, eps_hat, TIMES.flip(0)), teacher.diffuse(x_0, eps, TIMES.flip(0)), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
+def test_target_inverts_convert(schedule):
+    """For a raw output of any kind, both predictions together are x_t again, and give the same raw output."""
+    teacher, raw, x_t = networkless(schedule), normal(8, 3, 2, 2), normal(8, 3, 2, 2, seed=1)
+    x0_hat, eps_hat = teacher.convert(raw, x_t, TIMES)
+    torch.testing.assert_close(teacher.diffuse(x0_hat, eps_hat, TIMES), x_t, rtol=0, atol=1e-10)
+    torch.testing.assert_close(teacher.target(x0_hat, eps_hat, TIMES), raw, rtol=0, atol=1e-10)
+
+
+def test_network_sees_timesteps_from_0_to_999():
+    teacher, seen = networkless(SDXL), []
+    teacher.call = lambda net, x, timestep, cond: seen.append(timestep) or x
+    teacher.predict(None, normal(4, 1, 1, 1), torch.tensor([0, 0.5, 1, 1000]), None)
+    assert seen[0].tolist() == [0, 0, 0, 999]
+
+
+def test_velocity_student_round_trip():
+    """On the straight path, ends included; its network sees t itself."""
+    teacher, x_0, x_T = networkless(SDXL), normal(8, 3, 2, 2), normal(8, 3, 2, 2, seed=1)
+    teacher.call = lambda net, x, timestep, cond: net(timestep)
+    student = common.Student(teacher, "velocity", 1)
+    x_t = student.diffuse(x_0, x_T, TIMES)
+    torch.testing.assert_close(x_t[0], x_0[0], rtol=0, atol=0)
+    torch.testing.assert_close(x_t[-1], x_T[-1], rtol=0, atol=0)
+
+    def net(timestep):
+        assert timestep.equal(TIMES)
+        return x_T - x_0
+
+    torch.testing.assert_close(student.x0(net, x_t, TIMES, None), x_0, rtol=0, atol=1e-12)
+
+
+def test_teacher_student_uses_the_teachers_path():
+    teacher, x_0, eps = networkless(ZERO_SNR), normal(8, 3, 2, 2), normal(8, 3, 2, 2, seed=1)
+    student = common.Student(teacher, "teacher", 4)
+    teacher.call = lambda net, x, timestep, cond: teacher.target(x_0, eps, TIMES)
+    x_t = student.diffuse(x_0, eps, TIMES)
+    torch.testing.assert_close(x_t, teacher.diffuse(x_0, eps, TIMES))
+    torch.testing.assert_close(student.x0(None, x_t, TIMES, None), x_0, rtol=0, atol=1e-10)
+
+
+# The probability-flow ODE on a Gaussian --------------------------------------------------------------------------------------
+
+
+class Gaussian(common.Teacher):
+    """The exact teacher of data from N(0, c^2), where E[x_0 | x_t] and E[eps | x_t] are linear in x_t."""
+
+    c = 0.5
+    denoiser = None
+
+    def timestep(self, t):
+        return t
+
+    def variance(self, t):
+        alpha, sigma = self.alpha_sigma(t, torch.zeros(len(t), dtype=torch.float64))
+        return alpha**2 * self.c**2 + sigma**2
+
+    def call(self, net, x_t, t, cond):
+        alpha, sigma = self.alpha_sigma(t, x_t)
+        return self.target(alpha * self.c**2 * x_t / self.variance(t), sigma * x_t / self.variance(t), t)
+
+    def integrate(self, t, s, steps):
+        """From x_t = 1, one row, to x_s."""
+        x, times = torch.ones(1, dtype=torch.float64), torch.linspace(t, s, steps + 1, dtype=torch.float64)
+        for now, then in zip(times[:-1, None], times[1:, None]):
+            x = self.step(*self.guided(x, now, None, 1), then)
+        return x
+
+
+@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
+@pytest.mark.parametrize("t, s", ((T, 0), (700, 100), (100, 900)))
+def test_ode_carries_the_variance(schedule, t, s):
+    """N(0, var_t) goes to N(0, var_s), with an error that falls as the first-order solver's should."""
+    teacher = networkless(schedule, Gaussian)
+    exact = (teacher.variance(torch.tensor([s])) / teacher.variance(torch.tensor([t]))).sqrt()
+    coarse, fine = (abs(teacher.integrate(t, s, steps) / exact - 1).item() for steps in (250, 1000))
+    assert fine < 5e-3 and fine < coarse / 3
+
+
+# The tiny teacher ----------------------------------------------------------------------------------------------------------
+
+
+PROMPTS = ["a small red circle", "a large blue square on a white background", "a triangle"]
+
+
+def count_rows(net):
+    """A list that receives the number of rows of every pass through `net`."""
+    rows = []
+    return rows, net.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+
+
+def test_guidance(teacher):
+    x, t, cond = normal(3, 4, 8, 8).float(), torch.tensor([10.0, 500, 1000]), teacher.encode(PROMPTS)
+    eps = teacher.predict(teacher.denoiser, x, t, cond)[1]
+    eps_null = teacher.predict(teacher.denoiser, x, t, teacher.null(3))[1]
+    assert (eps - eps_null).abs().mean() > 1e-3
+    rows, hook = count_rows(teacher.denoiser)
+    guided = {scale: teacher.guided(x, t, cond, scale)[1] for scale in (1, 0, 7.5)}
+    hook.remove()
+    assert rows == [3, 6, 6]
+    for scale, value in guided.items():
+        torch.testing.assert_close(value, eps_null + scale * (eps - eps_null), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", (1, 4, 8, 25))
+def test_teacher_times_are_the_schedulers(teacher, steps):
+    teacher.pipe.scheduler.set_timesteps(steps)
+    assert teacher.times(steps) == [*(teacher.pipe.scheduler.timesteps + 1).tolist(), 0]
+    assert teacher.times(steps)[0] == T
+
+
+@pytest.mark.parametrize("steps, scale", ((4, 5.0), (10, 3.0), (4, 1)))
+def test_sampler_is_diffusers_own(teacher, steps, scale):
+    x_T = normal(3, 4, 8, 8).float()
+    teacher.pipe.set_progress_bar_config(disable=True)
+    expected = teacher.pipe(PROMPTS, latents=x_T.clone(), num_inference_steps=steps, guidance_scale=scale, output_type="latent").images
+    torch.testing.assert_close(teacher.sample(x_T, teacher.encode(PROMPTS), steps, scale), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+def test_decoder_is_diffusers_own(teacher):
+    latents = normal(2, 4, 8, 8).float()
+    expected = teacher.pipe.vae.decode(latents / teacher.pipe.vae.config.scaling_factor).sample
+    torch.testing.assert_close(teacher.decode(latents), expected)
+
+
+# Students ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps, times", ((1, [1000]), (4, [1000, 750, 500, 250]), (8, [1000, 875, 750, 625, 500, 375, 250, 125])))
+def test_student_times(steps, times):
+    assert common.Student(None, "teacher", steps).times == times
+
+
+@pytest.mark.parametrize("parametrisation", ("teacher", "velocity"))
+def test_backward_simulation_is_sampling_cut_short(teacher, monkeypatch, parametrisation):
+    """The same noise gives the same x at each of the student's times, and the network is called at those before only."""
+    student, cond = common.Student(teacher, parametrisation, 4), teacher.encode(PROMPTS)
+    inputs, call = [], teacher.call
+    monkeypatch.setattr(teacher, "call", lambda net, x, t, cond: inputs.append((t, x)) or call(net, x, t, cond))
+    rows = lambda: common.Rows(range(3), (7,), CPU)
+    student.sample(teacher.denoiser, rows(), cond)
+    timesteps = {"teacher": [999, 749, 499, 249], "velocity": [1000, 750, 500, 250]}[parametrisation]
+    sampling = inputs.copy()
+    assert [t.tolist() for t, _ in sampling] == [[value] * 3 for value in timesteps]
+    for k in range(4):
+        inputs.clear()
+        x = student.simulate(teacher.denoiser, rows(), cond, k)
+        assert [t[0].item() for t, _ in inputs] == timesteps[:k]
+        assert x.equal(sampling[k][1]) and not x.requires_grad
+    assert student.simulate(teacher.denoiser, rows(), cond, 0).equal(rows().normal(4, 8, 8))
+
+
+# Losses, times and random numbers ----------------------------------------------------------------------------------------------
+
+
+def test_hinge_values():
+    real, fake = torch.tensor([[2.0, 0.0], [0.5, -1.0]]), torch.tensor([[-2.0, 0.0], [0.5, 1.0]])
+    weights = torch.tensor([0.85, 0.15])
+    assert common.hinge_discriminator(real, fake).item() == pytest.approx((0 + 1 + 0.5 + 2) / 4 + (0 + 1 + 1.5 + 2) / 4)
+    assert common.hinge_generator(fake).item() == pytest.approx(0.125)
+    by_hand = (0.15 + (0.5 * 0.85 + 2 * 0.15)) / 2 + (0.15 + (1.5 * 0.85 + 2 * 0.15)) / 2
+    assert common.hinge_discriminator(real, fake, weights).item() == pytest.approx(by_hand)
+    assert common.hinge_generator(fake, weights).item() == pytest.approx((2 * 0.85 - (0.5 * 0.85 + 0.15)) / 2)
+
+
+def test_cubic_generator_times(adp_arguments, tmp_path, monkeypatch):
+    """adp.py's own times have P(t/T <= x) = P(u^3 >= 1 - x) = 1 - (1 - x)^(1/3), by Kolmogorov and Smirnov."""
+    times, velocity = [], common.Student.velocity
+    monkeypatch.setattr(common.Student, "velocity", lambda self, net, x_t, t, cond: times.append(t) or velocity(self, net, x_t, t, cond))
+    monkeypatch.setattr(common.Run, "save", lambda *_: None)
+    adp.main([*adp_arguments, "--out", str(tmp_path), "--warmup", "2", "--lambda-pixel", "0", "--batch", "200", "--no-checkpointing"])
+    x = torch.cat(times).sort().values / T
+    assert len(x) == 400
+    expected = 1 - (1 - x) ** (1 / 3)
+    assert (expected - (torch.arange(400) + 0.5) / 400).abs().max() < 1.36 / math.sqrt(400)
+    assert (x > 0.5).double().mean() == pytest.approx(0.5 ** (1 / 3), abs=0.05)  # biased to high noise
+
+
+def test_random_rows_do_not_depend_on_who_draws_them():
+    draw = lambda rows, key=(3, 1): [values(common.Rows(rows, key, CPU)) for values in (lambda r: r.normal(2, 2), lambda r: r.uniform())]
+    for together, first, second, other in zip(draw(range(4)), draw(range(2)), draw(range(2, 4)), draw(range(4), (3, 2))):
+        assert together.equal(torch.cat([first, second]))
+        assert not (together == other).any() and together.unique().numel() == together.numel()
+
+
+def test_learning_rate_decays_over_the_last_share():
+    args = SimpleNamespace(iterations=10, decay=0.4)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1)
+    rates = []
+    for step in range(10):
+        common.set_lr(optimizer, 2.0, step, args)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([2] * 7 + [1.5, 1, 0.5])
+
+
+def test_moving_average():
+    net = torch.nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(0)
+    ema = common.EMA(net, 0.5)
+    expected = 0.0
+    for value in (1.0, 2.0, 3.0):
+        net.weight.data.fill_(value)
+        ema.update()
+        decay = min(0.5, ema.updates / (ema.updates + 10))
+        expected = decay * expected + (1 - decay) * value
+    assert ema.average.weight.item() == pytest.approx(expected)
+    assert common.EMA(net, 0).average is net

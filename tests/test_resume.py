@@ -1,0 +1,115 @@
+"""An interrupted and resumed run is the uninterrupted one, bit for bit; and what a checkpoint is."""
+import os
+import shutil
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+import adm
+import adp
+import common
+import helpers
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A function that runs main(arguments) up to the middle of iteration `step`, after its line of metrics."""
+    def run_until(step, main, arguments):
+        log = common.Run.log
+
+        def stop(self, now, values):
+            log(self, now, values)
+            if now == step:
+                raise Interrupted
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(common.Run, "log", stop)
+            main(arguments)
+
+    return run_until
+
+
+@pytest.mark.parametrize("stage, options", (
+    (adp, "--warmup 3 --ema 0.9"),  # the checkpoint is in the warm-up, the end is after it
+    (adp, "--warmup 1 --decay 0.5"),
+    (adm, "--ema 0.9 --ttur 2 --steps 2 --decay 0.5"),
+    (adm, "--loss dmd")), ids=str)
+def test_resumed_run_is_the_uninterrupted_one(request, tmp_path, interrupted, stage, options):
+    arguments = [*request.getfixturevalue(f"{stage.__name__}_arguments"), *options.split(), "--iterations", "4", "--save-every", "2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    stage.main([*arguments, "--out", str(whole)])
+    interrupted(3, stage.main, [*arguments, "--out", str(parts)])
+    assert (parts / "latest").read_text() == "step_000002\n" and [line["step"] for line in helpers.metrics(parts)] == [1, 2, 3]
+    stage.main([*arguments, "--out", str(parts), "--resume"])
+
+    assert helpers.metrics(parts) == helpers.metrics(whole) and len(helpers.metrics(whole)) == 4
+    weights = [load_file(run / "step_000004/student/diffusion_pytorch_model.safetensors") for run in (whole, parts)]
+    assert weights[0].keys() == weights[1].keys() and all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    states = [torch.load(run / "step_000004/state.pt", weights_only=True) for run in (whole, parts)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, adm_arguments):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    adm.main([*adm_arguments, "--out", str(folder), "--loss", "dmd", "--steps", "2", "--save-every", "1"])
+    return folder
+
+
+def test_student_is_a_plain_model_folder(finished, teacher):
+    net = UNet2DConditionModel.from_pretrained(finished / "step_000002/student")
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert not all(p.equal(q.float()) for p, q in zip(net.parameters(), teacher.denoiser.parameters()))
+
+
+def test_checkpoint_says_what_it_holds(finished, teacher):
+    for path in (finished, finished / "step_000002"):
+        net, student, meta = common.load_student(str(path), teacher, torch.device("cpu"))
+        assert (student.parametrisation, student.times, meta["step"], meta["arguments"]["loss"]) == ("teacher", [1000, 500], 2, "dmd")
+    assert sorted(os.listdir(finished)) == ["curves.png", "latest", "metrics.jsonl", "samples", "step_000001", "step_000002"]
+    assert sorted(os.listdir(finished / "samples")) == ["step_000001.png", "step_000002.png"]
+
+
+@pytest.mark.parametrize("missing", ("meta.json", "state.pt", "student/config.json"))
+def test_half_a_checkpoint_is_refused(finished, teacher, adm_arguments, tmp_path, missing):
+    half = shutil.copytree(finished, tmp_path / "half")
+    os.remove(half / "step_000002" / missing)
+    before = helpers.snapshot(half)
+    with pytest.raises(common.UserError, match="not a complete checkpoint"):
+        common.load_student(str(half), teacher, torch.device("cpu"))
+    with pytest.raises(common.UserError, match="not a complete checkpoint"):
+        adm.main([*adm_arguments, "--out", str(half), "--loss", "dmd", "--steps", "2", "--resume"])
+    assert helpers.snapshot(half) == before
+
+
+def test_resuming_as_another_kind_of_run_is_refused(finished, adm_arguments):
+    before = helpers.snapshot(finished)
+    for options, reason in (("--steps 4", "its steps is 2, not 4"), ("--steps 2 --head-width 64", "with these settings"), ("--steps 2 --ema 0.5", "with these settings")):
+        with pytest.raises(common.UserError, match=reason):
+            adm.main([*adm_arguments, "--out", str(finished), *options.split(), "--resume"])
+    assert helpers.snapshot(finished) == before
+
+
+def test_an_interrupted_save_leaves_the_previous_checkpoint(finished, adm_arguments, tmp_path, monkeypatch):
+    """A crash while a checkpoint is written leaves nothing half-written behind, and the run goes on from the one before."""
+    run = tmp_path / "run"
+    save = torch.save
+
+    def crash(value, path):
+        save(value, path)
+        if "step_000002" in str(path):
+            raise Interrupted
+
+    arguments = [*adm_arguments, "--out", str(run), "--loss", "dmd", "--steps", "2", "--save-every", "1"]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(torch, "save", crash)
+        adm.main(arguments)
+    assert (run / "latest").read_text() == "step_000001\n" and not [name for name in os.listdir(run) if ".tmp" in name or "000002" in name]
+    adm.main([*arguments, "--resume"])
+    assert helpers.metrics(run) == helpers.metrics(finished)

@@ -1,0 +1,229 @@
+"""Counts the denoiser passes of a training iteration, and times the loop against the same passes alone.
+
+    python tiny/bench.py                                        # the tiny teacher with random weights, 2 minutes on a core
+    python tiny/bench.py --teacher assets/tiny-sdxl --pixel-backbone assets/tiny-sam.pth --json bench.json
+
+The loops are those of adp.py and adm.py, each in a process of its own, on the stages below. A pass that classifier-free guidance makes of
+twice the batch counts as two; "partial" ends at the discriminator's deepest tap. After each iteration its passes are done again,
+one by one on the same networks: what the loop takes beyond them (optimisers, random numbers, text encoding, logging) is overhead.
+Exit code 1 where a stage makes more passes than its budget; the overhead, which should stay under 10 per cent, is only printed.
+
+With one thread on a CPU (the default) seconds are the process's own, which other processes disturb little; else the wall's.
+"""
+import collections
+import concurrent.futures
+import functools
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from unittest import mock
+
+import torch
+from diffusers import UNet2DConditionModel
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import adm
+import adp
+import collect_ode
+import common
+from tiny import train
+
+PROMPTS = os.path.join(ROOT, "prompts", "shapes_train.txt")
+BACKWARD = ("G", "f_inputs", "D_inputs", "f_parameters")
+WARM_UP = 3  # iterations; passes are counted in the last of them
+# stage: (script, its arguments, at most so many full and partial forward passes, and backward passes as in BACKWARD)
+STAGES = {
+    "adp": (adp.main, ["--warmup", "0"], 1, 2, (1, 0, 1, 0)),
+    "adm": (adm.main, ["--r1", "0", "--r2", "0"], 5, 2, (1, 1, 1, 1)),
+    "adm+r1r2": (adm.main, [], 5, 4, (1, 1, 1, 1)),
+    "dmd": (adm.main, ["--loss", "dmd"], 5, 0, (1, 0, 0, 1)),
+}
+
+
+def clock():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def counted(forward, batch, counts):
+    """`forward` of a denoiser's class, which adds to `counts`: "full" or "partial", and (network, "inputs" or "parameters") once a
+    gradient has come back through the whole of the pass."""
+
+    @functools.wraps(forward)
+    def wrapper(net, sample, *args, **kwargs):
+        passes = math.ceil(len(sample) / batch)
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in net.parameters())
+        if trains or torch.is_grad_enabled() and sample.requires_grad:
+            # a tensor of its own: only gradients that come through this pass reach its hook
+            sample = sample.view_as(sample) if sample.requires_grad else sample.detach().requires_grad_()
+            sample.register_hook(lambda grad: counts.update({(net, "parameters" if trains else "inputs"): passes}))
+        kind = "partial"
+        try:
+            output = forward(net, sample, *args, **kwargs)
+            kind = "full"
+            return output
+        finally:
+            counts[kind] += passes
+
+    return wrapper
+
+
+def passes_of(stage, run, pixel_backbone):
+    """The passes of an iteration, as a list of functions that each do one, with the loop's own networks, batch and modes."""
+    teacher, G, f, heads, args = run.student.teacher, run.parts["G"], run.parts.get("f"), run.parts["heads"], run.args
+    backbone = common.PixelBackbone(pixel_backbone, teacher.device, teacher.dtype) if pixel_backbone and stage == "adp" else None
+    x = torch.randn(args.batch, *teacher.latent_shape, device=teacher.device)
+    x_grad = x.clone().requires_grad_()
+    t = torch.full((args.batch,), common.T / 2, dtype=torch.float64, device=teacher.device)
+    cond = teacher.encode((common.read_prompts(PROMPTS) * args.batch)[: args.batch])
+
+    def to_parameters(net):
+        teacher.call(net, x, t, cond).mean().backward()
+
+    def f_to_inputs():
+        with common.frozen(f):
+            teacher.call(f, x_grad, t, cond).mean().backward()
+
+    @torch.no_grad()
+    def f_alone():
+        teacher.call(f, x, t, cond)
+
+    @torch.no_grad()
+    def guided():
+        teacher.guided(x, t, cond, args.guidance)
+
+    def maps(x):
+        return teacher.features(x, t, cond) + (backbone.features(teacher.decode(x)) if backbone else [])
+
+    def D_to_inputs():
+        with common.frozen(heads):
+            heads(maps(x_grad)).mean().backward()
+
+    @torch.no_grad()
+    def D_alone():
+        return maps(x)
+
+    G_pass, f_pass = functools.partial(to_parameters, G), functools.partial(to_parameters, f)
+    if stage == "dmd":
+        return [G_pass, f_pass, f_alone, guided]
+    groups = 4 if stage == "adm+r1r2" else 2  # real, fake, and each of them perturbed
+    seen = [m.repeat(groups, 1, 1, 1) for m in D_alone()]  # [groups * B, C_i, H_i, W_i]
+    D_passes = [D_to_inputs, *[D_alone] * (groups - 1), lambda: heads(seen).mean().backward()]
+    return [G_pass, *D_passes] if stage == "adp" else [G_pass, f_pass, f_to_inputs, guided, *D_passes]
+
+
+def excesses(stage, result):
+    """What of a stage is over its budget: a list of sentences."""
+    *_, full, partial, backward = STAGES[stage]
+    budget = {"full forward": full, "partial forward": partial} | {f"backward {name}": n for name, n in zip(BACKWARD, backward)}
+    found = {"full forward": result["forward_full"], "partial forward": result["forward_partial"]}
+    found |= {f"backward {name}": n for name, n in result["backward"].items()}
+    return [f"{stage}: an iteration makes {n} {name} passes, its budget is {budget.get(name, 0)}"
+            for name, n in found.items() if n > budget.get(name, 0)]
+
+
+def measure(stage, options, teacher, folder):
+    """Runs a stage's own loop -> (what --json writes of it, a list of complaints). In a process of its own, so peak memory is the stage's."""
+    torch.set_num_threads(options.threads)
+    main, arguments, *_ = STAGES[stage]
+    arguments = [*arguments, "--teacher", teacher, "--out", os.path.join(folder, stage), "--batch", str(options.batch), "--log-every", "1",
+                 "--iterations", str(WARM_UP + options.iterations), *([] if options.checkpointing else ["--no-checkpointing"])]
+    if stage == "adp":
+        pairs = os.path.join(folder, "pairs")
+        with mock.patch.object(sys, "argv", ["collect_ode.py", "--teacher", teacher, "--prompts", PROMPTS, "--out", pairs,
+                                             "--count", str(2 * options.batch), "--steps", "2"]):
+            collect_ode.main()
+        arguments += ["--pairs", pairs, *(["--pixel-backbone", options.pixel_backbone] if options.pixel_backbone else ["--lambda-pixel", "0"])]
+    else:
+        arguments += ["--prompts", PROMPTS]
+    counts, result, complaints, passes, seconds_iteration, seconds_passes = collections.Counter(), {}, [], [], [], []
+    original_log, began = common.Run.log, 0.0
+
+    def summary(run):
+        """The passes counted since the last time."""
+        names = {run.parts["G"]: "G", run.parts.get("f"): "f"}
+        backward = dict.fromkeys(BACKWARD, 0)
+        for (net, mode), n in ((key, n) for key, n in counts.items() if isinstance(key, tuple)):
+            name = f"{names.get(net, 'D')}_{mode}"
+            backward["G" if name == "G_parameters" else name] = n
+        value = {"forward_full": counts["full"], "forward_partial": counts["partial"], "backward": backward}
+        counts.clear()
+        return value
+
+    def log(run, step, values):
+        nonlocal began, passes
+        original_log(run, step, values)
+        took, of_loop = clock() - began, summary(run)
+        if step == WARM_UP:
+            result.update(of_loop, peak_mb=common.peak_mb())
+            passes = passes_of(stage, run, options.pixel_backbone)
+        if step >= WARM_UP:
+            counts.clear()
+            began = clock()
+            for run_pass in passes:
+                run_pass()
+            alone, of_passes = clock() - began, summary(run)
+            if step == WARM_UP:
+                stale = f"{stage}: the passes timed alone are not the loop's, bring passes_of up to date: {of_passes}"
+                complaints.extend(excesses(stage, of_loop) or [stale] * (of_passes != of_loop))
+            for name in {"G", "f", "heads"} & run.parts.keys():
+                run.parts[name].zero_grad()
+        if step > WARM_UP:
+            seconds_iteration.append(took)
+            seconds_passes.append(alone)
+        began = clock()
+
+    with mock.patch.object(UNet2DConditionModel, "forward", counted(UNet2DConditionModel.forward, options.batch, counts)), \
+            mock.patch.object(common.Run, "log", log), mock.patch.object(common.Run, "save", lambda *_: None):
+        main(arguments)
+    result |= {"seconds_iteration": statistics.median(seconds_iteration), "seconds_passes": statistics.median(seconds_passes)}
+    return result | {"overhead": result["seconds_iteration"] / result["seconds_passes"] - 1}, complaints
+
+
+def main():
+    parser = common.Parser(__doc__)
+    parser.add("--teacher", "sdxl, a pipeline folder, or a hub id (default the tiny one of train.py with random weights)")
+    parser.add("--pixel-backbone", "ADP's pixel discriminator, as in adp.py (default none)")
+    parser.add("--batch", "rows", type=common.positive, default=32)
+    parser.add("--iterations", "that are timed in each stage", type=common.positive, default=15)
+    parser.add("--threads", "of torch on a CPU", type=common.positive, default=1)
+    parser.add("--checkpointing", "gradient checkpointing, whose second forward passes are not counted", action="store_true")
+    parser.add("--json", "file for the numbers")
+    args = parser.parse_args()
+
+    if args.json:
+        os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
+    results, complaints = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = args.teacher or os.path.join(folder, "tiny-sdxl")
+        if not args.teacher:
+            train.build_sdxl().to(dtype=torch.float16).save_pretrained(teacher)
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+            for stage in STAGES:
+                results[stage], found = pool.submit(measure, stage, args, teacher, folder).result()
+                complaints += found
+
+    names = ["full", "partial", *(f"back {name}" for name in BACKWARD), "s/iteration", "s/passes", "overhead", "peak MB"]
+    print(" " * 10 + "".join(f"{name:>{len(name) + 2}}" for name in names))
+    for stage, r in results.items():
+        values = [r["forward_full"], r["forward_partial"], *(r["backward"][name] for name in BACKWARD),
+                  f"{r['seconds_iteration']:.4f}", f"{r['seconds_passes']:.4f}", f"{r['overhead']:.1%}", f"{r['peak_mb']:.0f}"]
+        print(f"{stage:10}" + "".join(f"{value:>{len(name) + 2}}" for name, value in zip(names, values)))
+    if args.json:
+        common.write_json(args.json, results)
+    if complaints:
+        print("\n".join(complaints), file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    common.launch(main)
