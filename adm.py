@@ -25,7 +25,7 @@ def main(argv=None):
     parser.add("--dt", "length of the ODE step, in units of T", type=float, default=1 / 64)  # peers
     parser.add("--ttur", "updates of fake score and discriminator for each of the generator", type=common.positive, default=1)  # paper
     parser.add("--fake-lr", "of the fake score", type=common.non_negative, default=5e-7)
-    parser.add("--warmup", "first iterations, in which only the fake score and the heads learn", type=int, default=0)
+    parser.add("--warmup", "first iterations, in which only the fake score and the heads learn", type=common.whole, default=0)
     # paper silent: without a penalty D drifts, and takes the student along (README, "What the paper leaves open"); 0 turns it off
     parser.add("--r1", "weight of D's gradient penalty on real samples, times dt", type=common.non_negative, default=1.0)
     parser.add("--r2", "the same on fake samples", type=common.non_negative, default=1.0)
@@ -33,6 +33,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 0 < args.dt < 1:
         raise UserError(f"--dt must be between 0 and 1, not {args.dt}")
+    if (args.r1 or args.r2) and not args.r_noise:
+        raise UserError("--r-noise 0 leaves --r1 and --r2 nothing to take differences with; give 0.1, or --r1 0 --r2 0")
 
     prompts = common.read_prompts(args.prompts)
     device = common.start_processes()
@@ -116,12 +118,11 @@ def main(argv=None):
                 # R1, R2: lambda E (D(x) - D(x + n))^2 / |n|^2, so that grad D points along the difference of the scores
                 groups += [teacher.features(x + args.r_noise * noise(), s, cond) for x, weight in ((x_real, args.r1), (x_fake, args.r2)) if weight]
             logits = heads_train([torch.cat(maps) for maps in zip(*groups)]).chunk(len(groups))
-            D_real, D_fake, perturbed = *logits[:2], list(logits[2:])
+            D_real, D_fake, *perturbed = logits
             loss_D = hinge_discriminator(D_real, D_fake)
             for D, weight in ((D_real, args.r1), (D_fake, args.r2)):
                 if weight:
-                    penalty = (D - perturbed.pop(0)).square().mean() / args.r_noise**2
-                    loss_D = loss_D + weight * args.dt * penalty
+                    loss_D = loss_D + weight * args.dt * (D - perturbed.pop(0)).mean(1).square().mean() / args.r_noise**2
             norm_D = common.update(loss_D, opt_heads, args.clip)
             metrics |= {"loss_D": loss_D, "D_abs": torch.cat([D_real, D_fake]).abs().mean(), "D_gap": D_real.mean() - D_fake.mean(), "norm_D": norm_D}
 

@@ -23,7 +23,8 @@ def main(argv=None):
     parser.add("--pixel-backbone", "a SAM checkpoint file; sam_vit_b, sam_vit_l, sam_vit_h; dinov2 or a folder of one", default="sam_vit_b")
     parser.add("--lambda-latent", "weight of the latent discriminator", type=common.non_negative, default=0.85)  # paper
     parser.add("--lambda-pixel", "weight of the pixel discriminator; 0 leaves it out", type=common.non_negative, default=0.15)  # paper
-    parser.add("--warmup", "first iterations on the velocity's squared error alone; with all of them this is rectified flow", type=int, default=500)
+    parser.add("--warmup", "first iterations on the velocity's squared error alone; with all of them this is rectified flow", type=common.whole, default=500)
+    parser.add("--warmup-lr", "of the student in the warm-up (default --lr)", type=common.non_negative)
     parser.add("--mse", "weight of the velocity's squared error after the warm-up", type=common.non_negative, default=0.0)
     args = parser.parse_args(argv)
 
@@ -54,7 +55,8 @@ def main(argv=None):
     G_train, heads_train = common.distributed(G), common.distributed(heads)
 
     for step in range(run.start, args.iterations):
-        common.set_lr(opt_G, args.lr, step, args)
+        warming_up = step < args.warmup
+        common.set_lr(opt_G, args.warmup_lr if warming_up and args.warmup_lr else args.lr, step, args)
         rows = common.Rows(common.own_rows(args.batch), (args.seed, step), device)
         x_T, x_0, prompts = pairs.batch(rows.integers(len(pairs)))
         x_T, x_0, cond = x_T.to(device), x_0.to(device), teacher.encode(prompts)
@@ -64,7 +66,7 @@ def main(argv=None):
         x_t = student.diffuse(x_0, x_T, t)
         velocity = student.velocity(G_train, x_t, t, cond)
         mse = F.mse_loss(velocity, x_T - x_0)
-        if step < args.warmup:  # paper silent: an eps or v network's output becomes a velocity by regression first
+        if warming_up:  # paper silent: an eps or v network's output becomes a velocity by regression first
             norm = common.update(mse, opt_G, args.clip)
             ema.update()
             run.log(step + 1, {"mse": mse, "norm_G": norm})

@@ -83,7 +83,7 @@ def main(argv=None):
     parser.add("--shard", "pairs in a file", type=common.positive, default=512)
     parser.add("--resolution", "pixels a side (default the teacher's)", type=common.positive)
     parser.add("--precision", "of the teacher (default bf16 on a GPU)", choices=("fp32", "bf16"))
-    parser.add("--seed", "of noise and prompts", type=int, default=0)
+    parser.add("--seed", "of noise and prompts", type=common.whole, default=0)
     args = parser.parse_args(argv)
 
     prompts = common.read_prompts(args.prompts)

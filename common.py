@@ -350,13 +350,15 @@ class Student:
 
 
 class Head2d(nn.Module):
-    """[B, channels, H, W] -> one logit a row [B]. Up to three [Conv 4x4 stride 2, GroupNorm, SiLU], fewer for maps under 8x8, then
-    [Conv 3x3, GroupNorm, SiLU], global average pool, linear (paper, section B.1, after SDXL-Lightning)."""
+    """[B, channels, H, W] -> one logit a row [B]: three [Conv 4x4 stride 2, GroupNorm, SiLU], then [Conv 3x3, GroupNorm, SiLU], global
+    average pool, linear (paper, section B.1, after SDXL-Lightning).
+
+    paper silent: small maps get fewer strided convolutions, so that 4x4 is left; GroupNorm on a 1x1 map wipes out what it says."""
 
     def __init__(self, channels, side, width=256):
         super().__init__()
         layers = []
-        for _ in range(min(3, int(math.log2(side)))):
+        for _ in range(min(3, max(0, int(math.log2(side)) - 2))):
             layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.GroupNorm(32, width), nn.SiLU()]
             channels = width
         layers += [nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(32, width), nn.SiLU()]
@@ -854,13 +856,20 @@ def add_training_arguments(parser):
     parser.add("--no-checkpointing", "keep activations instead of computing them twice", dest="checkpointing", action="store_false")
     parser.add("--log-every", "iterations", type=positive, default=10)
     parser.add("--save-every", "iterations", type=positive, default=500)
-    parser.add("--seed", "of everything random", type=int, default=0)
+    parser.add("--seed", "of everything random", type=whole, default=0)
 
 
 def positive(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def whole(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, but is {value}")
     return value
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError
-from sample import System, add_system_arguments
+from sample import System, add_system_arguments, load_teacher
 
 # A metric is an object with update(pixels [P, K, 3, H, W] in [-1, 1], P prompts), which sees K pictures of each prompt, and
 # result(reference) -> {name: number or {name: number}}, where `reference` is the same metric of the first system, or itself.
@@ -135,7 +135,7 @@ def main(argv=None):
     parser.add("--student", "NAME=FOLDER, a run folder of adp.py or adm.py; may be given several times", action="append", default=[])
     parser.add("--prompts", "text file, a prompt a line", required=True)
     parser.add("--seeds", "pictures of every prompt", type=common.positive, default=8)
-    parser.add("--seed", "first of the seeds", type=int, default=0)
+    parser.add("--seed", "first of the seeds", type=common.whole, default=0)
     parser.add("--metrics", "comma-separated: " + ", ".join(METRICS), default="oracle")
     parser.add("--clip-model", "open_clip model", default="ViT-g-14")
     parser.add("--clip-weights", "open_clip tag or a local checkpoint", default="laion2b_s12b_b42k")
@@ -152,13 +152,11 @@ def main(argv=None):
     if unknown:
         raise UserError(f"there is no metric {unknown[0]!r}; known are {', '.join(METRICS)}")
     students = [student.split("=", 1) if "=" in student else (common.short_name(student), student) for student in args.student]
-    if not args.teacher and not students:
-        raise UserError("give a --teacher, a --student, or both")
-    device = common.own_device()
-    systems = {} if not args.teacher else {"teacher": System(None, args.teacher, args.steps, args.guidance, device, args.precision)}
-    systems |= {name: System(folder, args.teacher, None, None, device, args.precision) for name, folder in students}
+    teacher = load_teacher(args, [folder for _, folder in students])
+    teacher.check(prompts)
+    systems = {"teacher": System(teacher, None, args.steps, args.guidance)} if args.teacher else {}
+    systems |= {name: System(teacher, folder) for name, folder in students}
     metrics = {system: {name: METRICS[name](args, prompts) for name in names} for system in systems}
-    next(iter(systems.values())).teacher.check(prompts)
 
     rows, grid = [], []
     chunk = max(1, args.batch // args.seeds)

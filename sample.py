@@ -16,17 +16,13 @@ from common import UserError
 
 
 class System:
-    """A student or a teacher, ready to draw: `pictures` is all that differs between them to its user."""
+    """A student or a teacher, ready to draw: `pictures` is all that its user sees of the difference."""
 
-    def __init__(self, student, teacher, steps, guidance, device, precision=None):
-        """student: checkpoint folder or None; teacher: name or None for the student's own. steps, guidance: the teacher's sampler."""
-        meta = common.find_checkpoint(student)[1] if student else {}
-        name = teacher or meta["teacher"]
-        self.teacher = common.load_teacher(name, device, common.dtype_of(precision, device), meta.get("resolution"))
-        self.net, self.student = None, None
+    def __init__(self, teacher, student=None, steps=25, guidance=5.0):
+        """teacher: a common.Teacher; student: a checkpoint folder, or None for the teacher's own sampler with these steps and guidance."""
+        self.teacher, self.student, self.guidance = teacher, None, guidance
         if student:
-            self.net, self.student, _ = common.load_student(student, self.teacher, device)
-        self.guidance = guidance
+            self.net, self.student, _ = common.load_student(student, teacher, teacher.device)
         self.steps = self.student.steps if student else steps
         self.nfe = self.steps if student or guidance == 1 else 2 * self.steps
 
@@ -40,6 +36,15 @@ class System:
         else:
             latents = self.teacher.sample(rows.normal(*self.teacher.latent_shape), cond, self.steps, self.guidance)
         return self.teacher.decode(latents).clamp(-1, 1).cpu()
+
+
+def load_teacher(args, students):
+    """The teacher of the command line, by default that of the first student, at the resolution of the students."""
+    if not args.teacher and not students:
+        raise UserError("give a --student folder, a --teacher, or both")
+    meta = common.find_checkpoint(students[0])[1] if students else {}
+    device = common.own_device()
+    return common.load_teacher(args.teacher or meta["teacher"], device, common.dtype_of(args.precision, device), meta.get("resolution"))
 
 
 def add_system_arguments(parser):
@@ -56,16 +61,14 @@ def main(argv=None):
     parser.add("--student", "a run folder of adp.py or adm.py, or one of its checkpoints (default: the teacher draws)")
     parser.add("--prompt", "prompts", nargs="+")
     parser.add("--prompts", "text file, a prompt a line")
-    parser.add("--seeds", "a picture of every prompt for each", type=int, nargs="+", default=[0])
+    parser.add("--seeds", "a picture of every prompt for each", type=common.whole, nargs="+", default=[0])
     parser.add("--out", "folder for the pictures", default="samples")
     args = parser.parse_args(argv)
     if bool(args.prompt) == bool(args.prompts):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
-    if not args.student and not args.teacher:
-        raise UserError("give a --student folder or a --teacher")
     prompts = args.prompt or common.read_prompts(args.prompts)
 
-    system = System(args.student, args.teacher, args.steps, args.guidance, common.own_device(), args.precision)
+    system = System(load_teacher(args, [args.student] if args.student else []), args.student, args.steps, args.guidance)
     system.teacher.check(prompts)
     os.makedirs(args.out, exist_ok=True)
     grid = {}

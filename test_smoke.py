@@ -58,7 +58,7 @@ def test_every_stage(tiny, tmp_path, processes):
         meta = json.load(open(tmp_path / name / "step_000002/meta.json"))
         assert (meta["parametrisation"], meta["steps"]) == (("teacher", 4) if name == "four" else ("velocity", 1))
 
-    students = [name for name in ("one", "four") if (tmp_path / name).exists()]
+    students = ["one", "four"] if processes == 1 else ["one"]
     run(f"sample.py --student {tmp_path}/one --prompt circle square --seeds 0 1 --out {tmp_path}/pictures")
     assert sorted(os.listdir(tmp_path / "pictures")) == ["0000-0.png", "0000-1.png", "0001-0.png", "0001-1.png", "grid.png"]
     chosen = " ".join(f"--student {name}={tmp_path}/{name}" for name in students)

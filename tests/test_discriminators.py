@@ -33,7 +33,7 @@ def test_head_takes_maps_of_all_sizes(size):
     assert all(gradient.isfinite().all() and gradient.norm() > 1e-6 for gradient in maps.grad)
 
 
-@pytest.mark.parametrize("side, convolutions", ((2, 1), (4, 2), (8, 3), (128, 3)))
+@pytest.mark.parametrize("side, convolutions", ((2, 0), (4, 0), (8, 1), (16, 2), (32, 3), (128, 3)))
 def test_head_shrinks_as_often_as_the_map_allows(side, convolutions):
     strides = [layer.stride for layer in common.Head2d(12, side).body if isinstance(layer, torch.nn.Conv2d)]
     assert strides == [(2, 2)] * convolutions + [(1, 1)]

@@ -3,14 +3,15 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import adm
 import adp
 import helpers
 
-# a long step dt, because losses that compare two almost equal samples are mostly rounding
-RUNS = (("adp", "--warmup 1"), ("adm", "--dt 0.25"), ("adm", "--dt 0.25 --ttur 2 --steps 2"), ("adm", "--loss dmd"))
+# Adam's first steps follow a gradient's sign, so entries that are zero but for rounding move by the whole learning rate: it is small
+# here, and the gradients themselves are compared. A long step dt, because the gap of two almost equal samples is mostly rounding.
+SMALL = "--lr 1e-6 --head-lr 1e-6 --batch 2 --iterations 3"
+RUNS = (("adp", f"--warmup 1 {SMALL}"), *(("adm", f"{options} --fake-lr 1e-6 {SMALL}") for options in ("--dt 0.25", "--dt 0.25 --ttur 2 --steps 2", "--loss dmd")))
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def two_processes(tmp_path_factory, adp_arguments, adm_arguments):
     lines = ["import adm, adp, common"]
     for i, (stage, options) in enumerate(RUNS):
         arguments = adp_arguments if stage == "adp" else adm_arguments
-        lines.append(f"{stage}.main({[*arguments, '--out', str(folder / str(i)), *options.split(), '--batch', '2', '--iterations', '3']!r})")
+        lines.append(f"{stage}.main({[*arguments, '--out', str(folder / str(i)), *options.split()]!r})")
     script = folder / "runs.py"
     script.write_text(f"import sys\nsys.path.insert(0, {helpers.ROOT!r})\n" + "\n".join(lines) + "\ncommon.dist.destroy_process_group()\n")
     result = helpers.command(str(script), processes=2)
@@ -28,19 +29,21 @@ def two_processes(tmp_path_factory, adp_arguments, adm_arguments):
     return folder
 
 
-@pytest.mark.parametrize("i", range(len(RUNS)), ids=[" ".join(run) for run in RUNS])
-def test_two_processes_lose_what_one_does(two_processes, adp_arguments, adm_arguments, teacher, tmp_path, i):
-    """The metrics of every iteration are the same, and so is the way that the student went."""
+@pytest.mark.parametrize("i", range(len(RUNS)), ids=("adp", "adm", "adm --ttur 2 --steps 2", "dmd"))
+def test_two_processes_lose_what_one_does(two_processes, adp_arguments, adm_arguments, tmp_path, i):
+    """The metrics of every iteration are the same, and so are the gradients, whose averages Adam keeps."""
     stage, options = RUNS[i]
     main, arguments = (adp.main, adp_arguments) if stage == "adp" else (adm.main, adm_arguments)
-    main([*arguments, "--out", str(tmp_path), *options.split(), "--batch", "4", "--iterations", "3"])
-    for one, two in zip(helpers.metrics(tmp_path), helpers.metrics(two_processes / str(i)), strict=True):
-        for name in one:  # the rest are norms and differences, in which rounding weighs more
-            assert two[name] == pytest.approx(one[name], **({"rel": 2e-4, "abs": 1e-4} if name.startswith("loss") else {"rel": 2e-2, "abs": 1e-2})), name
-    one, two = (load_file(run / "step_000003/student/diffusion_pytorch_model.safetensors") for run in (tmp_path, two_processes / str(i)))
-    start = teacher.denoiser.state_dict()
-    one, two = (torch.cat([(weights[name] - start[name]).flatten() for name in start]) for weights in (one, two))
-    assert (one - two).norm() < 0.05 * one.norm()
+    main([*arguments, "--out", str(tmp_path), *options.split(), "--batch", "4"])
+    folders = tmp_path, two_processes / str(i)
+    for one, two in zip(*map(helpers.metrics, folders), strict=True):
+        for name in one.keys() - {"cosine", "D_gap"}:  # which are small differences
+            assert two[name] == pytest.approx(one[name], rel=1e-3 if name.startswith("norm") else 2e-4, abs=1e-5), name
+    states = [torch.load(folder / "step_000003/state.pt", weights_only=True) for folder in folders]
+    for name in states[0]:
+        if name.startswith("opt") and states[0][name]["state"]:
+            one, two = (torch.cat([part["exp_avg"].flatten() for part in state[name]["state"].values()]) for state in states)
+            assert one.norm() > 1e-4 and (one - two).norm() < 2e-3 * one.norm(), name
 
 
 @pytest.fixture

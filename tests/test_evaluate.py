@@ -109,8 +109,8 @@ def test_lpips_is_the_mean_over_all_pairs(tmp_path, monkeypatch):
     assert float(metric.result(metric)["lpips"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_picture_depends_on_its_number_and_seed_alone(teacher_folder):
-    system = sample.System(None, teacher_folder, 2, 3.0, torch.device("cpu"))
+def test_a_picture_depends_on_its_number_and_seed_alone(teacher):
+    system = sample.System(teacher, steps=2, guidance=3.0)
     prompts = ["a red shape", "a small circle", "a square"]
     together = system.pictures(prompts, range(3), seed=5)
     alone = torch.cat([system.pictures([prompt], [i], seed=5) for i, prompt in enumerate(prompts)])

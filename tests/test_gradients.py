@@ -70,7 +70,7 @@ def test_adp_updates(adp_arguments, tmp_path, updates, options, expected):
     assert updates == exactly(expected)
 
 
-@pytest.mark.parametrize("stage, options", ((adp, "--warmup 0"), (adm, "--steps 2"), (adm, "--loss dmd")))
+@pytest.mark.parametrize("stage, options", ((adp, "--warmup 0"), (adm, "--steps 2"), (adm, "--loss dmd")), ids=("adp", "adm", "dmd"))
 def test_checkpointing_changes_no_loss(request, tmp_path, monkeypatch, stage, options):
     monkeypatch.setattr(common.Run, "save", lambda *_: None)
     arguments = [*request.getfixturevalue(f"{stage.__name__}_arguments"), *options.split()]

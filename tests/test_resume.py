@@ -39,7 +39,7 @@ def interrupted(monkeypatch):
     (adp, "--warmup 3 --ema 0.9"),  # the checkpoint is in the warm-up, the end is after it
     (adp, "--warmup 1 --decay 0.5"),
     (adm, "--ema 0.9 --ttur 2 --steps 2 --decay 0.5"),
-    (adm, "--loss dmd")), ids=str)
+    (adm, "--loss dmd")), ids=("adp across the warm-up", "adp", "adm", "dmd"))
 def test_resumed_run_is_the_uninterrupted_one(request, tmp_path, interrupted, stage, options):
     arguments = [*request.getfixturevalue(f"{stage.__name__}_arguments"), *options.split(), "--iterations", "4", "--save-every", "2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -187,5 +187,7 @@ if __name__ == "__main__":
             train_vae(pipe.vae, args.vae_steps, args.seed)
         if not args.random:
             train_sdxl(pipe, args.steps, args.seed, lr=args.lr)
+        for part in (pipe, pipe.unet, pipe.vae):
+            part.register_to_config(_name_or_path="")  # no path of this machine
         pipe.to(dtype=torch.float16).save_pretrained(args.out)
     print(f"{args.out}: {(time.time() - start) / 60:.1f} minutes")
