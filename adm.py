@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import T, UserError, hinge_discriminator, hinge_generator
+from common import T, hinge_discriminator, hinge_generator
 
 
 def main(argv=None):
@@ -22,22 +22,18 @@ def main(argv=None):
     parser.add("--steps", "of the student (default those of --init, else 1)", type=common.positive)
     parser.add("--loss", "what moves the student", choices=("adm", "dmd"), default="adm")
     parser.add("--guidance", "the teacher's classifier-free guidance scale", type=common.non_negative, default=8.0)  # DMD2
-    parser.add("--dt", "length of the ODE step, in units of T", type=float, default=1 / 64)  # peers
+    parser.add("--dt", "length of the ODE step, in units of T", type=common.number(float, "between 0 and 1", lambda value: 0 < value < 1), default=1 / 64)  # peers
     parser.add("--ttur", "updates of fake score and discriminator for each of the generator", type=common.positive, default=1)  # paper
     parser.add("--fake-lr", "of the fake score", type=common.non_negative, default=5e-7)
     parser.add("--warmup", "first iterations, in which only the fake score and the heads learn", type=common.whole, default=0)
     # paper silent: without a penalty D drifts, and takes the student along (README, "What the paper leaves open"); 0 turns it off
     parser.add("--r1", "weight of D's gradient penalty on real samples, times dt", type=common.non_negative, default=1.0)
     parser.add("--r2", "the same on fake samples", type=common.non_negative, default=1.0)
-    parser.add("--r-noise", "standard deviation of the noise that the penalties take their differences with", type=common.non_negative, default=0.1)
+    parser.add("--r-noise", "standard deviation of the noise that the penalties take their differences with", type=common.above_zero, default=0.1)
     args = parser.parse_args(argv)
-    if not 0 < args.dt < 1:
-        raise UserError(f"--dt must be between 0 and 1, not {args.dt}")
-    if (args.r1 or args.r2) and not args.r_noise:
-        raise UserError("--r-noise 0 leaves --r1 and --r2 nothing to take differences with; give 0.1, or --r1 0 --r2 0")
 
     prompts = common.read_prompts(args.prompts)
-    device = common.start_processes()
+    device = common.start_processes(args.seed)
     teacher = common.load_teacher(args.teacher, device, common.dtype_of(args.precision, device), args.resolution)
     teacher.check(prompts)
 

@@ -28,7 +28,7 @@ def main(argv=None):
     parser.add("--mse", "weight of the velocity's squared error after the warm-up", type=common.non_negative, default=0.0)
     args = parser.parse_args(argv)
 
-    device = common.start_processes()
+    device = common.start_processes(args.seed)
     teacher = common.load_teacher(args.teacher, device, common.dtype_of(args.precision, device), args.resolution)
     pairs = Pairs(args.pairs or os.path.join("pairs", common.short_name(args.teacher)), teacher)
     backbone = common.PixelBackbone(args.pixel_backbone, device, teacher.dtype) if args.lambda_pixel else None

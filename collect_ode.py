@@ -97,12 +97,11 @@ def main(argv=None):
         raise UserError(f"{out} holds pairs made with other settings; give another --out, or delete it")
     teacher.check(prompts)
 
-    os.makedirs(out, exist_ok=True)
+    common.make_folder(out)
     if common.is_main():
         common.write_json(index_path, index)
-    shards = range(-(-args.count // args.shard))
-    todo = [k for k in shards if not complete(os.path.join(out, f"{k:05d}.safetensors"))]
-    mine = todo[common.rank() :: common.world_size()]
+    own = range(-(-args.count // args.shard))[common.rank() :: common.world_size()]
+    mine = [k for k in own if not complete(os.path.join(out, f"{k:05d}.safetensors"))]
     with tqdm(total=sum(min(args.shard, args.count - k * args.shard) for k in mine), disable=not common.is_main(), unit="pair", desc="ODE pairs") as bar:
         for k in mine:
             first, last = k * args.shard, min((k + 1) * args.shard, args.count)

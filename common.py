@@ -14,6 +14,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
@@ -31,6 +33,11 @@ T = 1000.0
 
 class UserError(Exception):
     """A mistake of the person who typed the command: one sentence that says what is wrong and what to type instead."""
+
+
+def first_line(error):
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -248,7 +255,7 @@ def load_teacher(name, device, dtype=torch.float32, resolution=None):
             raise UserError(f"the teacher {name!r} is a {family}; known are {', '.join(FAMILIES)}")
         pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the teacher {name!r} could not be loaded from {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the teacher {name!r} could not be loaded from {path}: {first_line(error)}") from error
     return FAMILIES[family](pipe, path, device, dtype, resolution)
 
 
@@ -395,7 +402,7 @@ class PixelBackbone:
             try:
                 self.encoder = AutoModel.from_pretrained("facebook/dinov2-base" if name == "dinov2" else name)
             except (OSError, ValueError) as error:
-                raise UserError(f"the pixel backbone {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
+                raise UserError(f"the pixel backbone {name!r} could not be loaded: {first_line(error)}") from error
             self.patch = self.encoder.config.patch_size
             layers = self.encoder.encoder.layer
             self.taps = [(layers[len(layers) * i // 4 - 1], self._fold) for i in (1, 2, 3, 4)]
@@ -463,7 +470,7 @@ def load_sam_encoder(path):
     except FileNotFoundError as error:
         raise UserError(f"there is no SAM checkpoint at {path!r}; give a file, one of {', '.join(PixelBackbone.SAM)}, or dinov2") from error
     except Exception as error:  # torch.load, safetensors and load_state_dict raise many kinds for a file of another layout
-        raise UserError(f"{path!r} is not a SAM checkpoint: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path!r} is not a SAM checkpoint: {first_line(error)}") from error
     return encoder
 
 
@@ -509,8 +516,9 @@ def own_device():
     return device
 
 
-def start_processes():
-    """Joins the processes that torchrun started, if it did -> this process's device."""
+def start_processes(seed):
+    """Joins the processes that torchrun started, if it did -> this process's device. The seed is for initial weights."""
+    torch.manual_seed(seed)
     device = own_device()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **({"device_id": device} if device.type == "cuda" else {}))
@@ -581,7 +589,8 @@ class Rows:
 
 def generator(*key):
     """A generator seeded by a tuple of non-negative integers, well mixed."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    words = (len(key), *key)  # SeedSequence takes (1, 2) and (1, 2, 0) for the same
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
 
 
 def own_rows(batch):
@@ -611,6 +620,13 @@ def read_prompts(path):
     return prompts
 
 
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be made: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path to write to (a file or a folder), moved to `path` at the end: readers never see half of it."""
@@ -623,6 +639,16 @@ def replacing(path):
             shutil.rmtree(temporary)
         elif os.path.exists(temporary):
             os.remove(temporary)
+
+
+def read_lines(path):
+    """The values in a file with one JSON value a line; what an interruption left of the last one is passed over."""
+    values = []
+    if os.path.exists(path):
+        with open(path) as file, contextlib.suppress(ValueError):
+            for line in file:
+                values.append(json.loads(line))
+    return values
 
 
 def write_json(path, value):
@@ -640,7 +666,7 @@ def find_checkpoint(path):
     try:
         with open(os.path.join(path, "meta.json")) as file:
             meta = json.load(file)
-        complete = all(os.path.exists(os.path.join(path, part)) for part in ("student/config.json", "state.pt"))
+        complete = {"step", "stage", "fingerprint", "parametrisation", "steps"} <= set(meta) and all(os.path.exists(os.path.join(path, part)) for part in ("student/config.json", "state.pt"))
     except (OSError, ValueError):
         complete = False
     if not complete:
@@ -653,7 +679,10 @@ def load_student(path, teacher, device):
     folder, meta = find_checkpoint(path)
     if meta["fingerprint"] != teacher.fingerprint:
         raise UserError(f"the checkpoint {folder} was distilled from {meta['teacher']}, not from {teacher.path}")
-    net = type(teacher.denoiser).from_pretrained(os.path.join(folder, "student"), dtype=torch.float32).to(device)
+    try:
+        net = type(teacher.denoiser).from_pretrained(os.path.join(folder, "student"), dtype=torch.float32).to(device)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the weights in {folder}/student cannot be loaded: {first_line(error)}") from error
     return net, Student(teacher, meta["parametrisation"], meta["steps"]), meta
 
 
@@ -675,12 +704,12 @@ class Run:
         elif args.resume and os.path.isdir(self.folder) and any(name.startswith("step_") for name in os.listdir(self.folder)):
             raise UserError(f"{self.folder} has no complete checkpoint to resume from; give another --out")
         barrier()  # every process has looked before the main one writes
-        os.makedirs(os.path.join(self.folder, "samples"), exist_ok=True)
+        make_folder(os.path.join(self.folder, "samples"))
         self.metrics = os.path.join(self.folder, "metrics.jsonl")
         if is_main():
-            kept = [line for line in open(self.metrics) if json.loads(line)["step"] <= self.start] if self.start else []
+            kept = [line for line in read_lines(self.metrics) if line["step"] <= self.start]
             with replacing(self.metrics) as temporary, open(temporary, "w") as file:
-                file.writelines(kept)
+                file.writelines(json.dumps(line) + "\n" for line in kept)
         self.bar = tqdm(total=args.iterations, initial=self.start, disable=not is_main(), mininterval=1, dynamic_ncols=True, desc=stage)
         self.clock = time.perf_counter()
 
@@ -693,8 +722,8 @@ class Run:
             state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise UserError(f"{folder} cannot be resumed with these settings: {str(error).splitlines()[0]}") from error
+        except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{folder} cannot be resumed with these settings: {first_line(error)}") from error
         self.start = meta["step"]
 
     def log(self, step, values):
@@ -748,7 +777,7 @@ def save_curves(metrics, path):
     """metrics.jsonl -> a picture with a panel for every quantity."""
     import matplotlib.figure
 
-    lines = [json.loads(line) for line in open(metrics)]
+    lines = read_lines(metrics)
     names = [name for name in (lines[-1] if lines else {}) if name != "step"]
     if not names:
         return
@@ -841,17 +870,17 @@ def add_training_arguments(parser):
     parser.add("--teacher", "sdxl, a pipeline folder, or a hub id", required=True)
     parser.add("--resolution", "pixels a side (default the teacher's)", type=positive)
     parser.add("--out", "the run's folder (default runs/STAGE-TEACHER)")
-    parser.add("--resume", "go on from the run's newest checkpoint", action="store_true")
+    parser.add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
     parser.add("--iterations", "generator updates", type=positive, default=10000)
     parser.add("--batch", "rows in each process", type=positive, default=8)
     parser.add("--lr", "of the student", type=non_negative, default=5e-7)
     parser.add("--head-lr", "of the discriminators' heads", type=non_negative, default=5e-6)
-    parser.add("--head-width", "hidden channels of the heads, a multiple of 32", type=positive, default=256)  # paper
-    parser.add("--betas", "of AdamW", type=float, nargs=2, default=(0.9, 0.999))
+    parser.add("--head-width", "hidden channels of the heads, a multiple of 32", type=width, default=256)  # paper
+    parser.add("--betas", "of AdamW", type=share, nargs=2, default=(0.9, 0.999))
     parser.add("--weight-decay", "of AdamW", type=non_negative, default=0.01)
-    parser.add("--clip", "gradient norm", type=non_negative, default=10.0)
-    parser.add("--decay", "share of the iterations, at the end, over which the student's learning rate falls to zero", type=non_negative, default=0.0)
-    parser.add("--ema", "decay of the student's moving average, which is what is saved; 0 is none", type=non_negative, default=0.0)
+    parser.add("--clip", "gradient norm to clip to", type=above_zero, default=10.0)
+    parser.add("--decay", "share of the iterations, at the end, over which the student's learning rate falls to zero", type=share, default=0.0)
+    parser.add("--ema", "decay of the student's moving average, which is what is saved; 0 is none", type=share, default=0.0)
     parser.add("--precision", "of the networks' passes; weights that train are fp32 (default bf16 on a GPU)", choices=("fp32", "bf16"))
     parser.add("--no-checkpointing", "keep activations instead of computing them twice", dest="checkpointing", action="store_false")
     parser.add("--log-every", "iterations", type=positive, default=10)
@@ -859,25 +888,25 @@ def add_training_arguments(parser):
     parser.add("--seed", "of everything random", type=whole, default=0)
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def number(kind, wanted, allowed):
+    """An argument's type: a number of this kind (int or float) that is as wanted."""
+
+    def parse(text):
+        value = kind(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse says "invalid number value: 'x'"
+    return parse
 
 
-def whole(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, but is {value}")
-    return value
-
-
-def non_negative(text):
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, but is {text}")
-    return value
+positive = number(int, "at least 1", lambda value: value >= 1)
+whole = number(int, "at least 0", lambda value: value >= 0)
+width = number(int, "a multiple of 32", lambda value: value > 0 and value % 32 == 0)
+non_negative = number(float, "at least 0", lambda value: 0 <= value < math.inf)
+above_zero = number(float, "above 0", lambda value: 0 < value < math.inf)
+share = number(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def launch(main):

@@ -80,7 +80,7 @@ class Clip:
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(args.clip_model, pretrained=args.clip_weights, device=self.device)
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"CLIP {args.clip_model} with weights {args.clip_weights} could not be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(f"CLIP {args.clip_model} with weights {args.clip_weights} could not be loaded: {common.first_line(error)}") from error
         self.model.eval()
         self.tokenize, self.prefix, self.scores = open_clip.get_tokenizer(args.clip_model), args.clip_prefix, []
 
@@ -152,6 +152,8 @@ def main(argv=None):
     if unknown:
         raise UserError(f"there is no metric {unknown[0]!r}; known are {', '.join(METRICS)}")
     students = [student.split("=", 1) if "=" in student else (common.short_name(student), student) for student in args.student]
+    for path in filter(None, (args.json, args.grid)):
+        common.make_folder(os.path.dirname(path) or ".")
     teacher = load_teacher(args, [folder for _, folder in students])
     teacher.check(prompts)
     systems = {"teacher": System(teacher, None, args.steps, args.guidance)} if args.teacher else {}
@@ -203,7 +205,7 @@ def table(rows):
 def commit():
     """The repository's commit, "unknown" outside git."""
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -70,7 +70,7 @@ def main(argv=None):
 
     system = System(load_teacher(args, [args.student] if args.student else []), args.student, args.steps, args.guidance)
     system.teacher.check(prompts)
-    os.makedirs(args.out, exist_ok=True)
+    common.make_folder(args.out)
     grid = {}
     work = [(seed, range(i, min(i + args.batch, len(prompts)))) for i in range(0, len(prompts), args.batch) for seed in args.seeds]
     for seed, numbers in tqdm(work, unit="batch"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SHORT = "--batch 2 --iterations 2 --log-every 1 --head-width 64 --lr 1e-4"
+SHORT = "--batch 2 --iterations 2 --log-every 1 --head-width 128 --lr 1e-4"
 
 
 def run(command, processes=1):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from unittest import mock
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
@@ -37,8 +36,7 @@ def random_sam(seed, **sizes):
 
 def collect(*arguments):
     """collect_ode.py in this process."""
-    with mock.patch("sys.argv", ["collect_ode.py", *arguments]):
-        collect_ode.main()
+    collect_ode.main(arguments)
 
 
 def command(*words, processes=None, timeout=300):

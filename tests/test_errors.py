@@ -73,9 +73,9 @@ CASES = (
     (f"{ADM} {PROMPTS} --batch 0", "argument --batch: must be at least 1, not 0"),
     (f"{ADP} --pairs {{0}}/pairs --batch -1", "argument --batch: must be at least 1, not -1"),
     (f"collect_ode.py {TEACHER} {PROMPTS} {OUT} --count 0", "argument --count: must be at least 1, not 0"),
-    (f"{ADM} {PROMPTS} --lr -1", "argument --lr: must not be negative"),
-    (f"{ADM} {PROMPTS} --lr nan", "argument --lr: must not be negative"),
-    (f"{ADM} {PROMPTS} --dt 0", "--dt must be between 0 and 1, not 0"),
+    (f"{ADM} {PROMPTS} --lr -1", "argument --lr: must be at least 0"),
+    (f"{ADM} {PROMPTS} --lr nan", "argument --lr: must be at least 0"),
+    (f"{ADM} {PROMPTS} --dt 0", "--dt: must be between 0 and 1, not 0"),
     (f"{ADM}", "the following arguments are required: --prompts"))
 
 

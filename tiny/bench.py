@@ -138,9 +138,7 @@ def measure(stage, options, teacher, folder):
                  "--iterations", str(WARM_UP + options.iterations), *([] if options.checkpointing else ["--no-checkpointing"])]
     if stage == "adp":
         pairs = os.path.join(folder, "pairs")
-        with mock.patch.object(sys, "argv", ["collect_ode.py", "--teacher", teacher, "--prompts", PROMPTS, "--out", pairs,
-                                             "--count", str(2 * options.batch), "--steps", "2"]):
-            collect_ode.main()
+        collect_ode.main(["--teacher", teacher, "--prompts", PROMPTS, "--out", pairs, "--count", str(2 * options.batch), "--steps", "2"])
         arguments += ["--pairs", pairs, *(["--pixel-backbone", options.pixel_backbone] if options.pixel_backbone else ["--lambda-pixel", "0"])]
     else:
         arguments += ["--prompts", PROMPTS]
