@@ -30,7 +30,7 @@ demo: setup
 	$(TORCHRUN) adp.py $(TINY) --pairs $(DEMO)/pairs --pixel-backbone assets/tiny-sam.pth --out $(DEMO)/adp $(SHORT) \
 		--warmup 800 --warmup-lr 1.2e-3 --mse 1 --iterations 1000 --lr 2e-4 --decay 0.1 --head-lr 1e-3
 	$(TORCHRUN) adm.py $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt --out $(DEMO)/adm $(SHORT) \
-		--warmup 60 --iterations 560 --lr 1e-4 --decay 0.7 --fake-lr 1e-3 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
+		--warmup 60 --iterations 560 --lr 1e-4 --decay 0.7 --fake-lr 5e-4 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
 	$(PYTHON) evaluate.py $(TINY) --guidance 1.75 --student adp=$(DEMO)/adp --student dmdx=$(DEMO)/adm --prompts prompts/shapes_eval.txt \
 		--seeds 16 --batch 64 --json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 
