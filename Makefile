@@ -1,4 +1,4 @@
-# make demo    the whole method on the tiny teacher, 15 minutes on two cores: runs/demo/report.json, runs/demo/grid.png
+# make demo    the whole method on the tiny teacher, 12 minutes on two cores: runs/demo/report.json, runs/demo/grid.png
 # make seeds   three of them, and the mean
 # make test    every test
 # make setup   the virtual environment that both use; make sets it up by itself

@@ -1,7 +1,7 @@
 """Builds and trains the tiny teachers: real diffusers pipelines that draw the world of shapes.
 
-    python tiny/train.py --out assets/tiny-sdxl                 # the shipped StableDiffusionXLPipeline, some 40 minutes on 2 cores
-    python tiny/train.py --out /tmp/random --random             # the same pipeline with random weights, in a second (tests)
+    python tiny/train.py --out assets/tiny-sdxl                 # the shipped StableDiffusionXLPipeline, 60 minutes on 2 cores
+    python tiny/train.py --out random --random                  # the same pipeline with random weights, in a second (tests)
     python tiny/train.py --part sam --out assets/tiny-sam.pth   # the image encoder of ADP's pixel discriminator, 3 minutes
 
 Nothing here is special to the project: `DiffusionPipeline.from_pretrained("assets/tiny-sdxl")` loads and runs the result.
