@@ -1,7 +1,8 @@
 """Stage 2: adversarial distribution matching (ADM), the paper's Algorithm 1.
 
-    torchrun --nproc_per_node=8 adm.py --teacher sdxl --init runs/adp-sdxl --prompts prompts.txt     # one step, after ADP: DMDX
-    torchrun --nproc_per_node=8 adm.py --teacher sdxl --steps 4 --prompts prompts.txt                # four steps, from the teacher
+    torchrun --nproc_per_node=8 adm.py --teacher sdxl --init runs/adp-sdxl --prompts prompts.txt   # one step, after ADP: DMDX
+    torchrun --nproc_per_node=8 adm.py --teacher sd3-medium --prompts prompts.txt                  # four steps, from the teacher
+    torchrun adm.py --teacher cogvideox --steps 8                                                  # video
     python adm.py --teacher assets/tiny-sdxl --init runs/adp --prompts prompts/shapes_train.txt --loss dmd   # the baseline
 
 F_phi is the frozen teacher: the real score, and the backbone of the discriminator D_tau. f_psi is the fake score, which follows the
@@ -17,11 +18,11 @@ from common import T, hinge_discriminator, hinge_generator
 def main(argv=None):
     parser = common.Parser(__doc__)
     common.add_training_arguments(parser)
-    parser.add("--prompts", "text file, a prompt a line", required=True)
+    parser.add("--prompts", "text file, a prompt a line", default=common.PROMPTS)
     parser.add("--init", "checkpoint of adp.py or adm.py to start from (default the teacher)")
-    parser.add("--steps", "of the student (default those of --init, else 1)", type=common.positive)
+    parser.add("--steps", f"of the student (default those of --init, else the paper's: {common.family_default('student_steps')})", type=common.positive)
     parser.add("--loss", "what moves the student", choices=("adm", "dmd"), default="adm")
-    parser.add("--guidance", "the teacher's classifier-free guidance scale", type=common.non_negative, default=8.0)  # DMD2
+    parser.add("--guidance", f"the teacher's classifier-free guidance scale ({common.family_default('adm_guidance')})", type=common.non_negative)
     parser.add("--dt", "length of the ODE step, in units of T", type=common.number(float, "between 0 and 1", lambda value: 0 < value < 1), default=1 / 64)  # peers
     parser.add("--ttur", "updates of fake score and discriminator for each of the generator", type=common.positive, default=1)  # paper
     parser.add("--fake-lr", "of the fake score", type=common.non_negative, default=5e-7)
@@ -34,7 +35,7 @@ def main(argv=None):
 
     prompts = common.read_prompts(args.prompts)
     device = common.start_processes(args.seed)
-    teacher = common.load_teacher(args.teacher, device, common.dtype_of(args.precision, device), args.resolution)
+    teacher = common.load_teacher_of(args, device)
     teacher.check(prompts)
 
     # G_theta starts from ADP or the teacher, f_psi from the teacher; D_tau is the teacher's backbone with new heads.
@@ -43,18 +44,21 @@ def main(argv=None):
         G = common.trainable(G, args.checkpointing)
         student = common.Student(teacher, student.parametrisation, args.steps or student.steps)
     else:
-        G, student = teacher.trainable_copy(args.checkpointing), common.Student(teacher, "teacher", args.steps or 1)
+        G, student = teacher.trainable_copy(args.checkpointing), common.Student(teacher, "teacher", args.steps or teacher.student_steps)
     f = teacher.trainable_copy(args.checkpointing)
-    with torch.no_grad():
-        maps = teacher.features(torch.zeros(1, *teacher.latent_shape, device=device), torch.ones(1, device=device), teacher.null(1))
-    heads = common.Heads(maps, args.head_width).to(device)
-
     ema = common.EMA(G, args.ema)
-    opt_G, opt_f, opt_heads = (common.adamw(net.parameters(), lr, args) for net, lr in ((G, args.lr), (f, args.fake_lr), (heads, args.head_lr)))
-    run = common.Run("adm", args, student, {
-        "G": G, "ema": ema, "f": f, "heads": heads, "opt_G": opt_G, "opt_f": opt_f, "opt_heads": opt_heads})
-    G_train, f_train, heads_train = common.distributed(G), common.distributed(f), common.distributed(heads)
-    dt = args.dt * T
+    opt_G, opt_f = common.adamw(G.parameters(), args.lr, args), common.adamw(f.parameters(), args.fake_lr, args)
+    parts = {"G": G, "ema": ema, "f": f, "opt_G": opt_G, "opt_f": opt_f}
+    if args.loss == "adm":
+        with torch.no_grad():
+            maps = teacher.features(torch.zeros(1, *teacher.latent_shape, device=device), torch.ones(1, device=device), teacher.null(1))
+        heads = common.Heads(maps, args.head_width).to(device)
+        opt_heads = common.adamw(heads.parameters(), args.head_lr, args)
+        parts |= {"heads": heads, "opt_heads": opt_heads}
+    run = common.Run("adm", args, student, parts)
+    G_train, f_train = common.distributed(G), common.distributed(f)
+    heads_train = common.distributed(heads) if args.loss == "adm" else None
+    guidance, dt = teacher.adm_guidance if args.guidance is None else args.guidance, args.dt * T
 
     for step in range(run.start, args.iterations):
         common.set_lr(opt_G, args.lr, step, args)
@@ -79,34 +83,33 @@ def main(argv=None):
             metrics = {"loss_f": loss_f, "norm_f": norm_f}
 
             # 3. Generator. The student's sample at t ~ U(dt, T], and what both scores make of it. Only G_theta learns from this.
-            with common.frozen(f, heads):
-                t = T - rows.uniform() * (T - dt)
-                x_t = teacher.diffuse(x0_hat, noise(), t)
-                with torch.set_grad_enabled(generator_turn and args.loss == "adm"):
-                    fake = teacher.predict(f, x_t, t, cond)
-                with torch.no_grad():
-                    real = teacher.guided(x_t, t, cond, args.guidance)
-                    # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
-                    direction = (fake[0] - real[0]) / (x0_hat - real[0]).abs().mean((1, 2, 3), keepdim=True)
-                    metrics["dmd_loss"] = 0.5 * direction.square().mean()
-                if args.loss == "dmd":
-                    loss_G = 0.5 * F.mse_loss(x0_hat, (x0_hat - direction).detach())
-                else:
-                    # L(theta) = -E D_tau(x_fake, t - dt, c), through D's backbone, f_psi and the diffusion into G_theta
-                    s = t - dt
-                    x_fake, x_real = teacher.step(*fake, s), teacher.step(*real, s)
-                    with torch.set_grad_enabled(generator_turn):
-                        maps_fake = teacher.features(x_fake, s, cond)
-                        loss_G = hinge_generator(heads(maps_fake))
+            t = T - rows.uniform() * (T - dt)
+            x_t = teacher.diffuse(x0_hat, noise(), t)
+            with torch.no_grad():
+                real = teacher.guided(x_t, t, cond, guidance)
+            with common.frozen(f), torch.set_grad_enabled(generator_turn and args.loss == "adm"):
+                fake = teacher.predict(f, x_t, t, cond)
+            with torch.no_grad():  # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
+                direction = (fake[0] - real[0]) / (x0_hat - real[0]).abs().mean(tuple(range(1, x_t.ndim)), keepdim=True)
+                metrics["dmd_loss"] = 0.5 * direction.square().mean()
+            if args.loss == "dmd":
                 if generator_turn:
-                    if args.loss == "adm":
-                        x_fake.retain_grad()
+                    loss_G = 0.5 * F.mse_loss(x0_hat, (x0_hat - direction).detach())
                     metrics |= {"loss_G": loss_G, "norm_G": common.update(loss_G, opt_G, args.clip)}
                     ema.update()
-            if args.loss == "dmd":
                 continue
-            if generator_turn:
-                metrics["cosine"] = F.cosine_similarity(-x_fake.grad.flatten(1), (x_real - x_fake).flatten(1)).mean()
+
+            # L(theta) = -E D_tau(x_fake, t - dt, c), through D's backbone, f_psi and the diffusion into G_theta
+            s = t - dt
+            x_fake, x_real = teacher.step(*fake, s), teacher.step(*real, s)
+            with common.frozen(f, heads), torch.set_grad_enabled(generator_turn):
+                maps_fake = teacher.features(x_fake, s, cond)
+                if generator_turn:
+                    x_fake.retain_grad()
+                    loss_G = hinge_generator(heads(maps_fake))
+                    metrics |= {"loss_G": loss_G, "norm_G": common.update(loss_G, opt_G, args.clip)}
+                    metrics["cosine"] = F.cosine_similarity(-x_fake.grad.flatten(1), (x_real - x_fake).flatten(1)).mean()
+                    ema.update()
 
             # 4. Discriminator: L(tau) = E relu(1 + D(x_fake)) + E relu(1 - D(x_real)); D's maps of x_fake are at hand from step 3
             with torch.no_grad():

@@ -23,13 +23,16 @@ def main(argv=None):
     parser.add("--pixel-backbone", "a SAM checkpoint file; sam_vit_b, sam_vit_l, sam_vit_h; dinov2 or a folder of one", default="sam_vit_b")
     parser.add("--lambda-latent", "weight of the latent discriminator", type=common.non_negative, default=0.85)  # paper
     parser.add("--lambda-pixel", "weight of the pixel discriminator; 0 leaves it out", type=common.non_negative, default=0.15)  # paper
-    parser.add("--warmup", "first iterations on the velocity's squared error alone; with all of them this is rectified flow", type=common.whole, default=500)
+    parser.add("--warmup", "first iterations on the velocity's squared error alone; with all of them this is rectified flow (default 500, and 0 for a teacher "
+               "that predicts velocity)", type=common.whole)
     parser.add("--warmup-lr", "of the student in the warm-up (default --lr)", type=common.non_negative)
     parser.add("--mse", "weight of the velocity's squared error after the warm-up", type=common.non_negative, default=0.0)
     args = parser.parse_args(argv)
 
     device = common.start_processes(args.seed)
-    teacher = common.load_teacher(args.teacher, device, common.dtype_of(args.precision, device), args.resolution)
+    teacher = common.load_teacher_of(args, device)
+    if teacher.video and args.lambda_pixel:
+        raise common.UserError("the pixel discriminator sees single pictures, not video: give --lambda-pixel 0 --lambda-latent 1")
     pairs = Pairs(args.pairs or os.path.join("pairs", common.short_name(args.teacher)), teacher)
     backbone = common.PixelBackbone(args.pixel_backbone, device, teacher.dtype) if args.lambda_pixel else None
 
@@ -38,6 +41,7 @@ def main(argv=None):
         maps = teacher.features(x_t_prime, t_prime, cond)
         return maps + backbone.features(teacher.decode(x_0)) if backbone else maps
 
+    warmup = (0 if teacher.prediction == "flow" else 500) if args.warmup is None else args.warmup
     student = common.Student(teacher, "velocity", steps=1)
     G = teacher.trainable_copy(args.checkpointing)
     with torch.no_grad():
@@ -55,7 +59,7 @@ def main(argv=None):
     G_train, heads_train = common.distributed(G), common.distributed(heads)
 
     for step in range(run.start, args.iterations):
-        warming_up = step < args.warmup
+        warming_up = step < warmup
         common.set_lr(opt_G, args.warmup_lr if warming_up and args.warmup_lr else args.lr, step, args)
         rows = common.Rows(common.own_rows(args.batch), (args.seed, step), device)
         x_T, x_0, prompts = pairs.batch(rows.integers(len(pairs)))

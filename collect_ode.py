@@ -3,11 +3,10 @@
     python collect_ode.py --teacher assets/tiny-sdxl --prompts prompts/shapes_train.txt --count 4096 --out pairs/tiny
     torchrun --nproc_per_node=8 collect_ode.py --teacher sdxl --prompts prompts.txt --count 100000
 
-Writes OUT/00000.safetensors ... (x_T, x_0 as [n, C, H, W], half precision; prompt numbers) and OUT/index.json, which says what they
+Writes OUT/00000.safetensors ... (x_T, x_0 as [n, C, (F,) H, W], half precision; prompt numbers) and OUT/index.json, which says what they
 are. A pair depends on --seed and its number alone: any number of processes writes the same files, and a repeated command
 skips the shards that are there.
 """
-import json
 import os
 
 import torch
@@ -25,7 +24,7 @@ class Pairs:
     UserError where the folder is not there, not complete, or of another teacher."""
 
     def __init__(self, folder, teacher=None):
-        self.index = read_json(os.path.join(folder, "index.json"))
+        self.index = common.read_json(os.path.join(folder, "index.json"))
         if not self.index:
             raise UserError(f"there are no ODE pairs in {folder!r}: run collect_ode.py --out {folder} first")
         if teacher and self.index["fingerprint"] != teacher.fingerprint:
@@ -48,18 +47,9 @@ class Pairs:
         return x_T.float(), x_0.float(), self.index["prompts"][prompt]
 
     def batch(self, rows):
-        """Numbers of pairs -> (x_T [n, C, H, W], x_0 [n, C, H, W], list of prompts)."""
+        """Numbers of pairs -> (x_T [n, ...], x_0 [n, ...], list of prompts)."""
         x_T, x_0, prompts = zip(*(self[i] for i in rows))
         return torch.stack(x_T), torch.stack(x_0), list(prompts)
-
-
-def read_json(path):
-    """The file's value; None where it is not there or damaged."""
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return None
 
 
 def complete(path):
@@ -73,27 +63,26 @@ def complete(path):
 
 def main(argv=None):
     parser = common.Parser(__doc__)
-    parser.add("--teacher", "sdxl, a pipeline folder, or a hub id", required=True)
-    parser.add("--prompts", "text file, a prompt a line; pair i takes a random one", required=True)
+    common.add_teacher_arguments(parser)
+    parser.add("--prompts", "text file, a prompt a line; pair i takes a random one", default=common.PROMPTS)
     parser.add("--out", "folder for the shards (default pairs/TEACHER)")
     parser.add("--count", "number of pairs", type=common.positive, default=4096)
-    parser.add("--steps", "steps of the teacher's sampler", type=common.positive, default=25)  # paper: Table 1's teacher
-    parser.add("--guidance", "classifier-free guidance scale", type=common.non_negative, default=5.0)  # paper silent: the pipeline's own default
+    parser.add("--steps", f"of the teacher's sampler ({common.family_default('sampler_steps')})", type=common.positive)
+    parser.add("--guidance", f"classifier-free guidance scale ({common.family_default('guidance')})", type=common.non_negative)
     parser.add("--batch", "pairs at a time in a process", type=common.positive, default=16)
     parser.add("--shard", "pairs in a file", type=common.positive, default=512)
-    parser.add("--resolution", "pixels a side (default the teacher's)", type=common.positive)
-    parser.add("--precision", "of the teacher (default bf16 on a GPU)", choices=("fp32", "bf16"))
     parser.add("--seed", "of noise and prompts", type=common.whole, default=0)
     args = parser.parse_args(argv)
 
     prompts = common.read_prompts(args.prompts)
     device = common.own_device()  # the processes share nothing but the list of shards: no group, no waiting
-    teacher = common.load_teacher(args.teacher, device, common.dtype_of(args.precision, device), args.resolution)
+    teacher = common.load_teacher_of(args, device)
+    steps, guidance = args.steps or teacher.sampler_steps, teacher.guidance if args.guidance is None else args.guidance
     out = args.out or os.path.join("pairs", common.short_name(args.teacher))
-    index = {"teacher": args.teacher, "fingerprint": teacher.fingerprint, "steps": args.steps, "guidance": args.guidance, "seed": args.seed,
+    index = {"teacher": args.teacher, "fingerprint": teacher.fingerprint, "steps": steps, "guidance": guidance, "seed": args.seed,
              "resolution": teacher.resolution, "latent_shape": list(teacher.latent_shape), "count": args.count, "shard": args.shard, "prompts": prompts}
     index_path = os.path.join(out, "index.json")
-    if os.path.exists(index_path) and read_json(index_path) != index:
+    if os.path.exists(index_path) and common.read_json(index_path) != index:
         raise UserError(f"{out} holds pairs made with other settings; give another --out, or delete it")
     teacher.check(prompts)
 
@@ -110,7 +99,7 @@ def main(argv=None):
                 rows = common.Rows(range(begin, min(begin + args.batch, last)), (args.seed,), device)
                 prompt = rows.integers(len(prompts))
                 x_T = rows.normal(*teacher.latent_shape)
-                x_0 = teacher.sample(x_T, teacher.encode([prompts[i] for i in prompt]), args.steps, args.guidance)
+                x_0 = teacher.sample(x_T, teacher.encode([prompts[i] for i in prompt]), steps, guidance)
                 parts.append((x_T.half().cpu(), x_0.half().cpu(), torch.tensor(prompt)))
                 bar.update(len(prompt))
             with common.replacing(os.path.join(out, f"{k:05d}.safetensors")) as temporary:

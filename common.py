@@ -2,15 +2,15 @@
 checkpoints and logs. Nothing here knows of a stage.
 
 Conventions: time t is a float in [0, T], T = 1000, from data (0) to noise (T); tensors of times have one entry a row. Latents are
-[B, C, H, W], scaled as the denoiser wants them; pixels are [B, 3, H, W] in [-1, 1]. A condition is a dictionary of tensors, each
-with one row a prompt. Schedules are computed in float64, networks run in `teacher.dtype`, everything between them in float32.
+[B, C, H, W], or [B, C, F, H, W] for video, scaled as the denoiser wants them; pixels are [B, 3, H, W] or [B, 3, F, H, W] in [-1, 1].
+A condition is a dictionary of tensors, each with one row a prompt. Schedules are computed in float64, networks run in `teacher.dtype`, everything between them in float32.
 """
 import argparse
 import contextlib
 import copy
 import functools
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -44,41 +44,70 @@ def first_line(error):
 # Teachers
 # ---------------------------------------------------------------------------------------------------------------------------
 
-TEACHERS = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+TEACHERS = {
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "cogvideox": "THUDM/CogVideoX-2b",
+    "cogvideox-2b": "THUDM/CogVideoX-2b",
+    "cogvideox-5b": "THUDM/CogVideoX-5b",
+}
 
 
 class Teacher:
     """A frozen diffusers pipeline: the real score estimator F_phi, and the backbone of every latent discriminator.
 
-    A family adds `encode`, `null`, `call`, `decode`, `latent_shape` and `taps`; the mathematics below serves them all."""
+    A family adds `encode`, `call` and its geometry; the mathematics below serves them all. What differs between two models of a family
+    is read from their configs, never from their names."""
 
-    prediction: str  # what the denoiser's raw output means: "epsilon" or "v_prediction"
+    denoiser_name: str  # the pipeline's component
+    student_steps: int  # paper: of its students
+    sampler_steps: int  # of the teacher itself, for pairs and comparisons
+    guidance: float  # of the same: the pipeline's default
+    adm_guidance: float  # of the real score in ADM
+    video, frames, fps = False, None, None
 
-    def __init__(self, pipe, path, device, dtype):
+    def __init__(self, pipe, path, device, dtype, resolution=None, frames=None):
+        """resolution (height, width) in pixels, frames of a video: default the teacher's own. UserError for what it cannot do."""
         self.pipe, self.path, self.device, self.dtype = pipe, path, device, dtype
+        self.denoiser = getattr(pipe, self.denoiser_name)
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.to(device).requires_grad_(False).eval()
-        scheduler = pipe.scheduler
+        self._read_schedule(pipe.scheduler)
+        factor, patch, default = self._geometry()
+        self.resolution = list(resolution or default)
+        if any(side % (factor * patch) for side in self.resolution):
+            raise UserError(f"--resolution {'x'.join(map(str, self.resolution))} is not a multiple of {factor * patch}, as the teacher {path} needs")
+        if frames and not self.video:
+            raise UserError(f"--frames is for video teachers; {path} draws pictures")
+        height, width = (side // factor for side in self.resolution)
+        self.latent_shape = (self.denoiser.config.in_channels, height, width)
+        self.patches = (height // patch, width // patch)  # the map of a transformer's tokens
+
+    def _read_schedule(self, scheduler):
+        """The variance-preserving schedule of SDXL and CogVideoX; abar at t = 0, 1, ..., T: clean data first, then the training
+        schedule, so that timestep n of the network is t = n + 1."""
         self.prediction = scheduler.config.prediction_type
-        # abar at t = 0, 1, ..., T: clean data first, then the training schedule, so that timestep n of the network is t = n + 1
-        self.alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), scheduler.alphas_cumprod.double().cpu()]).to(device)
+        self.alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), scheduler.alphas_cumprod.double().cpu()]).to(self.device)
         if self.prediction not in ("epsilon", "v_prediction"):
-            raise UserError(f"the teacher {path} predicts {self.prediction!r}; only epsilon and v_prediction are known here")
-        if self.prediction == "epsilon" and self.alphas_cumprod[-1] == 0:
-            raise UserError(f"the teacher {path} predicts noise at zero terminal SNR, where noise says nothing of the picture")
+            raise UserError(f"the teacher {self.path} predicts {self.prediction!r}; only epsilon and v_prediction are known here")
+        if self.prediction == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+            raise UserError(f"the teacher {self.path} predicts noise at zero terminal SNR, where noise says nothing of the picture")
 
     # The forward process, x_t = alpha_t x_0 + sigma_t eps ------------------------------------------------------------------
 
-    def alpha_sigma(self, t, x):
-        """alpha_t, sigma_t for times t [B] (any float), in x's dtype and shaped to broadcast over x [B, ...].
-
-        abar is interpolated linearly between the integer times, in float64; alpha_0 = 1 and sigma_0 = 0 exactly."""
-        t = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x)).clamp(0, T)
+    def schedule(self, t):
+        """alpha_t, sigma_t for float64 times t [B]. abar is interpolated linearly between the integer times; alpha_0 = 1 and
+        sigma_0 = 0 exactly."""
         below = t.floor().long().clamp(max=int(T) - 1)
         abar = torch.lerp(self.alphas_cumprod[below], self.alphas_cumprod[below + 1], t - below)
-        shape = (-1,) + (1,) * (x.ndim - 1)
-        return abar.sqrt().to(x.dtype).view(shape), (1 - abar).sqrt().to(x.dtype).view(shape)
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def alpha_sigma(self, t, x):
+        """alpha_t, sigma_t for times t [B] (any float), in x's dtype and shaped to broadcast over x [B, ...]."""
+        t = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x)).clamp(0, T)
+        return [value.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) for value in self.schedule(t)]
 
     def timestep(self, t):
         """Time t [B] -> the network's own timestep input [B]."""
@@ -93,18 +122,22 @@ class Teacher:
 
     def target(self, x_0, eps, t):
         """What the raw output is trained to be."""
+        if self.prediction == "flow":
+            return eps - x_0
         alpha, sigma = self.alpha_sigma(t, x_0)
         return eps if self.prediction == "epsilon" else alpha * eps - sigma * x_0
 
     def convert(self, raw, x_t, t):
-        """Raw output -> (x0_hat, eps_hat). Exact at both ends: v needs no division, and alpha_T > 0 where noise is predicted."""
+        """Raw output -> (x0_hat, eps_hat). Exact at both ends: v and flow need no division, and alpha_T > 0 where noise is predicted."""
         alpha, sigma = self.alpha_sigma(t, x_t)
         if self.prediction == "epsilon":
             return (x_t - sigma * raw) / alpha, raw
+        if self.prediction == "flow":
+            return x_t - sigma * raw, x_t + alpha * raw
         return alpha * x_t - sigma * raw, sigma * x_t + alpha * raw
 
     def predict(self, net, x_t, t, cond):
-        """(x0_hat, eps_hat) of `net`, a network with this teacher's parametrisation; x_t [B, C, H, W], t [B]."""
+        """(x0_hat, eps_hat) of `net`, a network with this teacher's parametrisation; x_t [B, ...], t [B]."""
         return self.convert(self.call(net, x_t, self.timestep(t), cond), x_t, t)
 
     def guided(self, x_t, t, cond, scale):
@@ -116,7 +149,7 @@ class Teacher:
         return self.convert(raw_null + scale * (raw - raw_null), x_t, t)
 
     def step(self, x0_hat, eps_hat, s):
-        """The probability-flow ODE's step to time s [B], which is DDIM's: x_s = alpha_s x0_hat + sigma_s eps_hat."""
+        """The probability-flow ODE's step to time s [B], which is DDIM's, and Euler's for flow: x_s = alpha_s x0_hat + sigma_s eps_hat."""
         return self.diffuse(x0_hat, eps_hat, s)
 
     def times(self, steps):
@@ -127,28 +160,75 @@ class Teacher:
         scheduler.set_timesteps(steps)
         return [*(scheduler.timesteps.double() + 1).tolist(), 0.0]
 
+    def student_times(self, steps):
+        """The times of a student of so many steps. paper silent: equidistant from T downwards, as DMD2's (999, 749, 499, 249 for four
+        steps); whole numbers, since the network knows no others."""
+        return [T - i * int(T) // steps for i in range(steps)]
+
     @torch.no_grad()
     def sample(self, x_T, cond, steps, scale):
-        """Noise x_T [B, C, H, W] -> x_0 by `steps` deterministic steps with guidance."""
+        """Noise x_T [B, ...] -> x_0 by `steps` deterministic steps with guidance."""
         x, times = x_T, x_T.new_tensor(self.times(steps), dtype=torch.float64)
         for t, s in zip(times[:-1], times[1:]):
             x = self.step(*self.guided(x, t.expand(len(x)), cond, scale), s.expand(len(x)))
         return x
 
+    # Text ------------------------------------------------------------------------------------------------------------------
+
+    def check(self, prompts):
+        """UserError for a prompt with a word that the tokenizer cannot express: one of a closed vocabulary, as the tiny teachers'."""
+        tokenizer = self.pipe.tokenizer
+        if len(tokenizer) > 1000:
+            return
+        for prompt in dict.fromkeys(prompts):
+            unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
+            if unknown:
+                raise UserError(f"the prompt {prompt!r} has words that this teacher's tokenizer does not know: {', '.join(unknown)}")
+
+    def null(self, n):
+        """The unconditional condition, n rows: the empty prompt."""
+        if not hasattr(self, "_null"):
+            self._null = self.encode([""])
+        return {name: value.expand(n, *value.shape[1:]) for name, value in self._null.items()}
+
     # Networks --------------------------------------------------------------------------------------------------------------
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def trainable_copy(self, checkpointing=True):
         """The denoiser again, from its file, with float32 weights that train."""
-        net = type(self.denoiser).from_pretrained(self.path, subfolder=self.subfolder, dtype=torch.float32)
+        net = type(self.denoiser).from_pretrained(self.path, subfolder=self.denoiser_name, dtype=torch.float32)
         return trainable(net.to(self.device), checkpointing)
 
     def features(self, x_t, t, cond):
-        """x_t [B, C, H, W] at times t [B] -> the maps [B, C_i, H_i, W_i] of the frozen denoiser at `self.taps`. The pass ends at the
+        """x_t [B, ...] at times t [B] -> the maps [B, C_i, (F,) H_i, W_i] of the frozen denoiser at `self.taps`. The pass ends at the
         deepest tap. Gradients flow to x_t."""
         return tapped(self.taps, lambda: self.call(self.denoiser, x_t, self.timestep(t), cond))
+
+    def block_taps(self, output):
+        """Four evenly spaced blocks of a transformer; of a block's outputs, number `output` is the picture's or the video's tokens."""
+        blocks = self.denoiser.transformer_blocks
+        chosen = [blocks[len(blocks) * i // 4 - 1] for i in (1, 2, 3, 4)]
+        return [(block, lambda out: out[output].transpose(1, 2).unflatten(2, self.patches)) for block in chosen]
+
+    def decode(self, latents):
+        """Latents -> pixels, about [-1, 1], not clamped; gradients flow."""
+        config = self.pipe.vae.config
+        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+        with self.autocast():
+            return self.pipe.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+
+    # Export ----------------------------------------------------------------------------------------------------------------
+
+    def student_scheduler(self, steps):
+        """A diffusers scheduler with which this teacher's pipeline samples as a student of the teacher's parametrisation does: to x0_hat,
+        and with new noise to the next time."""
+        from diffusers import LCMScheduler
+
+        abar = self.alphas_cumprod.cpu()
+        return LCMScheduler(trained_betas=(1 - abar[1:] / abar[:-1]).tolist(), prediction_type=self.prediction, clip_sample=False,
+                            original_inference_steps=int(T), timestep_scaling=1e6)  # with this the step is x0_hat exactly, not nearly
 
     @functools.cached_property
     def fingerprint(self):
@@ -163,31 +243,19 @@ class Teacher:
 class SDXL(Teacher):
     """Stable Diffusion XL: U-Net with two text encoders, pooled text and image-size embeddings; noise prediction."""
 
-    subfolder = "unet"
+    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance = "unet", 1, 25, 5.0, 8.0  # paper: 1, 25; DMD2: 8
 
-    def __init__(self, pipe, path, device, dtype, resolution=None):
-        self.denoiser = pipe.unet
-        super().__init__(pipe, path, device, dtype)
-        self.resolution = resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-        side = self.resolution // pipe.vae_scale_factor
-        smallest = 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-        if self.resolution % (pipe.vae_scale_factor * smallest):
-            raise UserError(f"--resolution {self.resolution} is not a multiple of {pipe.vae_scale_factor * smallest}, as this teacher needs")
-        self.latent_shape = (pipe.unet.config.in_channels, side, side)
-        # The residual before each downsampler, the bottleneck, and the up blocks' outputs.
+    def __init__(self, pipe, *args):
+        super().__init__(pipe, *args)
+        # The residual before each downsampler, and the bottleneck.
         layers = [len(block.resnets) - 1 for block in pipe.unet.down_blocks]
         self.taps = [(block, lambda out, i=i: out[1][i]) for block, i in zip(pipe.unet.down_blocks, layers)]
         self.taps += [(pipe.unet.mid_block, lambda out: out)]
 
-    def check(self, prompts):
-        """UserError for a prompt with a word that the tokenizer cannot express (CLIP's own can express all)."""
-        tokenizer = self.pipe.tokenizer
-        if tokenizer.unk_token_id == tokenizer.eos_token_id:
-            return
-        for prompt in dict.fromkeys(prompts):
-            unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
-            if unknown:
-                raise UserError(f"the prompt {prompt!r} has words that this teacher's tokenizer does not know: {', '.join(unknown)}")
+    def _geometry(self):
+        """(pixels a latent, smallest side of a latent, default resolution)."""
+        factor, config = self.pipe.vae_scale_factor, self.denoiser.config
+        return factor, 2 ** (len(config.block_out_channels) - 1), (config.sample_size * factor,) * 2
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -199,21 +267,17 @@ class SDXL(Teacher):
             ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
             out = encoder(ids.to(self.device), output_hidden_states=True)
             embeds.append(out.hidden_states[-2])
-        embeds, pooled = torch.cat(embeds, dim=-1), out.text_embeds
-        return self._condition(embeds, pooled)
+        height, width = self.resolution
+        return {"encoder_hidden_states": torch.cat(embeds, dim=-1).to(self.dtype), "text_embeds": out.text_embeds.to(self.dtype),
+                "time_ids": torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(len(prompts), 6)}
 
     def null(self, n):
-        """The unconditional condition, n rows: zeros where the pipeline's config says so (as SDXL's does), else the empty prompt."""
+        """Zeros where the pipeline's config says so (as SDXL's does), else the empty prompt."""
         if not hasattr(self, "_null"):
             self._null = self.encode([""])
             if self.pipe.config.force_zeros_for_empty_prompt:
                 self._null |= {name: torch.zeros_like(self._null[name]) for name in ("encoder_hidden_states", "text_embeds")}
-        return {name: value.expand(n, *value.shape[1:]) for name, value in self._null.items()}
-
-    def _condition(self, embeds, pooled):
-        side = self.resolution
-        time_ids = torch.tensor([side, side, 0, 0, side, side], device=self.device).expand(len(embeds), 6)
-        return {"encoder_hidden_states": embeds.to(self.dtype), "text_embeds": pooled.to(self.dtype), "time_ids": time_ids}
+        return super().null(n)
 
     def call(self, net, x, timestep, cond):
         """The raw output of `net`, float32: x [B, C, H, W], the network's timestep [B]."""
@@ -221,18 +285,123 @@ class SDXL(Teacher):
         with self.autocast():
             return net(x.to(self.dtype), timestep.float(), cond["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False)[0].float()
 
-    def decode(self, latents):
-        """Latents -> pixels [B, 3, H, W], about [-1, 1], not clamped; gradients flow."""
-        vae = self.pipe.vae
-        latents = latents / vae.config.scaling_factor
-        if getattr(vae.config, "latents_mean", None) is not None:
-            mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-            latents = latents * std + mean
+
+class SD3(Teacher):
+    """Stable Diffusion 3 and 3.5: transformer on picture and text tokens together, three text encoders of which T5 may be absent; flow
+    matching, x_t = (1 - sigma) x_0 + sigma eps with sigma = shift u / (1 + (shift - 1) u), u = t/T: equal steps in t are the teacher's own."""
+
+    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance = "transformer", 4, 28, 7.0, 7.0
+
+    def __init__(self, pipe, *args):
+        super().__init__(pipe, *args)
+        self.taps = self.block_taps(1)  # (text, picture)
+
+    def _read_schedule(self, scheduler):
+        self.prediction, self.shift = "flow", scheduler.config.get("shift")
+        if self.shift is None or scheduler.config.get("use_dynamic_shifting"):
+            raise UserError(f"the teacher {self.path} has no fixed shift of its noise levels; only such flow-matching schedules are known here")
+
+    def _geometry(self):
+        factor, config = self.pipe.vae_scale_factor, self.denoiser.config
+        return factor, config.patch_size, (config.sample_size * factor,) * 2
+
+    def schedule(self, t):
+        u = t / T
+        sigma = self.shift * u / (1 + (self.shift - 1) * u)
+        return 1 - sigma, sigma
+
+    def timestep(self, t):
+        return T * self.schedule(t.double())[1]
+
+    def times(self, steps):
+        # diffusers' own default shifts the last step twice (its sigma_min is shifted already), so that it ends at another noise level
+        return [*self.student_times(steps), 0.0]
+
+    def student_times(self, steps):
+        return [T * (1 - i / steps) for i in range(steps)]
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """n prompts -> condition."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, device=self.device, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds.to(self.dtype), "pooled_projections": pooled.to(self.dtype)}
+
+    def call(self, net, x, timestep, cond):
+        """The raw output of `net`, float32: x [B, C, H, W], the network's timestep [B]."""
         with self.autocast():
-            return vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+            return net(x.to(self.dtype), timestep=timestep.float(), **cond, return_dict=False)[0].float()
+
+    def student_scheduler(self, steps):
+        return flow_scheduler(self.schedule(torch.tensor(self.student_times(steps), dtype=torch.float64))[1].tolist())
 
 
-FAMILIES = {"StableDiffusionXLPipeline": SDXL}
+class CogVideoX(Teacher):
+    """CogVideoX: transformer on text and video tokens together, T5 text encoder, 3-D causal autoencoder; v prediction on a schedule with
+    zero terminal SNR. 2b has a table of absolute positions, 5b rotary embeddings: the config says which."""
+
+    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance, video = "transformer", 8, 50, 6.0, 6.0, True
+
+    def __init__(self, pipe, path, device, dtype, resolution=None, frames=None):
+        super().__init__(pipe, path, device, dtype, resolution)
+        config = self.denoiser.config
+        self.frames, self.fps = frames or config.sample_frames, 8
+        if config.patch_size_t is not None:
+            raise UserError(f"the teacher {path} is a CogVideoX 1.5, with patches over time; only the first version is known here")
+        if self.frames % 8 != 1:
+            raise UserError(f"--frames {self.frames}: this autoencoder wants a multiple of 8, plus 1 (9, 17, ... 49)")
+        latent_frames = (self.frames - 1) // pipe.vae_scale_factor_temporal + 1
+        self.latent_shape = (self.latent_shape[0], latent_frames, *self.latent_shape[1:])
+        self.patches = (latent_frames, *self.patches)
+        self.taps = self.block_taps(0)  # (video, text)
+        self.rotary = None
+        if config.use_rotary_positional_embeddings:
+            self.rotary = pipe._prepare_rotary_positional_embeddings(*self.resolution, latent_frames, device)
+        pipe.vae.enable_slicing()
+
+    def _geometry(self):
+        factor, config = self.pipe.vae_scale_factor_spatial, self.denoiser.config
+        return factor, config.patch_size, (config.sample_height * factor, config.sample_width * factor)
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """n prompts -> condition."""
+        embeds, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, device=self.device,
+                                            max_sequence_length=self.denoiser.config.max_text_seq_length)
+        return {"encoder_hidden_states": embeds.to(self.dtype)}
+
+    def call(self, net, x, timestep, cond):
+        """The raw output of `net`, float32: x [B, C, F, H, W], the network's timestep [B]."""
+        x = x.transpose(1, 2).to(self.dtype)  # frames first
+        with self.autocast():
+            raw = net(x, cond["encoder_hidden_states"], timestep.float(), image_rotary_emb=self.rotary, return_dict=False)[0]
+        return raw.transpose(1, 2).float()
+
+
+FAMILIES = {"StableDiffusionXLPipeline": SDXL, "StableDiffusion3Pipeline": SD3, "CogVideoXPipeline": CogVideoX}
+
+
+def flow_scheduler(sigmas):
+    """A diffusers scheduler that steps through these noise levels (1 first; 0 follows the last), to x0_hat and with new noise onwards.
+
+    Given a number of steps n, it takes u = 1 ... 0.001 in n equal steps, shifts them to a u / (1 + (a - 1) u), and stretches the result to
+    end at `shift_terminal`. Both maps are fractional linear and keep 1, as the student's own levels are such a map of 1 - i/n: two of them
+    fix a and the end, and then all agree."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if len(sigmas) == 1:
+        return FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    end, a = 1e-3, 1.0
+    if len(sigmas) > 2:
+        ratio, d = (1 - end) * (1 - sigmas[1]) / (1 - sigmas[-1]), (1 - end) / (len(sigmas) - 1)
+        a = 1 + (d - ratio) / (ratio * (1 - d) - d * end)
+    # with dynamic shifting the range of u stays as it is; base = max makes it the same at every resolution
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=math.log(a), max_shift=math.log(a),
+                                           shift_terminal=sigmas[-1], stochastic_sampling=True)
+
+
+def family_default(name):
+    """What each family's default is, for --help."""
+    return "default " + ", ".join(f"{family.__name__} {getattr(family, name):g}" for family in FAMILIES.values())
 
 
 def short_name(teacher):
@@ -240,7 +409,7 @@ def short_name(teacher):
     return os.path.basename(os.path.normpath(teacher))
 
 
-def load_teacher(name, device, dtype=torch.float32, resolution=None):
+def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None):
     """A known name, a local pipeline folder or a hub id -> Teacher. UserError where there is none, or of an unknown family."""
     from diffusers import DiffusionPipeline
 
@@ -250,13 +419,17 @@ def load_teacher(name, device, dtype=torch.float32, resolution=None):
     if not os.path.isdir(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise UserError(f"there is no teacher {name!r}: give one of {', '.join(TEACHERS)}, a pipeline folder, or a hub id such as {TEACHERS['sdxl']}")
     try:
-        family = DiffusionPipeline.load_config(path)["_class_name"]
+        config = DiffusionPipeline.load_config(path)
+        family = config["_class_name"]
         if family not in FAMILIES:
             raise UserError(f"the teacher {name!r} is a {family}; known are {', '.join(FAMILIES)}")
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        absent = {name: None for name, value in config.items() if value == [None, None]}  # SD3 without T5: diffusers wants to hear it
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, **absent)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if any(word in str(error).lower() for word in ("sentencepiece", "protobuf", "tiktoken")):  # transformers names one or another
+            raise UserError(f"the teacher {name!r} has a T5 tokenizer that needs two more packages: pip install sentencepiece protobuf") from error
         raise UserError(f"the teacher {name!r} could not be loaded from {path}: {first_line(error)}") from error
-    return FAMILIES[family](pipe, path, device, dtype, resolution)
+    return FAMILIES[family](pipe, path, device, dtype, resolution, frames)
 
 
 def trainable(net, checkpointing=True):
@@ -310,8 +483,7 @@ class Student:
 
     def __init__(self, teacher, parametrisation, steps):
         self.teacher, self.parametrisation, self.steps = teacher, parametrisation, steps
-        # paper silent: equidistant times from T downwards, as DMD2's (999, 749, 499, 249 for four steps)
-        self.times = [T * (1 - i / steps) for i in range(steps)]
+        self.times = teacher.student_times(steps)
 
     def diffuse(self, x_0, eps, t):
         """x_0 and noise -> the input at times t [B]."""
@@ -335,9 +507,22 @@ class Student:
         """The raw output of a velocity student. Its timestep input is t itself: T for pure noise."""
         return self.teacher.call(net, x_t, t, cond)
 
+    def scheduler(self):
+        """The diffusers scheduler with which the teacher's pipeline samples as this student does. UserError where there is none."""
+        if self.parametrisation == "teacher":
+            return self.teacher.student_scheduler(self.steps)
+        if self.teacher.prediction == "flow":
+            return flow_scheduler([t / T for t in self.times])
+        if self.steps > 1:
+            raise UserError("no diffusers scheduler samples as a velocity student of several steps does; export one of one step, or one that started from the teacher")
+        from diffusers import DPMSolverMultistepScheduler
+
+        # One step of flow from noise level 1, network's timestep 1000: x_0 = x_T - v. A shift without end makes the first level exactly 1.
+        return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1e30, solver_order=1, final_sigmas_type="zero")
+
     @torch.no_grad()
     def simulate(self, net, rows, cond, k):
-        """Backward simulation: run the student from pure noise through its first k times -> x at self.times[k], [B, C, H, W]."""
+        """Backward simulation: run the student from pure noise through its first k times -> x at self.times[k], [B, ...]."""
         x = rows.normal(*self.teacher.latent_shape)
         for t, s in zip(self.times[:k], self.times[1 : k + 1]):
             t, s = (torch.full((len(x),), value, dtype=torch.float64, device=x.device) for value in (t, s))
@@ -356,31 +541,33 @@ class Student:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-class Head2d(nn.Module):
-    """[B, channels, H, W] -> one logit a row [B]: three [Conv 4x4 stride 2, GroupNorm, SiLU], then [Conv 3x3, GroupNorm, SiLU], global
-    average pool, linear (paper, section B.1, after SDXL-Lightning).
+class Head(nn.Module):
+    """Maps [B, channels, (F,) H, W] -> one logit a row [B]: three [Conv 4x4 stride 2, GroupNorm, SiLU], then [Conv 3x3, GroupNorm, SiLU],
+    global average pool, linear (paper, section B.1, after SDXL-Lightning). For video the last convolution is 3x3x3, and goes over frames.
 
     paper silent: small maps get fewer strided convolutions, so that 4x4 is left; GroupNorm on a 1x1 map wipes out what it says."""
 
-    def __init__(self, channels, side, width=256):
+    def __init__(self, shape, width=256):
+        """shape: (channels, H, W) or (channels, F, H, W) of the maps."""
         super().__init__()
-        layers = []
-        for _ in range(min(3, max(0, int(math.log2(side)) - 2))):
-            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.GroupNorm(32, width), nn.SiLU()]
+        channels, video, layers = shape[0], len(shape) == 4, []
+        for _ in range(min(3, max(0, int(math.log2(min(shape[-2:]))) - 2))):
+            strided = nn.Conv3d(channels, width, (1, 4, 4), (1, 2, 2), (0, 1, 1)) if video else nn.Conv2d(channels, width, 4, 2, 1)
+            layers += [strided, nn.GroupNorm(32, width), nn.SiLU()]
             channels = width
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(32, width), nn.SiLU()]
+        layers += [(nn.Conv3d if video else nn.Conv2d)(channels, width, 3, padding=1), nn.GroupNorm(32, width), nn.SiLU()]
         self.body, self.logit = nn.Sequential(*layers), nn.Linear(width, 1)
 
     def forward(self, x):
-        return self.logit(self.body(x).mean((2, 3)))[:, 0]
+        return self.logit(self.body(x).flatten(2).mean(2))[:, 0]
 
 
 class Heads(nn.Module):
-    """A head for every map: list of [B, C_i, H_i, W_i] -> logits [B, number of maps]. D(x) is their mean over the maps."""
+    """A head for every map: list of [B, C_i, (F,) H_i, W_i] -> logits [B, number of maps]. D(x) is their mean over the maps."""
 
     def __init__(self, maps, width=256):
         super().__init__()
-        self.heads = nn.ModuleList(Head2d(m.shape[1], min(m.shape[2:]), width) for m in maps)
+        self.heads = nn.ModuleList(Head(m.shape[1:], width) for m in maps)
 
     def forward(self, maps):
         return torch.stack([head(m) for head, m in zip(self.heads, maps)], dim=1)
@@ -603,6 +790,9 @@ def own_rows(batch):
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
+PROMPTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "general.txt")  # a few of our own, to try things with
+
+
 def read_prompts(path):
     """A text file with a prompt a line -> list of str. UserError where there is none, it is not text, or it is empty."""
     try:
@@ -651,6 +841,15 @@ def read_lines(path):
     return values
 
 
+def read_json(path):
+    """The file's value; None where it is not there or damaged."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
 def write_json(path, value):
     with replacing(path) as temporary, open(temporary, "w") as file:
         json.dump(value, file, indent=1)
@@ -663,13 +862,9 @@ def find_checkpoint(path):
         raise UserError(f"there is no checkpoint {path!r}: give a run folder, or one of its step_... folders")
     if os.path.isfile(os.path.join(path, "latest")):
         path = os.path.join(path, open(os.path.join(path, "latest")).read().strip())
-    try:
-        with open(os.path.join(path, "meta.json")) as file:
-            meta = json.load(file)
-        complete = {"step", "stage", "fingerprint", "parametrisation", "steps"} <= set(meta) and all(os.path.exists(os.path.join(path, part)) for part in ("student/config.json", "state.pt"))
-    except (OSError, ValueError):
-        complete = False
-    if not complete:
+    meta = read_json(os.path.join(path, "meta.json")) or {}
+    parts = [os.path.join(path, part) for part in ("student/config.json", "state.pt")]
+    if not {"step", "stage", "fingerprint", "parametrisation", "steps"} <= set(meta) or not all(map(os.path.exists, parts)):
         raise UserError(f"{path} is not a complete checkpoint (student/, state.pt, meta.json); give another step_... folder of the run")
     return path, meta
 
@@ -696,7 +891,7 @@ class Run:
         self.folder, self.args, self.parts, self.start = args.out or os.path.join("runs", f"{stage}-{short_name(args.teacher)}"), args, parts, 0
         self.student, teacher = student, student.teacher
         self.meta = {"stage": stage, "teacher": args.teacher, "fingerprint": teacher.fingerprint, "resolution": teacher.resolution,
-                     "parametrisation": student.parametrisation, "steps": student.steps, "arguments": vars(args), "torch": torch.__version__}
+                     "frames": teacher.frames, "parametrisation": student.parametrisation, "steps": student.steps, "arguments": vars(args), "torch": torch.__version__}
         if os.path.exists(os.path.join(self.folder, "latest")):
             if not args.resume:
                 raise UserError(f"{self.folder} holds a run already: add --resume to go on with it, or give another --out")
@@ -750,27 +945,56 @@ class Run:
                 write_json(os.path.join(temporary, "meta.json"), {"step": step, **self.meta})
             with replacing(os.path.join(self.folder, "latest")) as temporary, open(temporary, "w") as file:
                 file.write(os.path.basename(folder) + "\n")
-            save_grid(preview(self.student, net, prompts, self.args.seed), os.path.join(self.folder, "samples", f"step_{step:06d}.png"))
+            save_preview(self.student, net, prompts, self.args.seed, os.path.join(self.folder, "samples", f"step_{step:06d}"))
             save_curves(self.metrics, os.path.join(self.folder, "curves.png"))
         barrier()
         self.clock = time.perf_counter()
 
 
 @torch.no_grad()
-def preview(student, net, prompts, seed, count=16):
-    """Pixels [count, 3, H, W] in [-1, 1] of fixed noise and of the first prompts."""
+def save_preview(student, net, prompts, seed, path):
+    """Samples of fixed noise and of the first prompts: 16 pictures to path.png, or 4 videos to path.mp4 and their frames to path.png."""
     teacher = student.teacher
-    prompts = (prompts * count)[:count]
-    latents = student.sample(net, Rows(range(count), (seed,), teacher.device), teacher.encode(prompts))
-    return teacher.decode(latents).clamp(-1, 1)
+    count = 4 if teacher.video else 16
+    latents = student.sample(net, Rows(range(count), (seed,), teacher.device), teacher.encode((prompts * count)[:count]))
+    pixels = teacher.decode(latents).clamp(-1, 1)
+    save_grid(pixels, f"{path}.png")
+    if teacher.video and importlib.util.find_spec("imageio_ffmpeg"):
+        save_video(torch.cat(list(pixels), dim=-1), f"{path}.mp4", teacher.fps)
 
 
 def save_grid(pixels, path, columns=8, padding=2):
-    """Pixels [n, 3, H, W] in [-1, 1] -> one picture."""
+    """Pixels [n, 3, H, W] in [-1, 1] -> one picture; of videos [n, 3, F, H, W] a row each, of `columns` evenly spaced frames at most."""
     from torchvision.utils import save_image
 
+    if pixels.ndim == 5:
+        columns = min(columns, pixels.shape[2])
+        pixels = pixels[:, :, torch.linspace(0, pixels.shape[2] - 1, columns).round().long()].transpose(1, 2).flatten(0, 1)
     with replacing(path) as temporary:
         save_image(pixels.cpu().float() / 2 + 0.5, temporary, nrow=columns, padding=padding, format="png")
+
+
+def save_video(pixels, path, fps):
+    """Pixels [3, F, H, W] in [-1, 1] -> an mp4 file."""
+    ffmpeg = needed("imageio_ffmpeg", "imageio-ffmpeg", "writes mp4 files")
+    frames = ((pixels.cpu().float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).contiguous().numpy()
+    height, width = frames.shape[1:3]
+    with replacing(path) as temporary:
+        # half the memory and every player: 4:2:0 colours, which want even sides
+        options = ["-f", "mp4", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-crf", "16"]
+        writer = ffmpeg.write_frames(temporary, (width, height), fps=fps, macro_block_size=1, quality=None, output_params=options)
+        writer.send(None)
+        for frame in frames:
+            writer.send(frame)
+        writer.close()
+
+
+def needed(module, package, does):
+    """An optional package's module. UserError with the pip command where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"the package {package} {does} and is not there: pip install {package}") from error
 
 
 def save_curves(metrics, path):
@@ -865,10 +1089,21 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def add_teacher_arguments(parser, required=True):
+    """Which teacher, and what it draws; load_teacher_of(args) reads them."""
+    parser.add("--teacher", f"{', '.join(TEACHERS)}, a pipeline folder, or a hub id" + ("" if required else " (default the student's own)"), required=required)
+    parser.add("--resolution", "pixels: a side, or HEIGHTxWIDTH (default the teacher's: SDXL and SD3 1024, CogVideoX 480x720)", type=resolution)
+    parser.add("--frames", "of a video, a multiple of 8 plus 1 (default the teacher's: CogVideoX 49)", type=positive)
+    parser.add("--precision", "of the networks' passes; weights that train are fp32 (default bf16 on a GPU, else fp32)", choices=("fp32", "bf16"))
+
+
+def load_teacher_of(args, device):
+    return load_teacher(args.teacher, device, dtype_of(args.precision, device), args.resolution, args.frames)
+
+
 def add_training_arguments(parser):
     """The arguments that both training stages share. Learning rates and the like: paper silent, DMD2's recipe for SDXL."""
-    parser.add("--teacher", "sdxl, a pipeline folder, or a hub id", required=True)
-    parser.add("--resolution", "pixels a side (default the teacher's)", type=positive)
+    add_teacher_arguments(parser)
     parser.add("--out", "the run's folder (default runs/STAGE-TEACHER)")
     parser.add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
     parser.add("--iterations", "generator updates", type=positive, default=10000)
@@ -881,7 +1116,6 @@ def add_training_arguments(parser):
     parser.add("--clip", "gradient norm to clip to", type=above_zero, default=10.0)
     parser.add("--decay", "share of the iterations, at the end, over which the student's learning rate falls to zero", type=share, default=0.0)
     parser.add("--ema", "decay of the student's moving average, which is what is saved; 0 is none", type=share, default=0.0)
-    parser.add("--precision", "of the networks' passes; weights that train are fp32 (default bf16 on a GPU)", choices=("fp32", "bf16"))
     parser.add("--no-checkpointing", "keep activations instead of computing them twice", dest="checkpointing", action="store_false")
     parser.add("--log-every", "iterations", type=positive, default=10)
     parser.add("--save-every", "iterations", type=positive, default=500)
@@ -899,6 +1133,14 @@ def number(kind, wanted, allowed):
 
     parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse says "invalid number value: 'x'"
     return parse
+
+
+def resolution(text):
+    """"1024" or "480x720" -> (height, width)."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match or "0" in match.groups():
+        raise argparse.ArgumentTypeError(f"must be a number of pixels or HEIGHTxWIDTH, not {text}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 positive = number(int, "at least 1", lambda value: value >= 1)

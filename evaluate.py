@@ -18,95 +18,105 @@ import common
 from common import UserError
 from sample import System, add_system_arguments, load_teacher
 
-# A metric is an object with update(pixels [P, K, 3, H, W] in [-1, 1], P prompts), which sees K pictures of each prompt, and
-# result(reference) -> {name: number or {name: number}}, where `reference` is the same metric of the first system, or itself.
+# A metric is an object with score(pixels [P, K, 3, (F,) H, W] in [-1, 1], P prompts), which sees K samples of each prompt, and
+# result(scores, reference) -> {name: number or {name: number}}: `scores` is the list of what score() gave for a system, `reference` that
+# of the first system.
 
 
 class Oracle:
     """What the oracle of tiny/shapes.py reads. Exact; only for teachers of that world.
 
-    accuracy: share of pictures that are valid and show every attribute that their prompt names; accuracy_of: the same for one attribute,
-    over the prompts that name it. valid: share of pictures that show one clean shape. tv: total-variation distance of an attribute's
+    accuracy: share of samples that are valid and show every attribute that their prompt names; accuracy_of: the same for one attribute,
+    over the prompts that name it. valid: share of samples that show one clean shape. tv: total-variation distance of an attribute's
     distribution, over the prompts that leave it open, to the reference's (of the reference itself: to uniform, as tv_uniform always).
-    position_std: of the centre's coordinates, pixels. pairwise_distance: root mean square between two pictures of one prompt."""
+    position_std: of the centre's coordinates, pixels. pairwise_distance: root mean square between two samples of one prompt."""
 
-    def __init__(self, args, prompts):
+    def __init__(self, args, prompts, video):
         from tiny import shapes
 
-        self.world, self.oracle, self.read, self.wanted, self.distances = shapes, shapes.Oracle(), [], [], []
+        self.parse, self.attributes = shapes.parse, shapes.VIDEO if video else shapes.ATTRIBUTES
+        self.oracle = shapes.VideoOracle() if video else shapes.Oracle()
         try:
             for prompt in prompts:
-                shapes.parse(prompt)
+                self.parse(prompt)
         except ValueError as error:
             raise UserError(f"--metrics oracle: {error}") from error
 
-    def update(self, pixels, prompts):
+    def score(self, pixels, prompts):
+        """Each attribute as read, int [P K]; each as wanted, -1 where the prompt leaves it open; and the distances [P], if K > 1."""
         P, K = pixels.shape[:2]
         try:
-            self.read.append(self.oracle.read(pixels.flatten(0, 1).numpy()))
+            read = self.oracle.read(pixels.flatten(0, 1).numpy())
         except ValueError as error:
             raise UserError(f"--metrics oracle is for the tiny teachers: {error}") from error
-        self.wanted += [self.world.parse(prompt) for prompt in prompts for _ in range(K)]
+        wanted = [self.parse(prompt) for prompt in prompts for _ in range(K)]
+        read |= {f"wanted {name}": np.array([-1 if w.get(name) is None else w[name] for w in wanted]) for name in self.attributes}
         if K > 1:
             distance = torch.cdist(pixels.flatten(2), pixels.flatten(2)) / pixels[0, 0].numel() ** 0.5
-            self.distances.append(distance.sum((1, 2)) / (K * (K - 1)))
+            read["distance"] = (distance.sum((1, 2)) / (K * (K - 1))).numpy()
+        return read
 
-    def shares(self, name):
-        """The distribution of an attribute over the pictures whose prompt leaves it open."""
-        read = np.concatenate([part[name] for part in self.read])
-        values = read[[wanted[name] is None for wanted in self.wanted]]
-        return np.bincount(values, minlength=len(self.world.ATTRIBUTES[name])) / len(values)
+    def shares(self, scores):
+        """The distribution of each attribute over the samples whose prompt leaves it open, where there are any."""
+        shares = {}
+        for name, values in self.attributes.items():
+            free = np.concatenate([part[name][part[f"wanted {name}"] < 0] for part in scores])
+            if len(free):
+                shares[name] = np.bincount(free, minlength=len(values)) / len(free)
+        return shares
 
-    def result(self, reference):
-        read = {name: np.concatenate([part[name] for part in self.read]) for name in self.read[0]}
-        named = {name: np.array([wanted[name] is not None for wanted in self.wanted]) for name in self.world.ATTRIBUTES}
-        right = {name: np.array([wanted[name] in (None, value) for wanted, value in zip(self.wanted, read[name])]) for name in named}
-        shares = {name: self.shares(name) for name in named if not named[name].all()}
+    def result(self, scores, reference):
+        read = {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
+        named = {name: read[f"wanted {name}"] >= 0 for name in self.attributes}
+        right = {name: read[name] == read[f"wanted {name}"] for name in self.attributes}
+        shares, shares_reference = self.shares(scores), self.shares(reference)
         tv_uniform = {name: 0.5 * np.abs(p - 1 / len(p)).sum() for name, p in shares.items()}
-        tv = tv_uniform if reference is self else {name: 0.5 * np.abs(p - reference.shares(name)).sum() for name, p in shares.items()}
-        return {"accuracy": np.mean(np.all(list(right.values()), axis=0) & read["valid"]), "valid": read["valid"].mean(),
+        tv = tv_uniform if reference is scores else {name: 0.5 * np.abs(p - shares_reference[name]).sum() for name, p in shares.items()}
+        return {"accuracy": np.mean(np.all([right[name] | ~named[name] for name in named], axis=0) & read["valid"]), "valid": read["valid"].mean(),
                 "accuracy_of": {name: right[name][named[name]].mean() for name in named if named[name].any()}, "tv": tv, "tv_uniform": tv_uniform,
                 "position_std": np.sqrt((read["x"].var() + read["y"].var()) / 2),
-                **({"pairwise_distance": torch.cat(self.distances).mean()} if self.distances else {})}
+                **({"pairwise_distance": read["distance"].mean()} if "distance" in read else {})}
 
 
 class Clip:
     """100 x cosine of CLIP's picture and text embeddings (open_clip): any of its models, weights by tag or from a local checkpoint."""
 
-    def __init__(self, args, prompts):
-        import open_clip
-
+    def __init__(self, args, prompts, video):
+        open_clip = common.needed("open_clip", "open_clip_torch", "computes the CLIP score")
+        if video:
+            raise UserError("--metrics clip is for pictures, not for video")
         self.device = common.own_device()
         try:
             self.model, _, self.preprocess = open_clip.create_model_and_transforms(args.clip_model, pretrained=args.clip_weights, device=self.device)
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"CLIP {args.clip_model} with weights {args.clip_weights} could not be loaded: {common.first_line(error)}") from error
         self.model.eval()
-        self.tokenize, self.prefix, self.scores = open_clip.get_tokenizer(args.clip_model), args.clip_prefix, []
+        self.tokenize, self.prefix = open_clip.get_tokenizer(args.clip_model), args.clip_prefix
 
     @torch.no_grad()
-    def update(self, pixels, prompts):
+    def score(self, pixels, prompts):
         from torchvision.transforms.functional import to_pil_image
 
         pictures = torch.stack([self.preprocess(to_pil_image(p / 2 + 0.5)) for p in pixels.flatten(0, 1)]).to(self.device)
         texts = self.tokenize([self.prefix + prompt for prompt in prompts]).to(self.device)
         picture = self.model.encode_image(pictures, normalize=True)
         text = self.model.encode_text(texts, normalize=True).repeat_interleave(pixels.shape[1], 0)
-        self.scores.append(100 * (picture * text).sum(1).cpu())
+        return 100 * (picture * text).sum(1).cpu()
 
-    def result(self, reference):
-        return {"clip": torch.cat(self.scores).mean()}
+    def result(self, scores, reference):
+        return {"clip": torch.cat(scores).mean()}
 
 
 class Lpips:
     """Mean LPIPS distance over all pairs of the pictures of a prompt; pixels in [-1, 1], as lpips expects them."""
 
-    def __init__(self, args, prompts):
-        import lpips
-
+    def __init__(self, args, prompts, video):
+        lpips = common.needed("lpips", "lpips", "computes the LPIPS diversity")
+        if video:
+            raise UserError("--metrics lpips is for pictures, not for video")
         if args.seeds < 2:
             raise UserError("--metrics lpips compares pictures of one prompt: give --seeds 2 or more")
-        self.device, self.scores = common.own_device(), []
+        self.device = common.own_device()
         try:
             self.distance = lpips.LPIPS(net=args.lpips_net, verbose=False)
         except OSError as error:
@@ -115,15 +125,14 @@ class Lpips:
         self.distance.to(self.device).eval()
 
     @torch.no_grad()
-    def update(self, pixels, prompts):
+    def score(self, pixels, prompts):
         first, second = torch.triu_indices(pixels.shape[1], pixels.shape[1], offset=1)
-        for pictures in pixels.to(self.device):
-            if pictures.shape[-1] < 64:  # AlexNet's strides need that much
-                pictures = torch.nn.functional.interpolate(pictures, (64, 64), mode="nearest")
-            self.scores.append(self.distance(pictures[first], pictures[second]).mean().cpu())
+        if pixels.shape[-1] < 64:  # AlexNet's strides need that much
+            pixels = torch.nn.functional.interpolate(pixels.flatten(0, 1), (64, 64), mode="nearest").unflatten(0, pixels.shape[:2])
+        return torch.stack([self.distance(pictures[first], pictures[second]).mean().cpu() for pictures in pixels.to(self.device)])
 
-    def result(self, reference):
-        return {"lpips": torch.stack(self.scores).mean()}
+    def result(self, scores, reference):
+        return {"lpips": torch.cat(scores).mean()}
 
 
 METRICS = {"oracle": Oracle, "clip": Clip, "lpips": Lpips}
@@ -134,7 +143,7 @@ def main(argv=None):
     add_system_arguments(parser)
     parser.add("--student", "NAME=FOLDER, a run folder of adp.py or adm.py; may be given several times", action="append", default=[])
     parser.add("--prompts", "text file, a prompt a line", required=True)
-    parser.add("--seeds", "pictures of every prompt", type=common.positive, default=8)
+    parser.add("--seeds", "samples of every prompt", type=common.positive, default=8)
     parser.add("--seed", "first of the seeds", type=common.whole, default=0)
     parser.add("--metrics", "comma-separated: " + ", ".join(METRICS), default="oracle")
     parser.add("--clip-model", "open_clip model", default="ViT-g-14")
@@ -158,29 +167,30 @@ def main(argv=None):
     teacher.check(prompts)
     systems = {"teacher": System(teacher, None, args.steps, args.guidance)} if args.teacher else {}
     systems |= {name: System(teacher, folder) for name, folder in students}
-    metrics = {system: {name: METRICS[name](args, prompts) for name in names} for system in systems}
+    metrics = {name: METRICS[name](args, prompts, teacher.video) for name in names}
 
-    rows, grid = [], []
+    rows, grid, reference = [], [], None
     chunk = max(1, args.batch // args.seeds)
     for name, system in systems.items():
-        seconds = 0.0
+        seconds, scores = 0.0, {metric: [] for metric in metrics}
         for first in tqdm(range(0, len(prompts), chunk), desc=name, unit="batch"):
             numbers = range(first, min(first + chunk, len(prompts)))
             texts = [prompts[i] for i in numbers]
             start = time.perf_counter()
-            pixels = torch.stack([system.pictures(texts, numbers, args.seed + k) for k in range(args.seeds)], dim=1)  # [P, K, 3, H, W]
+            pixels = system.pictures(texts, numbers, range(args.seed, args.seed + args.seeds))
             seconds += time.perf_counter() - start
-            for metric in metrics[name].values():
-                metric.update(pixels, texts)
-            grid += pixels[: max(0, 16 - first), 0]
+            for metric in metrics:
+                scores[metric].append(metrics[metric].score(pixels, texts))
+            grid += pixels[: max(0, (2 if teacher.video else 16) - first), 0]
+        reference = reference or scores
         row = {"system": name, "steps": system.steps, "nfe": system.nfe, "prompts": len(prompts), "samples": len(prompts) * args.seeds}
-        for metric, reference in zip(metrics[name].values(), next(iter(metrics.values())).values()):
-            row |= metric.result(reference)
+        for metric in metrics:
+            row |= metrics[metric].result(scores[metric], reference[metric])
         rows.append(plain(row | {"seconds_per_image": seconds / row["samples"]}))
 
     print(table(rows))
     if args.grid:
-        common.save_grid(torch.stack(grid), args.grid, columns=min(16, len(prompts)))
+        common.save_grid(torch.stack(grid), args.grid, columns=9 if teacher.video else min(16, len(prompts)))
     if args.json:
         report = {"rows": rows, "seed": args.seed, "commit": commit(), "minutes": (time.time() - args.since) / 60, "metrics": names}
         common.write_json(args.json, report)

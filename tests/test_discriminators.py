@@ -27,7 +27,7 @@ def normal(*shape):
 def test_head_takes_maps_of_all_sizes(size):
     torch.manual_seed(0)
     maps = normal(3, 12, *size).requires_grad_()
-    logits = common.Head2d(12, min(size))(maps)
+    logits = common.Head((12, *size))(maps)
     logits.sum().backward()
     assert logits.shape == (3,) and logits.isfinite().all() and logits.unique().numel() == 3
     assert all(gradient.isfinite().all() and gradient.norm() > 1e-6 for gradient in maps.grad)
@@ -35,7 +35,7 @@ def test_head_takes_maps_of_all_sizes(size):
 
 @pytest.mark.parametrize("side, convolutions", ((2, 0), (4, 0), (8, 1), (16, 2), (32, 3), (128, 3)))
 def test_head_shrinks_as_often_as_the_map_allows(side, convolutions):
-    strides = [layer.stride for layer in common.Head2d(12, side).body if isinstance(layer, torch.nn.Conv2d)]
+    strides = [layer.stride for layer in common.Head((12, side, side)).body if isinstance(layer, torch.nn.Conv2d)]
     assert strides == [(2, 2)] * convolutions + [(1, 1)]
 
 
@@ -94,22 +94,6 @@ def test_checkpointing_changes_no_feature_and_no_gradient(teacher_folder):
         results.append([*(m.detach() for m in maps), x.grad])
         assert x.grad.norm() > 1e-3 and all(p.grad is None for p in teacher.denoiser.parameters())
     torch.testing.assert_close(*results)
-
-
-def test_taps_of_the_real_sdxl():
-    """The real U-Net, without weights: its size, and the maps that FACTS publishes for 1024 x 1024 pixels."""
-    with open(os.path.join(os.path.dirname(__file__), "sdxl_unet.json")) as file, torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.load(file))
-    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    teacher = common.SDXL(SimpleNamespace(components={}, unet=unet, scheduler=scheduler, vae_scale_factor=8), "sdxl", CPU, torch.float32)
-    assert teacher.latent_shape == (4, 128, 128) and teacher.resolution == 1024
-    with torch.device("meta"):
-        cond = {"encoder_hidden_states": torch.empty(1, 77, 2048), "text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-        maps = teacher.features(torch.empty(1, 4, 128, 128), torch.empty(1), cond)
-        heads = common.Heads(maps)
-        assert [tuple(m.shape[1:]) for m in maps] == [(320, 128, 128), (640, 64, 64), (1280, 32, 32), (1280, 32, 32)]
-        assert heads(maps).shape == (1, 4)
 
 
 # SAM -----------------------------------------------------------------------------------------------------------------------

@@ -18,18 +18,19 @@ def pictures(scenes):
     return torch.from_numpy(shapes.render(attributes, np.full((len(scenes), 2), 16.0)))
 
 
-def oracle(prompts, scenes):
-    """The oracle's metric after P prompts with K scenes each."""
-    metric = evaluate.Oracle(argparse.Namespace(), prompts)
-    metric.update(torch.stack([pictures(group) for group in scenes]), prompts)
-    return metric
+def scores(prompts, scenes):
+    """The oracle's scores of P prompts with K scenes each."""
+    return [evaluate.Oracle(None, prompts, False).score(torch.stack([pictures(group) for group in scenes]), prompts)]
+
+
+def oracle(scores, reference=None):
+    return evaluate.Oracle(None, [], False).result(scores, reference or scores)
 
 
 def test_oracle_counts_by_hand():
     prompts = ["a small red circle on a black background", "a red shape"]
     red, blue = 0, 2
-    metric = oracle(prompts, [[(0, red, 0, 0), (0, blue, 0, 0)], [(0, red, 0, 0), (0, red, 1, 1)]])
-    result = metric.result(metric)
+    result = oracle(scores(prompts, [[(0, red, 0, 0), (0, blue, 0, 0)], [(0, red, 0, 0), (0, red, 1, 1)]]))
     assert result["accuracy"] == 3 / 4 and result["valid"] == 1 and result["accuracy_of"]["colour"] == 3 / 4 and result["accuracy_of"]["shape"] == 1
     assert result["tv"]["size"] == pytest.approx(1 / 2)  # two small ones where the size is open, uniform would be half and half
     assert result["tv"]["shape"] == pytest.approx(0.5 * (1 / 6 + 1 / 6 + 1 / 3))
@@ -37,32 +38,27 @@ def test_oracle_counts_by_hand():
 
 
 def test_oracle_counts_an_invalid_picture_as_wrong():
-    metric = evaluate.Oracle(argparse.Namespace(), ["a shape"])
-    metric.update(torch.zeros(1, 2, 3, 32, 32), ["a shape"])
-    result = metric.result(metric)
+    result = oracle([evaluate.Oracle(None, [], False).score(torch.zeros(1, 2, 3, 32, 32), ["a shape"])])
     assert result["accuracy"] == 0 and result["valid"] == 0 and result["accuracy_of"] == {}  # the prompt names nothing
 
 
 def test_total_variation_is_to_the_reference():
-    teacher = oracle(["a shape"], [[(0, 0, 0, 0), (0, 1, 0, 0)]])
-    student = oracle(["a shape"], [[(0, 0, 0, 0), (1, 0, 0, 0)]])
-    assert student.result(teacher)["tv"] == pytest.approx({"size": 0.5, "colour": 0.5, "shape": 0, "background": 0})
-    assert teacher.result(teacher)["tv"] == teacher.result(student)["tv_uniform"]
+    teacher = scores(["a shape"], [[(0, 0, 0, 0), (0, 1, 0, 0)]])
+    student = scores(["a shape"], [[(0, 0, 0, 0), (1, 0, 0, 0)]])
+    assert oracle(student, teacher)["tv"] == pytest.approx({"size": 0.5, "colour": 0.5, "shape": 0, "background": 0})
+    assert oracle(teacher)["tv"] == oracle(teacher, student)["tv_uniform"]
 
 
 def test_spread_of_perfect_samples():
     rng = np.random.default_rng(0)
     attributes, centre = shapes.draw(rng, 600)
-    metric = evaluate.Oracle(argparse.Namespace(), ["a shape"])
+    metric = evaluate.Oracle(None, ["a shape"], False)
     pixels = torch.from_numpy(shapes.render(attributes, centre))[None]
-    metric.update(pixels, ["a shape"])
-    result = metric.result(metric)
+    result = oracle([metric.score(pixels, ["a shape"])])
     assert result["accuracy"] == 1
     assert result["position_std"] == pytest.approx(12 / np.sqrt(12), abs=0.1)  # uniform over 12 pixels
     pairs = [float(((pixels[0, i] - pixels[0, j]) ** 2).mean().sqrt()) for i in range(20) for j in range(i)]
-    few = evaluate.Oracle(argparse.Namespace(), ["a shape"])
-    few.update(pixels[:, :20], ["a shape"])
-    assert float(few.result(few)["pairwise_distance"]) == pytest.approx(np.mean(pairs), rel=1e-3)
+    assert float(oracle([metric.score(pixels[:, :20], ["a shape"])])["pairwise_distance"]) == pytest.approx(np.mean(pairs), rel=1e-3)
 
 
 def test_clip_is_the_cosine_of_the_embeddings(tmp_path):
@@ -79,8 +75,7 @@ def test_clip_is_the_cosine_of_the_embeddings(tmp_path):
 
     prompts, pixels = ["a red circle", "a blue square"], pictures([(0, 0, 0, 0), (1, 2, 1, 1), (0, 1, 2, 2), (1, 3, 0, 0)]).view(2, 2, 3, 32, 32)
     args = argparse.Namespace(clip_model="thumbnail", clip_weights=str(tmp_path / "thumbnail.pt"), clip_prefix="A photo depicts ")
-    metric = evaluate.Clip(args, prompts)
-    metric.update(pixels, prompts)
+    metric = evaluate.Clip(args, prompts, False)
 
     expected = []
     with torch.no_grad():
@@ -89,7 +84,7 @@ def test_clip_is_the_cosine_of_the_embeddings(tmp_path):
             for k in range(2):
                 image = model.encode_image(preprocess(to_pil_image(pixels[i, k] / 2 + 0.5))[None])[0]
                 expected.append(100 * (image @ text / image.norm() / text.norm()).item())
-    assert float(metric.result(metric)["clip"]) == pytest.approx(np.mean(expected), abs=1e-4)
+    assert float(metric.result([metric.score(pixels, prompts)], None)["clip"]) == pytest.approx(np.mean(expected), abs=1e-4)
 
 
 def test_lpips_is_the_mean_over_all_pairs(tmp_path, monkeypatch):
@@ -100,22 +95,21 @@ def test_lpips_is_the_mean_over_all_pairs(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     torch.manual_seed(0)
     torch.save(torchvision.models.alexnet().state_dict(), tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth")
-    metric = evaluate.Lpips(argparse.Namespace(lpips_net="alex", seeds=3), ["a shape"])
+    metric = evaluate.Lpips(argparse.Namespace(lpips_net="alex", seeds=3), ["a shape"], False)
     pixels = torch.rand(1, 3, 3, 64, 64) * 2 - 1
-    metric.update(pixels, ["a shape"])
     distance = lpips.LPIPS(net="alex", verbose=False)
     with torch.no_grad():
         expected = np.mean([distance(pixels[0, i : i + 1], pixels[0, j : j + 1]).item() for i in range(3) for j in range(i)])
-    assert float(metric.result(metric)["lpips"]) == pytest.approx(expected, rel=1e-5)
+    assert float(metric.result([metric.score(pixels, ["a shape"])], None)["lpips"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_picture_depends_on_its_number_and_seed_alone(teacher):
     system = sample.System(teacher, steps=2, guidance=3.0)
     prompts = ["a red shape", "a small circle", "a square"]
-    together = system.pictures(prompts, range(3), seed=5)
-    alone = torch.cat([system.pictures([prompt], [i], seed=5) for i, prompt in enumerate(prompts)])
+    together = system.pictures(prompts, range(3), [5])
+    alone = torch.cat([system.pictures([prompt], [i], [5]) for i, prompt in enumerate(prompts)])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
-    assert (system.pictures(prompts, range(3), seed=6) - together).abs().max() > 0.1
+    assert (system.pictures(prompts, range(3), [6]) - together).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("arguments, sentence", [

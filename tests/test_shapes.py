@@ -4,14 +4,28 @@ import os
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 
 import helpers
-from tiny import shapes
+from tiny import shapes, train
 
 
 @pytest.fixture(scope="module")
 def oracle():
     return shapes.Oracle()
+
+
+@pytest.fixture(scope="module")
+def video_oracle():
+    return shapes.VideoOracle()
+
+
+@pytest.fixture(scope="module")
+def videos():
+    """(attributes, centre, videos) of 120 scenes."""
+    attributes, centre = shapes.draw(np.random.default_rng(0), 120, shapes.VIDEO)
+    return attributes, centre, shapes.render_video(attributes, centre)
 
 
 def test_oracle_reads_clean_pictures(oracle):
@@ -64,28 +78,74 @@ def test_shapes_stay_in_the_picture():
         assert mask.sum((1, 2)) == pytest.approx([np.pi * 64] * 4, rel=0.02)
 
 
-def every_prompt():
-    return [dict(zip(shapes.ATTRIBUTES, values)) for values in itertools.product(*((None, *values) for values in shapes.ATTRIBUTES.values()))]
+def test_video_oracle_reads_clean_and_slightly_noisy_videos(video_oracle, videos):
+    attributes, centre, clean = videos
+    for noise in (0, np.random.default_rng(0).normal(scale=0.07, size=clean.shape)):
+        read = video_oracle.read(clean + noise)
+        assert read["valid"].all() and all((read[name] == values).all() for name, values in attributes.items())
+        assert np.abs(np.stack([read["x"], read["y"]], 1) - centre).max() < 0.5
 
 
-def test_describe_and_parse_are_inverse():
+def test_video_oracle_reads_reversed_motion_as_the_opposite(video_oracle, videos):
+    attributes, _, clean = videos
+    read = video_oracle.read(clean[:, :, ::-1])
+    assert read["valid"].all() and (read["motion"] == attributes["motion"] ^ 1).all()
+
+
+def test_video_oracle_refuses_what_is_no_moving_shape(video_oracle, videos):
+    attributes, centre, clean = videos
+    rng, middle = np.random.default_rng(0), shapes.FRAMES // 2
+    other = shapes.render_video(attributes | {"colour": (attributes["colour"] + 1) % 6}, centre)
+    turned = shapes.render_video(attributes | {"motion": attributes["motion"] ^ 2}, centre)  # the same middle frame, another axis
+    order = np.array([0, 3, 6, 1, 4, 7, 2, 5, 8])
+    refused = {
+        "noise": rng.uniform(-1, 1, size=clean.shape),
+        "a still shape": np.repeat(clean[:, :, [middle]], shapes.FRAMES, axis=2),
+        "another colour half-way": np.concatenate([clean[:, :, :middle], other[:, :, middle:]], axis=2),
+        "another direction half-way": np.concatenate([clean[:, :, :middle], turned[:, :, middle:]], axis=2),
+        "shuffled frames": clean[:, :, order],
+        "half the speed": np.repeat(clean[:, :, 2:7], 2, axis=2)[:, :, :9],
+        "two shapes": (clean + np.roll(clean, 1, axis=0)) / 2,
+    }
+    for name, video in refused.items():
+        assert video_oracle.read(video)["valid"].mean() < 0.02, name
+    with pytest.raises(ValueError, match="the oracle reads videos of shape"):
+        video_oracle.read(clean[:, :, :5])
+
+
+def test_moving_shapes_stay_in_the_picture():
+    attributes, centre = shapes.draw(np.random.default_rng(0), 2000, shapes.VIDEO)
+    path = shapes.path(attributes, centre)
+    assert path.min() >= shapes.CENTRES[0] and path.max() <= shapes.CENTRES[1]
+    assert path[:, shapes.FRAMES // 2] == pytest.approx(centre) and (path[:, 1] - path[:, 0] == pytest.approx(shapes.STEPS[attributes["motion"]]))
+
+
+def every_prompt(world=shapes.ATTRIBUTES):
+    return [dict(zip(world, values)) for values in itertools.product(*((None, *values) for values in world.values()))]
+
+
+@pytest.mark.parametrize("world, count, examples", [
+    (shapes.ATTRIBUTES, 336, ["a small red circle on a white background", "a shape"]),
+    (shapes.VIDEO, 1680, ["a small red circle moving left on a white background", "a shape moving"])])
+def test_describe_and_parse_are_inverse(world, count, examples):
     prompts = set()
-    for attributes in every_prompt():
+    for attributes in every_prompt(world):
         prompt = shapes.describe(attributes)
         prompts.add(prompt)
-        assert shapes.parse(prompt) == {name: None if value is None else shapes.ATTRIBUTES[name].index(value) for name, value in attributes.items()}
-    assert len(prompts) == 336
-    assert "a small red circle on a white background" in prompts and "a shape" in prompts
+        assert shapes.parse(prompt) == {name: None if value is None else world[name].index(value) for name, value in attributes.items()}
+    assert len(prompts) == count and prompts.issuperset(examples)
 
 
-def test_unknown_words_are_refused():
-    with pytest.raises(ValueError, match="'pink'"):
-        shapes.parse("a pink circle")
+@pytest.mark.parametrize("prompt, word", [("a pink circle", "pink"), ("a circle left", "left"), ("a circle moving there", "there")])
+def test_unknown_words_are_refused(prompt, word):
+    with pytest.raises(ValueError, match=repr(word)):
+        shapes.parse(prompt)
 
 
-def test_prompts_leave_attributes_out_as_often_as_they_say():
+@pytest.mark.parametrize("world", [shapes.ATTRIBUTES, shapes.VIDEO])
+def test_prompts_leave_attributes_out_as_often_as_they_say(world):
     rng = np.random.default_rng(0)
-    attributes, _ = shapes.draw(rng, 4000)
+    attributes, _ = shapes.draw(rng, 4000, world)
     parsed = [shapes.parse(prompt) for prompt in shapes.prompts_of(attributes, rng)]
     for name, values in attributes.items():
         kept = np.array([p[name] is not None for p in parsed])
@@ -100,7 +160,55 @@ def test_prompt_lists_are_disjoint_and_cover_the_world():
     assert shapes.split_prompts() == (train, tune, evaluation)
 
 
-def test_prompt_files_are_the_lists():
-    for name, prompts in zip(("train", "tune", "eval"), shapes.split_prompts()):
-        with open(os.path.join(helpers.ROOT, "prompts", f"shapes_{name}.txt")) as file:
+def test_motion_prompt_lists_are_disjoint():
+    train, tune, evaluation = shapes.split_motion_prompts()
+    assert (len(train), len(tune), len(evaluation)) == (320, 32, 32) and len({*train, *tune, *evaluation}) == 384
+    assert all("motion" in shapes.parse(prompt) for prompt in train + tune + evaluation)
+
+
+@pytest.mark.parametrize("kind, lists", [("shapes", shapes.split_prompts()), ("motion", shapes.split_motion_prompts())])
+def test_prompt_files_are_the_lists(kind, lists):
+    for name, prompts in zip(("train", "tune", "eval"), lists):
+        with open(os.path.join(helpers.ROOT, "prompts", f"{kind}_{name}.txt")) as file:
             assert file.read().splitlines() == prompts
+
+
+# The tiny teachers' training --------------------------------------------------------------------------------------------------
+
+
+def test_a_counted_token_weighs_as_much_as_all_it_stands_for():
+    torch.manual_seed(0)
+    transformer = train.build_sd3().transformer.eval()
+    x, text, pooled, t = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 128), torch.randn(2, 128), torch.tensor([300.0, 900.0])
+    zero = torch.zeros(2, 1, 128)
+    with torch.no_grad():
+        full = transformer(x, torch.cat([text, zero.expand(2, train.ZEROS, 128)], 1), pooled, t).sample
+        uncounted = transformer(x, torch.cat([text, zero], 1), pooled, t).sample
+        transformer.set_attn_processor(train.CountLastToken(train.ZEROS))
+        counted = transformer(x, torch.cat([text, zero], 1), pooled, t).sample
+    assert (counted - full).abs().max() < 1e-5 and (uncounted - full).abs().max() > 1e-2
+
+
+def test_the_borrowed_autoencoder_only_moves_its_latents():
+    pipe = train.build_sd3()
+    train.borrow_vae(pipe.vae)
+    original = DiffusionPipeline.from_pretrained(os.path.join(helpers.ROOT, "assets", "tiny-sdxl")).vae
+    attributes, centre = shapes.draw(np.random.default_rng(0), 64)
+    latents, before = (train.encode(vae, attributes, centre) for vae in (pipe.vae, original))
+    torch.testing.assert_close(latents, before + pipe.vae.config.shift_factor, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.vae.decode(latents).sample, original.decode(before).sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("build", [train.build_sdxl, train.build_sd3, train.build_cogvideox])
+def test_noisy_latents_and_targets_give_back_the_clean_ones(build):
+    scheduler = build().scheduler
+    x_0, noise = torch.randn(2, 64, 4, 8, 8)
+    x_t, timestep, target = train.diffuse(scheduler, x_0, noise)
+    if hasattr(scheduler, "alphas_cumprod"):
+        abar = scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        v = target if scheduler.config.prediction_type == "v_prediction" else (target - (1 - abar).sqrt() * x_t) / abar.sqrt()
+        found = abar.sqrt() * x_t - (1 - abar).sqrt() * v
+    else:
+        found = x_t - timestep.view(-1, 1, 1, 1) / 1000 * target
+    torch.testing.assert_close(found.float(), x_0, atol=1e-3, rtol=1e-3)

@@ -1,28 +1,33 @@
-"""The world of the tiny teachers: pictures of one coloured shape, prompts that describe them, and an oracle that reads them.
+"""The world of the tiny teachers: pictures and videos of one coloured shape, prompts that describe them, and oracles that read them.
 
-    a small red circle on a blue-free world:  "a small red circle on a white background"
+    a picture:  "a small red circle on a white background"
+    a video:    "a small red circle moving left on a white background"
 
-A prompt may leave any attribute out ("a red shape"), and the missing one is then *uniform* over its values. So what a
+A prompt may leave any attribute out ("a red shape", "a red shape moving"), and the missing one is then *uniform* over its values. So what a
 perfect model does with every prompt is known exactly, and prompt accuracy, mode coverage and spread are numbers, not opinions.
 
-    python tiny/shapes.py --prompts prompts      # writes the three disjoint prompt lists of this project
+    python tiny/shapes.py --prompts prompts      # writes this project's prompt lists: three disjoint ones of each kind
 """
 import argparse
+import itertools
 import os
 
 import numpy as np
 
 SIDE = 32  # pixels
+FRAMES = 9  # of a video
 ATTRIBUTES = {
     "size": ("small", "large"),
     "colour": ("red", "green", "blue", "yellow", "purple", "cyan"),
     "shape": ("circle", "square", "triangle"),
     "background": ("black", "grey", "white"),
 }
+VIDEO = ATTRIBUTES | {"motion": ("left", "right", "up", "down")}
+STEPS = np.array([(-1.0, 0), (1, 0), (0, -1), (0, 1)])  # of a motion, (x, y) in pixels a frame
 COLOURS = np.array([(220, 40, 40), (40, 170, 60), (50, 70, 230), (240, 215, 50), (165, 50, 200), (60, 205, 225)]) / 127.5 - 1
 BACKGROUNDS = np.array([(20, 20, 20), (128, 128, 128), (238, 238, 238)]) / 127.5 - 1
 RADII = (5.0, 8.0)  # pixels; of the circle. Squares and triangles have the circle's area, so area says nothing of the shape
-CENTRES = (10.0, 22.0)  # each coordinate of the centre is uniform between these, in pixels
+CENTRES = (10.0, 22.0)  # each coordinate of the centre is uniform between these, in pixels; of a moving one, in every frame
 DROP = 0.3  # probability that a prompt leaves an attribute out
 
 
@@ -48,28 +53,45 @@ def render(attributes, centre):
     return (alpha * colour + (1 - alpha) * background).astype(np.float32)
 
 
-def draw(rng, n):
-    """n random scenes: (attributes {name: int [n]}, centre [n, 2]), all uniform."""
-    return {name: rng.integers(len(values), size=n) for name, values in ATTRIBUTES.items()}, rng.uniform(*CENTRES, size=(n, 2))
+def path(attributes, centre):
+    """Centres of a video's frames [n, FRAMES, 2], from that of its middle frame [n, 2]."""
+    return centre[:, None] + STEPS[attributes["motion"]][:, None] * (np.arange(FRAMES) - FRAMES // 2)[:, None]
+
+
+def render_video(attributes, centre):
+    """attributes {name: int [n]} with a motion, centre of the middle frame [n, 2] -> float32 videos [n, 3, FRAMES, SIDE, SIDE] in [-1, 1]."""
+    frames = render({name: np.repeat(values, FRAMES) for name, values in attributes.items()}, path(attributes, centre).reshape(-1, 2))
+    return frames.reshape(-1, FRAMES, 3, SIDE, SIDE).swapaxes(1, 2)
+
+
+def draw(rng, n, world=ATTRIBUTES):
+    """n random scenes: (attributes {name: int [n]}, centre [n, 2]), all uniform; `world` is ATTRIBUTES or VIDEO."""
+    attributes = {name: rng.integers(len(values), size=n) for name, values in world.items()}
+    travel = np.abs(STEPS[attributes["motion"]]) * (FRAMES // 2) if "motion" in world else 0
+    return attributes, rng.uniform(CENTRES[0] + np.zeros((n, 2)) + travel, CENTRES[1] - travel)
 
 
 def describe(attributes):
-    """{name: value or None} of one picture -> its prompt; None leaves the attribute out."""
+    """{name: value or None} of one picture or video -> its prompt; None leaves the attribute out."""
     words = ["a", attributes["size"], attributes["colour"], attributes["shape"] or "shape"]
+    if "motion" in attributes:
+        words += ["moving", attributes["motion"]]
     if attributes["background"]:
         words += ["on", "a", attributes["background"], "background"]
     return " ".join(word for word in words if word)
 
 
 def parse(prompt):
-    """Prompt -> {name: index or None}, the inverse of `describe`. ValueError where the prompt is not of this world."""
-    known = {value: (name, i) for name, values in ATTRIBUTES.items() for i, value in enumerate(values)}
-    attributes = dict.fromkeys(ATTRIBUTES)
+    """Prompt -> {name: index or None}, the inverse of `describe`: a motion is among the names if the prompt says "moving".
+    ValueError where the prompt is not of this world."""
+    world = VIDEO if "moving" in prompt.split() else ATTRIBUTES
+    known = {value: (name, i) for name, values in world.items() for i, value in enumerate(values)}
+    attributes = dict.fromkeys(world)
     for word in prompt.split():
         if word in known:
             name, i = known[word]
             attributes[name] = i
-        elif word not in ("a", "shape", "on", "background"):
+        elif word not in ("a", "shape", "moving", "on", "background"):
             raise ValueError(f"the prompt {prompt!r} has the word {word!r}, which the world of shapes does not know")
     return attributes
 
@@ -77,8 +99,8 @@ def parse(prompt):
 def prompts_of(attributes, rng, drop=DROP):
     """attributes {name: int [n]} -> n prompts, each attribute left out with probability `drop`."""
     n = len(attributes["shape"])
-    kept = {name: rng.random(n) >= drop for name in ATTRIBUTES}
-    return [describe({name: values[attributes[name][i]] if kept[name][i] else None for name, values in ATTRIBUTES.items()}) for i in range(n)]
+    kept = {name: rng.random(n) >= drop for name in attributes}
+    return [describe({name: VIDEO[name][values[i]] if kept[name][i] else None for name, values in attributes.items()}) for i in range(n)]
 
 
 class Oracle:
@@ -99,7 +121,7 @@ class Oracle:
 
     def read(self, pictures):
         """pictures [n, 3, SIDE, SIDE] in [-1, 1] -> {"size", "colour", "shape", "background": int [n], "x", "y": float [n] in
-        pixels, "valid": bool [n]}. ValueError for pictures of another shape."""
+        pixels, "residual": float [n], "valid": bool [n]}. ValueError for pictures of another shape."""
         pictures = np.asarray(pictures, np.float32)
         if pictures.ndim != 4 or pictures.shape[1:] != (3, SIDE, SIDE):
             raise ValueError(f"the oracle reads pictures of shape [n, 3, {SIDE}, {SIDE}], not {list(pictures.shape)}")
@@ -128,30 +150,73 @@ class Oracle:
                 "x": self.centre[best, 0], "y": self.centre[best, 1], "residual": residual, "valid": valid}
 
 
-def nearest(colours, palette):
-    """colours [n, 3], palette [k, 3] -> index of the nearest [n], its distance [n]."""
-    distance = np.linalg.norm(colours[:, None] - palette, axis=2)
+class VideoOracle(Oracle):
+    """Reads every frame of a video as a picture: attributes by majority, the motion off the line through the centres.
+
+    A video is *valid* if all its frames but at most one are valid pictures of the same attributes and their centres move as a
+    motion of this world does: near a straight line, along an axis, at its speed."""
+
+    max_speed_error = 0.3  # pixels a frame, Euclidean, of the fitted velocity; standing still is 1 away
+    max_scatter = 1.5  # pixels between a frame's centre and the line, each coordinate; all frames but at most one
+
+    def read(self, videos):
+        """videos [n, 3, FRAMES, SIDE, SIDE] in [-1, 1] -> as Oracle.read, and "motion": int [n]; "x", "y" are of the middle frame,
+        "residual" is the mean over the frames. ValueError for videos of another shape."""
+        videos = np.asarray(videos, np.float32)
+        if videos.ndim != 5 or videos.shape[1:] != (3, FRAMES, SIDE, SIDE):
+            raise ValueError(f"the oracle reads videos of shape [n, 3, {FRAMES}, {SIDE}, {SIDE}], not {list(videos.shape)}")
+        frames = super().read(videos.swapaxes(1, 2).reshape(-1, 3, SIDE, SIDE))
+        frames = {name: values.reshape(-1, FRAMES) for name, values in frames.items()}
+        read = {name: (frames[name][..., None] == np.arange(len(values))).sum(1).argmax(1) for name, values in ATTRIBUTES.items()}
+        good = frames["valid"] & np.all([frames[name] == read[name][:, None] for name in ATTRIBUTES], axis=0)
+        time, centre = np.arange(FRAMES) - FRAMES // 2, np.stack([frames["x"], frames["y"]], 2)
+        middle, velocity = centre.mean(1), (centre * time[:, None]).sum(1) / (time**2).sum()  # least squares
+        read["motion"], speed_error = nearest(velocity, STEPS)
+        good &= np.abs(centre - middle[:, None] - velocity[:, None] * time[:, None]).max(2) < self.max_scatter
+        valid = (good.sum(1) >= FRAMES - 1) & (speed_error < self.max_speed_error)
+        return read | {"x": middle[:, 0], "y": middle[:, 1], "residual": frames["residual"].mean(1), "valid": valid}
+
+
+def nearest(points, known):
+    """points [n, d], known [k, d] -> index of the nearest [n], its distance [n]."""
+    distance = np.linalg.norm(points[:, None] - known, axis=2)
     return distance.argmin(1), distance.min(1)
 
 
-def split_prompts(seed=0, held_out=64):
-    """(train, tune, eval) prompt lists, disjoint. tune and eval are drawn as prompts come up in the world, so that every
-    attribute is left open in about 30 per cent of them; train has all the others."""
+def split_prompts(seed=0, world=ATTRIBUTES, held_out=64, most=None):
+    """(train, tune, eval) prompt lists, disjoint. tune and eval are drawn as prompts come up in the world; eval again until every attribute
+    is left open by at least 3 prompts in 16, for the sake of the counts. train has all the others, or `most` of them."""
     rng = np.random.default_rng(seed)
-    everything = sorted({describe({name: v for name, v in zip(ATTRIBUTES, values)}) for values in np.array(
-        np.meshgrid(*[(None, *values) for values in ATTRIBUTES.values()], indexing="ij"), dtype=object).reshape(4, -1).T})
-    drawn = []
-    while len(drawn) < 2 * held_out:
-        prompt = prompts_of(draw(rng, 1)[0], rng)[0]
-        drawn += [prompt] if prompt not in drawn else []
-    return [p for p in everything if p not in drawn], drawn[held_out:], drawn[:held_out]
+    everything = sorted(describe(dict(zip(world, values))) for values in itertools.product(*((None, *values) for values in world.values())))
+
+    def more(known):
+        drawn = []
+        while len(drawn) < held_out:
+            prompt = prompts_of(draw(rng, 1, world)[0], rng)[0]
+            drawn += [prompt] if prompt not in known + drawn else []
+        return drawn
+
+    seen = more([])  # a list for evaluation once, seen while settings were still chosen: for training now
+    tune, evaluation = more(seen), []
+    while min(sum(parse(prompt)[name] is None for prompt in evaluation) for name in world) < held_out * 3 / 16:
+        evaluation = more(seen + tune)
+    train = [p for p in everything if p not in tune + evaluation]
+    if most:
+        train = [train[i] for i in sorted(rng.choice(len(train), most, replace=False))]
+    return train, tune, evaluation
+
+
+def split_motion_prompts():
+    """The same of videos: 320, 32 and 32 of the 1680 prompts."""
+    return split_prompts(world=VIDEO, held_out=32, most=320)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="write the prompt lists of the world of shapes")
-    parser.add_argument("--prompts", default="prompts", help="folder for shapes_train.txt, shapes_tune.txt, shapes_eval.txt")
+    parser.add_argument("--prompts", default="prompts", help="folder for {shapes,motion}_{train,tune,eval}.txt")
     folder = parser.parse_args().prompts
     os.makedirs(folder, exist_ok=True)
-    for name, prompts in zip(("train", "tune", "eval"), split_prompts()):
-        with open(os.path.join(folder, f"shapes_{name}.txt"), "w") as file:
-            file.write("\n".join(prompts) + "\n")
+    for kind, lists in (("shapes", split_prompts()), ("motion", split_motion_prompts())):
+        for name, prompts in zip(("train", "tune", "eval"), lists):
+            with open(os.path.join(folder, f"{kind}_{name}.txt"), "w") as file:
+                file.write("\n".join(prompts) + "\n")

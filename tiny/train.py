@@ -1,15 +1,19 @@
 """Builds and trains the tiny teachers: real diffusers pipelines that draw the world of shapes.
 
-    python tiny/train.py --out assets/tiny-sdxl                 # the shipped StableDiffusionXLPipeline, 60 minutes on 2 cores
-    python tiny/train.py --out random --random                  # the same pipeline with random weights, in a second (tests)
-    python tiny/train.py --part sam --out assets/tiny-sam.pth   # the image encoder of ADP's pixel discriminator, 3 minutes
+    python tiny/train.py --out assets/tiny-sdxl                              # the shipped StableDiffusionXLPipeline, 60 minutes on 2 cores
+    python tiny/train.py --family sd3 --out assets/tiny-sd3                  # StableDiffusion3Pipeline, 30 minutes of one core
+    python tiny/train.py --family cogvideox --out assets/tiny-cogvideox      # CogVideoXPipeline: videos, 60 minutes of one core
+    python tiny/train.py --out random --random                               # a family's pipeline with random weights, in a second (tests)
+    python tiny/train.py --part sam --out assets/tiny-sam.pth                # the image encoder of ADP's pixel discriminator, 3 minutes
 
-Nothing here is special to the project: `DiffusionPipeline.from_pretrained("assets/tiny-sdxl")` loads and runs the result.
-The U-Net and the text encoders are trained together on noise prediction; the autoencoder before them; each with an
-exponential moving average. Everything is drawn from one seed.
+Nothing here is special to the project: `DiffusionPipeline.from_pretrained("assets/tiny-sdxl")` loads and runs the result. (As ever
+where Stable Diffusion 3 has no T5, diffusers wants to be told so: text_encoder_3=None, tokenizer_3=None; see `load`.)
+The denoiser and the text encoders are trained together; the autoencoder before them; each with an exponential moving average.
+Everything is drawn from one seed.
 """
 import argparse
 import functools
+import math
 import os
 import sys
 import time
@@ -17,16 +21,21 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (AutoencoderKL, AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel, DDIMScheduler,
+                       DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline,
+                       StableDiffusionXLPipeline, UNet2DConditionModel)
 from segment_anything.modeling import ImageEncoderViT
 from tokenizers import AddedToken
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel,
+                          T5Tokenizer)
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository's root
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 from tiny import shapes
 
-TOKENS = 16  # the longest prompt has 8 words
+TOKENS = 16  # the longest prompt has 10 words
+ZEROS = 256  # tokens that StableDiffusion3Pipeline appends to a prompt if there is no T5: its default max_sequence_length
 
 
 def build_tokenizer():
@@ -39,20 +48,36 @@ def build_tokenizer():
     return tokenizer
 
 
-def build_vae():
+def build_t5_tokenizer():
+    """A T5Tokenizer whose pieces are the words of the world of shapes and videos; any other word becomes the unknown token."""
+    words = ["a", "on", "background", "shape", "moving", *(value for values in shapes.VIDEO.values() for value in values)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("\u2581" + word, -1.0) for word in words)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+
+
+def clip(cls, width, tokenizer):
+    """A random CLIP text encoder of this class, two layers."""
+    return cls(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def t5(width, tokenizer):
+    """A random T5 encoder, two layers."""
+    return T5EncoderModel(T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=2, num_heads=4, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, relative_attention_max_distance=TOKENS))
+
+
+def build_vae(**config):
     return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, sample_size=shapes.SIDE, block_out_channels=(16, 32, 32), norm_num_groups=16,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, scaling_factor=0.5)
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, scaling_factor=0.5, **config)
 
 
 def build_sdxl():
     """A StableDiffusionXLPipeline of the size of a thumbnail, weights random: 4x8x8 latents of 32x32 pictures."""
-    def text_encoder(cls, width, tokenizer):
-        return cls(CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=64, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-
     tokenizer, tokenizer_2 = build_tokenizer(), build_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 64), layers_per_block=1, use_linear_projection=True,
@@ -65,8 +90,46 @@ def build_sdxl():
                               set_alpha_to_one=True, timestep_spacing="trailing", prediction_type="epsilon")
     return StableDiffusionXLPipeline(
         vae=build_vae(), unet=unet, scheduler=scheduler, tokenizer=tokenizer, tokenizer_2=tokenizer_2,
-        text_encoder=text_encoder(CLIPTextModel, 32, tokenizer),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection, 64, tokenizer_2), add_watermarker=False)
+        text_encoder=clip(CLIPTextModel, 32, tokenizer),
+        text_encoder_2=clip(CLIPTextModelWithProjection, 64, tokenizer_2), add_watermarker=False)
+
+
+def build_sd3(t5_encoder=False):
+    """A StableDiffusion3Pipeline of the size of a thumbnail, weights random: 4x8x8 latents of 32x32 pictures; with or without T5."""
+    tokenizer, tokenizer_2 = build_tokenizer(), build_tokenizer()
+    tokenizer_3 = build_t5_tokenizer() if t5_encoder else None
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=24, num_attention_heads=4,
+        joint_attention_dim=128, caption_projection_dim=96, pooled_projection_dim=2 * 64, pos_embed_max_size=8)
+    return StableDiffusion3Pipeline(
+        vae=build_vae(shift_factor=0.1), transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tokenizer=tokenizer, tokenizer_2=tokenizer_2, tokenizer_3=tokenizer_3,
+        text_encoder=clip(CLIPTextModelWithProjection, 32, tokenizer), text_encoder_2=clip(CLIPTextModelWithProjection, 64, tokenizer_2),
+        text_encoder_3=t5(128, tokenizer_3) if t5_encoder else None)
+
+
+def build_cogvideox(rotary=False):
+    """A CogVideoXPipeline of the size of a thumbnail, weights random: 4x3x8x8 latents of 9x32x32 videos; positions and SNR shift
+    are as CogVideoX-2b's or, with `rotary`, as CogVideoX-5b's."""
+    tokenizer = build_t5_tokenizer()
+    # no residual blocks beside those at the bottleneck and one a level of the decoder: convolutions of nine whole frames are slow
+    vae = AutoencoderKLCogVideoX(
+        latent_channels=4, sample_height=shapes.SIDE, sample_width=shapes.SIDE, block_out_channels=(32, 32, 32), norm_num_groups=8,
+        down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3, layers_per_block=0, scaling_factor=0.5)
+    transformer = CogVideoXTransformer3DModel(
+        sample_width=8, sample_height=8, sample_frames=shapes.FRAMES, patch_size=2, in_channels=4, out_channels=4, num_layers=4,
+        num_attention_heads=4, attention_head_dim=32, time_embed_dim=128, text_embed_dim=64, max_text_seq_length=TOKENS,
+        spatial_interpolation_scale=1.0, use_rotary_positional_embeddings=rotary)
+    scheduler = CogVideoXDDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True, steps_offset=0,
+        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0 if rotary else 3.0)
+    return CogVideoXPipeline(tokenizer=tokenizer, text_encoder=t5(64, tokenizer), vae=vae, transformer=transformer, scheduler=scheduler)
+
+
+def load(folder):
+    """A pipeline folder -> the pipeline, float32. Components that the folder names as absent are passed as such, which diffusers asks for."""
+    absent = {name: None for name, value in DiffusionPipeline.load_config(folder).items() if value == [None, None]}
+    return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **absent)
 
 
 def fit(parameters, loss, steps, lr, betas=(0.9, 0.99), decay=0.999, name=""):
@@ -90,60 +153,145 @@ def fit(parameters, loss, steps, lr, betas=(0.9, 0.99), decay=0.999, name=""):
         torch._foreach_copy_(parameters, average)
 
 
-def train_vae(vae, steps, seed, batch=48):
-    """Mean squared and absolute error with a small KL term; then the latents are whitened by folding their channels' mean
-    and covariance into the two 1x1 convolutions at the bottleneck, so that latents * scaling_factor have mean 0 and covariance 1."""
+def scenes_of(attributes, centre):
+    """Scenes -> what an autoencoder encodes: pictures [n, 3, 32, 32] or, where there is a motion, videos [n, 3, 9, 32, 32]."""
+    return torch.from_numpy((shapes.render_video if "motion" in attributes else shapes.render)(attributes, centre))
+
+
+def train_vae(vae, world, steps, seed):
+    """Mean squared and absolute error with a small KL term; then the latents are whitened, so that latents * scaling_factor have
+    mean 0 and covariance 1. The decoder of videos goes on alone, since its padded convolution undoes a mean but for the border."""
     rng = np.random.default_rng(seed)
+    video = "motion" in world
+    batch = 8 if video else 48
 
     def loss(step):
-        pictures = torch.from_numpy(shapes.render(*shapes.draw(rng, batch)))
-        posterior = vae.encode(pictures).latent_dist
-        decoded = vae.decode(posterior.sample()).sample
-        return F.mse_loss(decoded, pictures) + 0.5 * F.l1_loss(decoded, pictures) + 1e-3 * posterior.kl().mean() / pictures[0].numel()
+        originals = scenes_of(*shapes.draw(rng, batch, world))
+        with torch.autocast("cpu", torch.bfloat16, enabled=video):
+            posterior = vae.encode(originals).latent_dist
+            decoded = vae.decode(posterior.sample()).sample.float()
+        error = F.mse_loss(decoded, originals) + 0.5 * F.l1_loss(decoded, originals)
+        return error + 1e-3 * posterior.kl().mean() / originals[0].numel()
 
     fit(vae.parameters(), loss, steps, lr=2e-3, name="autoencoder")
-    latents = encode(vae, *shapes.draw(rng, 2048)).double().transpose(0, 1).flatten(1)  # [4, n]
-    mean, covariance = latents.mean(1), latents.cov()
-    root = torch.linalg.cholesky(covariance)
-    whiten, colour = torch.linalg.inv(root) / vae.config.scaling_factor, root * vae.config.scaling_factor
+    latents = encode(vae, *shapes.draw(rng, 2048, world)).transpose(0, 1).flatten(1)
+    if video:
+        reading = [module for name, module in vae.decoder.named_modules() if name == "conv_in.conv" or name.endswith(("conv_y.conv", "conv_b.conv"))]
+        whiten(latents, vae.config.scaling_factor, vae.encoder.conv_out.conv, reading)
+        fit(vae.decoder.parameters(), loss, steps // 4, lr=1e-3, name="decoder")
+    else:
+        whiten(latents, vae.config.scaling_factor, vae.quant_conv, [vae.post_quant_conv])
+
+
+@torch.no_grad()
+def whiten(latents, scaling_factor, writing, reading):
+    """Folds the mean and covariance of `latents` [4, n] into the convolution whose first four channels are the latents and, undone,
+    into those that read them."""
+    mean, root = latents.double().mean(1), torch.linalg.cholesky(latents.double().cov())
+    forth, back = torch.linalg.inv(root) / scaling_factor, root * scaling_factor
+    writing.weight[:4] = torch.tensordot(forth, writing.weight[:4].double(), 1).float()
+    writing.bias[:4] = (forth @ (writing.bias[:4].double() - mean)).float()
+    for conv in reading:
+        weight = conv.weight.double()
+        conv.bias += (weight.flatten(2).sum(2) @ mean).float()
+        conv.weight.copy_(torch.einsum("oi...,ij->oj...", weight, back).float())
+
+
+def borrow_vae(vae):
+    """The shipped SDXL teacher's autoencoder, its latents moved so that (latents - shift_factor) * scaling_factor are white."""
+    vae.load_state_dict(AutoencoderKL.from_pretrained(os.path.join(ROOT, "assets", "tiny-sdxl"), subfolder="vae").state_dict())
     with torch.no_grad():
-        moments, back = vae.quant_conv, vae.post_quant_conv
-        weight, bias = moments.weight[:4, :, 0, 0].double(), moments.bias[:4].double()
-        moments.weight[:4, :, 0, 0], moments.bias[:4] = (whiten @ weight).float(), (whiten @ (bias - mean)).float()
-        weight = back.weight[:, :, 0, 0].double()
-        back.weight[:, :, 0, 0], back.bias[:] = (weight @ colour).float(), (back.bias.double() + weight @ mean).float()
+        vae.post_quant_conv.bias -= vae.post_quant_conv.weight.sum((1, 2, 3)) * vae.config.shift_factor
+        vae.quant_conv.bias[:4] += vae.config.shift_factor
 
 
 @torch.no_grad()
 def encode(vae, attributes, centre):
-    """A scene's latents, unscaled [n, 4, 8, 8]: the posterior's mean."""
-    pictures = torch.from_numpy(shapes.render(attributes, centre))
-    return torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(256)])
+    """A scene's latents, unscaled [n, 4, 8, 8] or [n, 4, 3, 8, 8]: the posterior's mean."""
+    parts = [slice(i, i + 256) for i in range(0, len(centre), 256)]
+    return torch.cat([vae.encode(scenes_of({name: v[part] for name, v in attributes.items()}, centre[part])).latent_dist.mean for part in parts])
 
 
-def train_sdxl(pipe, steps, seed, batch=64, scenes=40000, prompt_dropout=0.1, lr=2e-3):
-    """Noise prediction at uniform t. An empty prompt is zero embeddings, as SDXL's pipeline makes it."""
+class CountLastToken:
+    """SD3's joint attention in which the last token of the text stands for `count` equal ones.
+
+    Equal tokens of the text stay equal from block to block, since the text has no positions: one whose score is log(count) higher
+    weighs as much as all, and the picture's tokens come out the same, for a fraction of the time."""
+
+    def __init__(self, count):
+        self.bias = math.log(count)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None):
+        projections = ((attn.to_q, attn.add_q_proj), (attn.to_k, attn.add_k_proj), (attn.to_v, attn.add_v_proj))
+        joint = [torch.cat([image(hidden_states), text(encoder_hidden_states)], 1) for image, text in projections]
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in joint)
+        bias = query.new_zeros(query.shape[2], key.shape[2])
+        bias[:, -1] = self.bias
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+        image, text = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
+        return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def diffuse(scheduler, x_0, noise):
+    """Clean latents and noise -> (noisy latents, the network's timestep [n], the network's target), at uniform times of the scheduler."""
+    shape = (-1,) + (1,) * (x_0.ndim - 1)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        u, shift = torch.rand(len(x_0)), scheduler.config.shift
+        sigma = shift * u / (1 + (shift - 1) * u)
+        return torch.lerp(x_0, noise, sigma.view(shape)), 1000 * sigma, noise - x_0
+    t = torch.randint(1000, (len(x_0),))
+    alpha, sigma = (abar.sqrt().float().view(shape) for abar in (scheduler.alphas_cumprod[t], 1 - scheduler.alphas_cumprod[t]))
+    return alpha * x_0 + sigma * noise, t, noise if scheduler.config.prediction_type == "epsilon" else alpha * noise - sigma * x_0
+
+
+def call_sdxl(pipe, x_t, timestep, prompts):
+    """An empty prompt is zero embeddings, as SDXL's pipeline makes it."""
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    kept = torch.tensor([prompt != "" for prompt in prompts])
+    time_ids = torch.tensor([shapes.SIDE, shapes.SIDE, 0, 0, shapes.SIDE, shapes.SIDE]).expand(len(x_t), 6)
+    condition = {"text_embeds": pooled * kept[:, None], "time_ids": time_ids}
+    return pipe.unet(x_t, timestep, embeds * kept[:, None, None], added_cond_kwargs=condition).sample
+
+
+def call_sd3(pipe, x_t, timestep, prompts):
+    """One token of zeros stands for ZEROS of them: see CountLastToken."""
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=1)
+    return pipe.transformer(x_t, embeds, pooled, timestep).sample
+
+
+def call_cogvideox(pipe, x_t, timestep, prompts):
+    embeds, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TOKENS, device="cpu")
+    return pipe.transformer(x_t, embeds, timestep).sample
+
+
+def train_denoiser(pipe, call, world, steps, seed, lr, batch, scenes, prompt_dropout=0.1):
+    """The denoiser and the text encoders on the scheduler's own target at uniform times; a prompt is empty with probability `prompt_dropout`."""
     rng = np.random.default_rng(seed + 1)
-    attributes, centre = shapes.draw(rng, scenes)
-    latents = encode(pipe.vae, attributes, centre) * pipe.vae.config.scaling_factor
-    alphas_cumprod = pipe.scheduler.alphas_cumprod
-    time_ids = torch.tensor([shapes.SIDE, shapes.SIDE, 0, 0, shapes.SIDE, shapes.SIDE]).expand(batch, 6)
+    attributes, centre = shapes.draw(rng, scenes, world)
+    latents = (encode(pipe.vae, attributes, centre) - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
+    if latents.ndim == 5:
+        latents = latents.transpose(1, 2).contiguous()  # CogVideoX's transformer takes frames before channels
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
     def loss(step):
         rows = rng.integers(scenes, size=batch)
         prompts = shapes.prompts_of({name: values[rows] for name, values in attributes.items()}, rng)
-        embeds, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
-        kept = torch.rand(batch) >= prompt_dropout
-        t = torch.randint(1000, (batch,))
-        noise = torch.randn(batch, *latents.shape[1:])
-        abar = alphas_cumprod[t].view(-1, 1, 1, 1)
-        x_t = abar.sqrt() * latents[rows] + (1 - abar).sqrt() * noise
-        condition = {"text_embeds": pooled * kept[:, None], "time_ids": time_ids}
-        eps_hat = pipe.unet(x_t, t, embeds * kept[:, None, None], added_cond_kwargs=condition).sample
-        return F.mse_loss(eps_hat, noise)
+        prompts = [prompt if kept else "" for prompt, kept in zip(prompts, rng.random(batch) >= prompt_dropout)]
+        x_t, timestep, target = diffuse(pipe.scheduler, latents[rows], torch.randn(batch, *latents.shape[1:]))
+        return F.mse_loss(call(pipe, x_t, timestep, prompts), target)
 
-    modules = (pipe.unet, pipe.text_encoder, pipe.text_encoder_2)
+    modules = (denoiser, *(module for name, module in pipe.components.items() if name.startswith("text_encoder") and module))
     fit([p for module in modules for p in module.parameters()], loss, steps, lr=lr, name="denoiser")
+
+
+FAMILIES = {
+    "sdxl": {"build": build_sdxl, "call": call_sdxl, "world": shapes.ATTRIBUTES, "vae_steps": 3500, "steps": 8000, "lr": 2e-3, "batch": 64,
+             "scenes": 40000},
+    "sd3": {"build": build_sd3, "call": call_sd3, "world": shapes.ATTRIBUTES, "vae_steps": 0, "steps": 9000, "lr": 1e-3, "batch": 64,
+            "scenes": 40000},
+    "cogvideox": {"build": build_cogvideox, "call": call_cogvideox, "world": shapes.VIDEO, "vae_steps": 2400, "steps": 6000, "lr": 1e-3, "batch": 32,
+                  "scenes": 20000},
+}
 
 
 def train_sam(steps, seed, batch=64):
@@ -168,26 +316,41 @@ def train_sam(steps, seed, batch=64):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--family", choices=FAMILIES, default="sdxl")
     parser.add_argument("--part", choices=("pipeline", "sam"), default="pipeline", help="what to train")
     parser.add_argument("--random", action="store_true", help="random weights, no training")
+    parser.add_argument("--t5", action="store_true", help="sd3, random: with its third text encoder")
+    parser.add_argument("--rotary", action="store_true", help="cogvideox, random: positions as CogVideoX-5b's")
     parser.add_argument("--init", help="go on from this pipeline folder: keep its autoencoder, train its denoiser further")
-    parser.add_argument("--vae-steps", type=int, default=3500)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the denoiser")
+    parser.add_argument("--vae-steps", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lr", type=float, help="of the denoiser")
     parser.add_argument("--sam-steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if (args.t5 or args.rotary) and not args.random:
+        parser.error("--t5 and --rotary are for --random: nothing is trained with them")
+    family = FAMILIES[args.family]
+    family = family | {name: value for name, value in vars(args).items() if name in family and value is not None}
     torch.manual_seed(args.seed)
     start = time.time()
     if args.part == "sam":
         torch.save(train_sam(args.sam_steps, args.seed), args.out)
     else:
-        pipe = StableDiffusionXLPipeline.from_pretrained(args.init, dtype=torch.float32) if args.init else build_sdxl()
+        switch = {"sd3": [args.t5], "cogvideox": [args.rotary]}.get(args.family, [])
+        pipe = load(args.init) if args.init else family["build"](*switch)
         if not args.init and not args.random:
-            train_vae(pipe.vae, args.vae_steps, args.seed)
+            if args.family == "sd3":
+                borrow_vae(pipe.vae)
+            else:
+                train_vae(pipe.vae, family["world"], family["vae_steps"], args.seed)
         if not args.random:
-            train_sdxl(pipe, args.steps, args.seed, lr=args.lr)
-        for part in (pipe, pipe.unet, pipe.vae):
-            part.register_to_config(_name_or_path="")  # no path of this machine
+            if args.family == "sd3":
+                processors = pipe.transformer.attn_processors
+                pipe.transformer.set_attn_processor(CountLastToken(ZEROS))
+            train_denoiser(pipe, family["call"], family["world"], family["steps"], args.seed, family["lr"], family["batch"], family["scenes"])
+        for part in (pipe, *pipe.components.values()):
+            if hasattr(part, "register_to_config"):
+                part.register_to_config(_name_or_path="")  # no path of this machine
         pipe.to(dtype=torch.float16).save_pretrained(args.out)
     print(f"{args.out}: {(time.time() - start) / 60:.1f} minutes")
