@@ -1098,7 +1098,13 @@ def add_teacher_arguments(parser, required=True):
 
 
 def load_teacher_of(args, device):
-    return load_teacher(args.teacher, device, dtype_of(args.precision, device), args.resolution, args.frames)
+    """The teacher of these arguments. In training gradients run through it as D's backbone, and through its decoder: checkpointed, too."""
+    teacher = load_teacher(args.teacher, device, dtype_of(args.precision, device), args.resolution, args.frames)
+    if getattr(args, "checkpointing", False):
+        teacher.denoiser.enable_gradient_checkpointing()
+        if not teacher.video:
+            teacher.pipe.vae.enable_gradient_checkpointing()
+    return teacher
 
 
 def add_training_arguments(parser):

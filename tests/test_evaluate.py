@@ -129,3 +129,30 @@ def test_the_oracle_refuses_prompts_of_another_world(teacher_folder, tmp_path):
     prompts.write_text("a lighthouse in a storm\n")
     with pytest.raises(common.UserError, match="lighthouse"):
         evaluate.main(["--teacher", teacher_folder, "--prompts", str(prompts)])
+
+
+def test_the_summary_of_several_seeds(tmp_path, capsys):
+    """tiny/reproduce.py: mean and standard deviation by hand; a row a system, in the reports' order."""
+    from tiny import reproduce
+
+    for seed, accuracy in enumerate((0.7, 0.8)):
+        row = {"steps": 1, "prompts": 64, "accuracy": accuracy, "tv": {"shape": 0.1 * seed}, "tv_uniform": {"shape": 0.0}}
+        report = {"rows": [{"system": "teacher", **row}, {"system": "dmdx", **row, "accuracy": 0.5}], "seed": seed, "minutes": 12.0 + seed}
+        (tmp_path / f"{seed}.json").write_text(json.dumps(report))
+    reproduce.main([str(tmp_path / "0.json"), str(tmp_path / "1.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| system | steps | accuracy | tv shape |"
+    assert lines[2] == "| teacher | 1.000 | 0.750 ± 0.071 | 0.050 ± 0.071 |" and lines[3] == "| dmdx | 1.000 | 0.500 | 0.050 ± 0.071 |"
+    assert lines[-1] == "seeds [0, 1], minutes 12.0, 13.0"
+
+
+def test_video_is_read_by_the_video_oracle():
+    attributes, centre = shapes.draw(np.random.default_rng(0), 4, shapes.VIDEO)
+    attributes["motion"][:] = (0, 0, 1, 1)
+    attributes["colour"][:] = 2
+    pixels = torch.from_numpy(shapes.render_video(attributes, centre)).view(2, 2, 3, 9, 32, 32)
+    prompts = ["a blue shape moving left", "a blue shape moving left"]
+    metric = evaluate.Oracle(None, prompts, True)
+    result = metric.result(*[[metric.score(pixels, prompts)]] * 2)
+    assert result["valid"] == 1 and result["accuracy"] == 0.5 and result["accuracy_of"] == {"colour": 1, "motion": 0.5}
+    assert set(result["tv"]) == {"size", "shape", "background"}

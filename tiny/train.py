@@ -109,15 +109,14 @@ def build_sd3(t5_encoder=False):
 
 
 def build_cogvideox(rotary=False):
-    """A CogVideoXPipeline of the size of a thumbnail, weights random: 4x3x8x8 latents of 9x32x32 videos; positions and SNR shift
+    """A CogVideoXPipeline of the size of a thumbnail, weights random: 8x3x8x8 latents of 9x32x32 videos; positions and SNR shift
     are as CogVideoX-2b's or, with `rotary`, as CogVideoX-5b's."""
     tokenizer = build_t5_tokenizer()
-    # no residual blocks beside those at the bottleneck and one a level of the decoder: convolutions of nine whole frames are slow
     vae = AutoencoderKLCogVideoX(
-        latent_channels=4, sample_height=shapes.SIDE, sample_width=shapes.SIDE, block_out_channels=(32, 32, 32), norm_num_groups=8,
-        down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3, layers_per_block=0, scaling_factor=0.5)
+        latent_channels=8, sample_height=shapes.SIDE, sample_width=shapes.SIDE, block_out_channels=(16, 32, 32), norm_num_groups=8,
+        down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3, layers_per_block=1, scaling_factor=0.5)
     transformer = CogVideoXTransformer3DModel(
-        sample_width=8, sample_height=8, sample_frames=shapes.FRAMES, patch_size=2, in_channels=4, out_channels=4, num_layers=4,
+        sample_width=8, sample_height=8, sample_frames=shapes.FRAMES, patch_size=2, in_channels=8, out_channels=8, num_layers=4,
         num_attention_heads=4, attention_head_dim=32, time_embed_dim=128, text_embed_dim=64, max_text_seq_length=TOKENS,
         spatial_interpolation_scale=1.0, use_rotary_positional_embeddings=rotary)
     scheduler = CogVideoXDDIMScheduler(
@@ -137,7 +136,7 @@ def fit(parameters, loss, steps, lr, betas=(0.9, 0.99), decay=0.999, name=""):
     parameters = list(parameters)
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 100) * 0.5 * (1 + np.cos(np.pi * i / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 100) * 0.5 * (1 + np.cos(np.pi * i / max(steps, 1))))
     bar = tqdm(range(steps), desc=name, mininterval=10)
     for step in bar:
         value = loss(step)
@@ -185,12 +184,13 @@ def train_vae(vae, world, steps, seed):
 
 @torch.no_grad()
 def whiten(latents, scaling_factor, writing, reading):
-    """Folds the mean and covariance of `latents` [4, n] into the convolution whose first four channels are the latents and, undone,
-    into those that read them."""
+    """Folds the mean and covariance of `latents` [channels, n] into the convolution whose first channels are the latents and, undone, into
+    those that read them."""
+    channels = len(latents)
     mean, root = latents.double().mean(1), torch.linalg.cholesky(latents.double().cov())
     forth, back = torch.linalg.inv(root) / scaling_factor, root * scaling_factor
-    writing.weight[:4] = torch.tensordot(forth, writing.weight[:4].double(), 1).float()
-    writing.bias[:4] = (forth @ (writing.bias[:4].double() - mean)).float()
+    writing.weight[:channels] = torch.tensordot(forth, writing.weight[:channels].double(), 1).float()
+    writing.bias[:channels] = (forth @ (writing.bias[:channels].double() - mean)).float()
     for conv in reading:
         weight = conv.weight.double()
         conv.bias += (weight.flatten(2).sum(2) @ mean).float()
@@ -207,7 +207,7 @@ def borrow_vae(vae):
 
 @torch.no_grad()
 def encode(vae, attributes, centre):
-    """A scene's latents, unscaled [n, 4, 8, 8] or [n, 4, 3, 8, 8]: the posterior's mean."""
+    """A scene's latents, unscaled [n, 4, 8, 8] or [n, 8, 3, 8, 8]: the posterior's mean."""
     parts = [slice(i, i + 256) for i in range(0, len(centre), 256)]
     return torch.cat([vae.encode(scenes_of({name: v[part] for name, v in attributes.items()}, centre[part])).latent_dist.mean for part in parts])
 
@@ -266,6 +266,8 @@ def call_cogvideox(pipe, x_t, timestep, prompts):
 
 def train_denoiser(pipe, call, world, steps, seed, lr, batch, scenes, prompt_dropout=0.1):
     """The denoiser and the text encoders on the scheduler's own target at uniform times; a prompt is empty with probability `prompt_dropout`."""
+    if not steps:
+        return
     rng = np.random.default_rng(seed + 1)
     attributes, centre = shapes.draw(rng, scenes, world)
     latents = (encode(pipe.vae, attributes, centre) - (pipe.vae.config.shift_factor or 0)) * pipe.vae.config.scaling_factor
@@ -289,7 +291,7 @@ FAMILIES = {
              "scenes": 40000},
     "sd3": {"build": build_sd3, "call": call_sd3, "world": shapes.ATTRIBUTES, "vae_steps": 0, "steps": 9000, "lr": 1e-3, "batch": 64,
             "scenes": 40000},
-    "cogvideox": {"build": build_cogvideox, "call": call_cogvideox, "world": shapes.VIDEO, "vae_steps": 2400, "steps": 6000, "lr": 1e-3, "batch": 32,
+    "cogvideox": {"build": build_cogvideox, "call": call_cogvideox, "world": shapes.VIDEO, "vae_steps": 1500, "steps": 6000, "lr": 1e-3, "batch": 32,
                   "scenes": 20000},
 }
 
@@ -344,9 +346,9 @@ if __name__ == "__main__":
                 borrow_vae(pipe.vae)
             else:
                 train_vae(pipe.vae, family["world"], family["vae_steps"], args.seed)
+                pipe.save_pretrained(args.out)  # for --init, should the rest be interrupted
         if not args.random:
             if args.family == "sd3":
-                processors = pipe.transformer.attn_processors
                 pipe.transformer.set_attn_processor(CountLastToken(ZEROS))
             train_denoiser(pipe, family["call"], family["world"], family["steps"], args.seed, family["lr"], family["batch"], family["scenes"])
         for part in (pipe, *pipe.components.values()):
