@@ -69,7 +69,6 @@ def main(argv=None):
     parser.add("--count", "number of pairs", type=common.positive, default=4096)
     parser.add("--steps", f"of the teacher's sampler ({common.family_default('sampler_steps')})", type=common.positive)
     parser.add("--guidance", f"classifier-free guidance scale ({common.family_default('guidance')})", type=common.non_negative)
-    parser.add("--batch", "pairs at a time in a process", type=common.positive, default=16)
     parser.add("--shard", "pairs in a file", type=common.positive, default=512)
     parser.add("--seed", "of noise and prompts", type=common.whole, default=0)
     args = parser.parse_args(argv)

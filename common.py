@@ -65,6 +65,7 @@ class Teacher:
     sampler_steps: int  # of the teacher itself, for pairs and comparisons
     guidance: float  # of the same: the pipeline's default
     adm_guidance: float  # of the real score in ADM
+    batch: int  # rows at a time in a process
     video, frames, fps = False, None, None
 
     def __init__(self, pipe, path, device, dtype, resolution=None, frames=None):
@@ -243,7 +244,7 @@ class Teacher:
 class SDXL(Teacher):
     """Stable Diffusion XL: U-Net with two text encoders, pooled text and image-size embeddings; noise prediction."""
 
-    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance = "unet", 1, 25, 5.0, 8.0  # paper: 1, 25; DMD2: 8
+    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance, batch = "unet", 1, 25, 5.0, 8.0, 8  # paper: 1, 25; DMD2: 8.0
 
     def __init__(self, pipe, *args):
         super().__init__(pipe, *args)
@@ -290,7 +291,7 @@ class SD3(Teacher):
     """Stable Diffusion 3 and 3.5: transformer on picture and text tokens together, three text encoders of which T5 may be absent; flow
     matching, x_t = (1 - sigma) x_0 + sigma eps with sigma = shift u / (1 + (shift - 1) u), u = t/T: equal steps in t are the teacher's own."""
 
-    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance = "transformer", 4, 28, 7.0, 7.0
+    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance, batch = "transformer", 4, 28, 7.0, 7.0, 4
 
     def __init__(self, pipe, *args):
         super().__init__(pipe, *args)
@@ -339,7 +340,7 @@ class CogVideoX(Teacher):
     """CogVideoX: transformer on text and video tokens together, T5 text encoder, 3-D causal autoencoder; v prediction on a schedule with
     zero terminal SNR. 2b has a table of absolute positions, 5b rotary embeddings: the config says which."""
 
-    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance, video = "transformer", 8, 50, 6.0, 6.0, True
+    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance, batch, video = "transformer", 8, 50, 6.0, 6.0, 1, True
 
     def __init__(self, pipe, path, device, dtype, resolution=None, frames=None):
         super().__init__(pipe, path, device, dtype, resolution)
@@ -1094,12 +1095,15 @@ def add_teacher_arguments(parser, required=True):
     parser.add("--teacher", f"{', '.join(TEACHERS)}, a pipeline folder, or a hub id" + ("" if required else " (default the student's own)"), required=required)
     parser.add("--resolution", "pixels: a side, or HEIGHTxWIDTH (default the teacher's: SDXL and SD3 1024, CogVideoX 480x720)", type=resolution)
     parser.add("--frames", "of a video, a multiple of 8 plus 1 (default the teacher's: CogVideoX 49)", type=positive)
+    parser.add("--batch", f"rows at a time in each process ({family_default('batch')})", type=positive)
     parser.add("--precision", "of the networks' passes; weights that train are fp32 (default bf16 on a GPU, else fp32)", choices=("fp32", "bf16"))
 
 
 def load_teacher_of(args, device):
-    """The teacher of these arguments. In training gradients run through it as D's backbone, and through its decoder: checkpointed, too."""
+    """The teacher of these arguments; its family's batch where none is given. In training gradients run through it as D's backbone, and
+    through its decoder: they are checkpointed, too."""
     teacher = load_teacher(args.teacher, device, dtype_of(args.precision, device), args.resolution, args.frames)
+    args.batch = args.batch or teacher.batch
     if getattr(args, "checkpointing", False):
         teacher.denoiser.enable_gradient_checkpointing()
         if not teacher.video:
@@ -1113,7 +1117,6 @@ def add_training_arguments(parser):
     parser.add("--out", "the run's folder (default runs/STAGE-TEACHER)")
     parser.add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
     parser.add("--iterations", "generator updates", type=positive, default=10000)
-    parser.add("--batch", "rows in each process", type=positive, default=8)
     parser.add("--lr", "of the student", type=non_negative, default=5e-7)
     parser.add("--head-lr", "of the discriminators' heads", type=non_negative, default=5e-6)
     parser.add("--head-width", "hidden channels of the heads, a multiple of 32", type=width, default=256)  # paper

@@ -65,7 +65,6 @@ def add_system_arguments(parser):
     common.add_teacher_arguments(parser, required=False)
     parser.add("--steps", f"of the teacher's sampler ({common.family_default('sampler_steps')})", type=common.positive)
     parser.add("--guidance", f"classifier-free guidance scale of the teacher ({common.family_default('guidance')})", type=common.non_negative)
-    parser.add("--batch", "pictures or videos at a time", type=common.positive, default=16)
 
 
 def main(argv=None):

@@ -68,7 +68,7 @@ CASES = (
     (f"adp.py {TEACHER} --out {{0}}/run --pairs {{0}}/pairs --lambda-pixel 0", "{0}/run holds a run already"),
     (f"adp.py {TEACHER} --out {{0}}/run-half --pairs {{0}}/pairs --lambda-pixel 0 --resume", "is not a complete checkpoint"),
     (f"adm.py {TEACHER} --out {{0}}/run {PROMPTS} --resume", "{0}/run/step_000001 cannot be resumed: its stage is adp, not adm"),
-    (f"{ADM} {PROMPTS} --resolution 33", "--resolution 33 is not a multiple of 8"),
+    (f"{ADM} {PROMPTS} --resolution 33", "--resolution 33x33 is not a multiple of 8"),
     (f"{ADM} {PROMPTS} --steps 0", "argument --steps: must be at least 1, not 0"),
     (f"{ADM} {PROMPTS} --batch 0", "argument --batch: must be at least 1, not 0"),
     (f"{ADP} --pairs {{0}}/pairs --batch -1", "argument --batch: must be at least 1, not -1"),
@@ -76,7 +76,9 @@ CASES = (
     (f"{ADM} {PROMPTS} --lr -1", "argument --lr: must be at least 0"),
     (f"{ADM} {PROMPTS} --lr nan", "argument --lr: must be at least 0"),
     (f"{ADM} {PROMPTS} --dt 0", "--dt: must be between 0 and 1, not 0"),
-    (f"{ADM}", "the following arguments are required: --prompts"))
+    (f"{ADM} {PROMPTS} --resolution 32x", "argument --resolution: must be a number of pixels or HEIGHTxWIDTH, not 32x"),
+    (f"{ADM} {PROMPTS} --frames 9", "--frames is for video teachers"),
+    (f"adm.py {OUT}", "the following arguments are required: --teacher"))
 
 
 def check(code, errors, script, sentence):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline, DiffusionPipeline
 
+import adp
 import common
-import helpers
 import sample
 from tiny import train
 
@@ -324,10 +324,15 @@ def test_sizes_that_a_teacher_cannot_do(folders, kind, options, sentence):
 
 def test_other_sizes_than_the_default(folders):
     teacher = common.load_teacher(folders["cogvideox-rotary"], CPU, resolution=(32, 48), frames=17)
-    assert teacher.latent_shape == (4, 5, 8, 12)
+    assert teacher.latent_shape == (teacher.denoiser.config.in_channels, 5, 8, 12)
     with torch.no_grad():
         x = torch.randn(1, *teacher.latent_shape)
         assert teacher.call(teacher.denoiser, x, torch.tensor([500.0]), teacher.null(1)).shape == x.shape and teacher.decode(x).shape == (1, 3, 17, 32, 48)
+
+
+def test_the_pixel_discriminator_is_for_pictures(folders, tmp_path):
+    with pytest.raises(common.UserError, match="not video: give --lambda-pixel 0"):
+        adp.main(["--teacher", folders["cogvideox"], "--pairs", str(tmp_path), "--out", str(tmp_path / "run")])
 
 
 def test_a_missing_package_is_one_sentence(folders, monkeypatch):

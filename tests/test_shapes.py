@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 import helpers
 from tiny import shapes, train
@@ -191,13 +190,37 @@ def test_a_counted_token_weighs_as_much_as_all_it_stands_for():
 
 def test_the_borrowed_autoencoder_only_moves_its_latents():
     pipe = train.build_sd3()
-    train.borrow_vae(pipe.vae)
-    original = DiffusionPipeline.from_pretrained(os.path.join(helpers.ROOT, "assets", "tiny-sdxl")).vae
+    train.borrow(pipe.vae)
+    original = train.shipped_vae()
     attributes, centre = shapes.draw(np.random.default_rng(0), 64)
     latents, before = (train.encode(vae, attributes, centre) for vae in (pipe.vae, original))
     torch.testing.assert_close(latents, before + pipe.vae.config.shift_factor, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(pipe.vae.decode(latents).sample, original.decode(before).sample, atol=1e-4, rtol=1e-4)
+
+
+def test_an_inflated_autoencoder_starts_as_that_of_pictures(videos):
+    _, _, clean = videos
+    torch.manual_seed(0)
+    vae = train.build_cogvideox().vae
+    train.inflate(vae)
+    clean = torch.from_numpy(clean[:8])
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(clean).latent_dist.mean).sample
+    assert torch.nn.functional.mse_loss(decoded[:, :, 0], clean[:, :, 0]) < 0.02 and torch.nn.functional.mse_loss(decoded, clean) < 0.04
+
+
+def test_whitening_changes_latents_only():
+    """Folded into convolutions without a border, it is undone exactly."""
+    torch.manual_seed(0)
+    writing, reading, x = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(4, 5, 1), torch.randn(16, 3, 18, 18)
+    with torch.no_grad():
+        before, latents = reading(writing(x)[:, :4]), writing(x)[:, :4]
+        train.whiten(latents.transpose(0, 1).flatten(1), 0.5, writing, [reading])
+        white = writing(x)[:, :4].transpose(0, 1).flatten(1) * 0.5
+        torch.testing.assert_close(reading(writing(x)[:, :4]), before, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(white.cov(), torch.eye(4), atol=1e-3, rtol=0)
+        torch.testing.assert_close(white.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("build", [train.build_sdxl, train.build_sd3, train.build_cogvideox])

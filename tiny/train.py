@@ -113,7 +113,7 @@ def build_cogvideox(rotary=False):
     are as CogVideoX-2b's or, with `rotary`, as CogVideoX-5b's."""
     tokenizer = build_t5_tokenizer()
     vae = AutoencoderKLCogVideoX(
-        latent_channels=8, sample_height=shapes.SIDE, sample_width=shapes.SIDE, block_out_channels=(16, 32, 32), norm_num_groups=8,
+        latent_channels=8, sample_height=shapes.SIDE, sample_width=shapes.SIDE, block_out_channels=(16, 32, 32), norm_num_groups=16,
         down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3, layers_per_block=1, scaling_factor=0.5)
     transformer = CogVideoXTransformer3DModel(
         sample_width=8, sample_height=8, sample_frames=shapes.FRAMES, patch_size=2, in_channels=8, out_channels=8, num_layers=4,
@@ -162,7 +162,7 @@ def train_vae(vae, world, steps, seed):
     mean 0 and covariance 1. The decoder of videos goes on alone, since its padded convolution undoes a mean but for the border."""
     rng = np.random.default_rng(seed)
     video = "motion" in world
-    batch = 8 if video else 48
+    batch, lr = (8, 6e-4) if video else (48, 2e-3)
 
     def loss(step):
         originals = scenes_of(*shapes.draw(rng, batch, world))
@@ -172,12 +172,12 @@ def train_vae(vae, world, steps, seed):
         error = F.mse_loss(decoded, originals) + 0.5 * F.l1_loss(decoded, originals)
         return error + 1e-3 * posterior.kl().mean() / originals[0].numel()
 
-    fit(vae.parameters(), loss, steps, lr=2e-3, name="autoencoder")
+    fit(vae.parameters(), loss, steps, lr=lr, name="autoencoder")
     latents = encode(vae, *shapes.draw(rng, 2048, world)).transpose(0, 1).flatten(1)
     if video:
         reading = [module for name, module in vae.decoder.named_modules() if name == "conv_in.conv" or name.endswith(("conv_y.conv", "conv_b.conv"))]
         whiten(latents, vae.config.scaling_factor, vae.encoder.conv_out.conv, reading)
-        fit(vae.decoder.parameters(), loss, steps // 4, lr=1e-3, name="decoder")
+        fit(vae.decoder.parameters(), loss, steps // 4, lr=lr, name="decoder")
     else:
         whiten(latents, vae.config.scaling_factor, vae.quant_conv, [vae.post_quant_conv])
 
@@ -197,12 +197,42 @@ def whiten(latents, scaling_factor, writing, reading):
         conv.weight.copy_(torch.einsum("oi...,ij->oj...", weight, back).float())
 
 
-def borrow_vae(vae):
-    """The shipped SDXL teacher's autoencoder, its latents moved so that (latents - shift_factor) * scaling_factor are white."""
-    vae.load_state_dict(AutoencoderKL.from_pretrained(os.path.join(ROOT, "assets", "tiny-sdxl"), subfolder="vae").state_dict())
-    with torch.no_grad():
-        vae.post_quant_conv.bias -= vae.post_quant_conv.weight.sum((1, 2, 3)) * vae.config.shift_factor
-        vae.quant_conv.bias[:4] += vae.config.shift_factor
+def shipped_vae():
+    """The shipped SDXL teacher's autoencoder."""
+    return AutoencoderKL.from_pretrained(os.path.join(ROOT, "assets", "tiny-sdxl"), subfolder="vae")
+
+
+@torch.no_grad()
+def borrow(vae):
+    """Makes `vae` the shipped autoencoder, its latents moved so that (latents - shift_factor) * scaling_factor are white."""
+    vae.load_state_dict(shipped_vae().state_dict())
+    vae.post_quant_conv.bias -= vae.post_quant_conv.weight.sum((1, 2, 3)) * vae.config.shift_factor
+    vae.quant_conv.bias[:4] += vae.config.shift_factor
+
+
+@torch.no_grad()
+def inflate(vae):
+    """Starts an autoencoder of videos as the shipped one of pictures, frame by frame: a kernel becomes the last of three in time.
+
+    The quantising convolutions join their neighbours, attention is left out, norms that look at the latents start blind to them;
+    the other half of the latents starts random."""
+    old = shipped_vae().state_dict()
+    quant, post = old["quant_conv.weight"][..., 0, 0], old["post_quant_conv.weight"][..., 0, 0]
+    old["encoder.conv_out.bias"] = quant @ old["encoder.conv_out.bias"] + old["quant_conv.bias"]
+    old["encoder.conv_out.weight"] = torch.tensordot(quant, old["encoder.conv_out.weight"], 1)
+    old["decoder.conv_in.bias"] += old["decoder.conv_in.weight"].sum((2, 3)) @ old["post_quant_conv.bias"]
+    old["decoder.conv_in.weight"] = torch.einsum("oi...,ij->oj...", old["decoder.conv_in.weight"], post)
+    for name, new in vae.named_parameters():
+        if "conv_y" in name or "conv_b" in name:
+            new.fill_(name.endswith("conv_y.conv.bias"))
+            continue
+        source = old[name if name in old else name.replace(".conv.", ".").replace("norm_layer.", "").replace("norm_out", "conv_norm_out")]
+        if new.ndim == 5:
+            source = F.pad(source[:, :, None], (0, 0, 0, 0, new.shape[2] - 1, 0))
+        if "encoder.conv_out" in name:  # means of the latents, then their log-variances
+            new[len(new) // 2 :] = -6 if new.ndim == 1 else 0
+            source = source[: len(source) // 2]
+        new[tuple(slice(size) for size in source.shape)] = source
 
 
 @torch.no_grad()
@@ -291,7 +321,7 @@ FAMILIES = {
              "scenes": 40000},
     "sd3": {"build": build_sd3, "call": call_sd3, "world": shapes.ATTRIBUTES, "vae_steps": 0, "steps": 9000, "lr": 1e-3, "batch": 64,
             "scenes": 40000},
-    "cogvideox": {"build": build_cogvideox, "call": call_cogvideox, "world": shapes.VIDEO, "vae_steps": 1500, "steps": 6000, "lr": 1e-3, "batch": 32,
+    "cogvideox": {"build": build_cogvideox, "call": call_cogvideox, "world": shapes.VIDEO, "vae_steps": 1200, "steps": 6000, "lr": 1e-3, "batch": 32,
                   "scenes": 20000},
 }
 
@@ -343,8 +373,10 @@ if __name__ == "__main__":
         pipe = load(args.init) if args.init else family["build"](*switch)
         if not args.init and not args.random:
             if args.family == "sd3":
-                borrow_vae(pipe.vae)
+                borrow(pipe.vae)
             else:
+                if args.family == "cogvideox":
+                    inflate(pipe.vae)
                 train_vae(pipe.vae, family["world"], family["vae_steps"], args.seed)
                 pipe.save_pretrained(args.out)  # for --init, should the rest be interrupted
         if not args.random:
