@@ -60,7 +60,7 @@ def main(argv=None):
     heads_train = common.distributed(heads) if args.loss == "adm" else None
     guidance, dt = teacher.adm_guidance if args.guidance is None else args.guidance, args.dt * T
 
-    for step in range(run.start, args.iterations):
+    for step in run.iterations():
         common.set_lr(opt_G, args.lr, step, args)
         for inner in range(args.ttur):
             rows = common.Rows(common.own_rows(args.batch), (args.seed, step, inner), device)
@@ -126,7 +126,7 @@ def main(argv=None):
             metrics |= {"loss_D": loss_D, "D_abs": torch.cat([D_real, D_fake]).abs().mean(), "D_gap": D_real.mean() - D_fake.mean(), "norm_D": norm_D}
 
         run.log(step + 1, metrics)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.iterations:
+        if run.due(step + 1):
             run.save(step + 1, ema.average, prompts)
 
 

@@ -58,7 +58,7 @@ def main(argv=None):
     run = common.Run("adp", args, student, {"G": G, "ema": ema, "heads": heads, "opt_G": opt_G, "opt_heads": opt_heads})
     G_train, heads_train = common.distributed(G), common.distributed(heads)
 
-    for step in range(run.start, args.iterations):
+    for step in run.iterations():
         warming_up = step < warmup
         common.set_lr(opt_G, args.warmup_lr if warming_up and args.warmup_lr else args.lr, step, args)
         rows = common.Rows(common.own_rows(args.batch), (args.seed, step), device)
@@ -94,7 +94,7 @@ def main(argv=None):
             run.log(step + 1, {"loss_G": loss_G, "loss_D": loss_D, "D_real": (D_real * weights).sum(1).mean(),
                                "D_fake": (D_fake * weights).sum(1).mean(), "mse": mse, "norm_G": norm, "norm_heads": norm_heads})
 
-        if (step + 1) % args.save_every == 0 or step + 1 == args.iterations:
+        if run.due(step + 1):
             run.save(step + 1, ema.average, pairs.index["prompts"])
 
 

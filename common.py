@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import time
 
@@ -901,8 +902,11 @@ class Run:
             raise UserError(f"{self.folder} has no complete checkpoint to resume from; give another --out")
         barrier()  # every process has looked before the main one writes
         make_folder(os.path.join(self.folder, "samples"))
-        self.metrics = os.path.join(self.folder, "metrics.jsonl")
+        self.metrics, self.stopping = os.path.join(self.folder, "metrics.jsonl"), False
         if is_main():
+            for name in os.listdir(self.folder):
+                if ".tmp" in name:  # half a checkpoint that a killed process left
+                    shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
             kept = [line for line in read_lines(self.metrics) if line["step"] <= self.start]
             with replacing(self.metrics) as temporary, open(temporary, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -921,6 +925,29 @@ class Run:
         except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder} cannot be resumed with these settings: {first_line(error)}") from error
         self.start = meta["step"]
+
+    def iterations(self):
+        """The numbers of the iterations that are left. SIGTERM and SIGINT end them after the present one and its checkpoint, so that a
+        preempted job goes on with --resume; a second signal ends the process."""
+
+        def stop(number, frame):
+            self.stopping = True
+            signal.signal(number, before[number])
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for step in range(self.start, self.args.iterations):
+                yield step
+                if self.stopping:
+                    break
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def due(self, step):
+        """Whether to save now: every --save-every, at the end, and on every process when one of them was told to stop."""
+        self.stopping = bool(means({"stopping": float(self.stopping)})["stopping"])
+        return self.stopping or step % self.args.save_every == 0 or step == self.args.iterations
 
     def log(self, step, values):
         """A line of metrics, averaged over the processes."""
@@ -946,6 +973,9 @@ class Run:
                 write_json(os.path.join(temporary, "meta.json"), {"step": step, **self.meta})
             with replacing(os.path.join(self.folder, "latest")) as temporary, open(temporary, "w") as file:
                 file.write(os.path.basename(folder) + "\n")
+            older = sorted(name for name in os.listdir(self.folder) if re.fullmatch(r"step_\d+", name) and name < os.path.basename(folder))
+            for name in older[: max(0, len(older) + 1 - self.args.keep)]:
+                shutil.rmtree(os.path.join(self.folder, name))
             save_preview(self.student, net, prompts, self.args.seed, os.path.join(self.folder, "samples", f"step_{step:06d}"))
             save_curves(self.metrics, os.path.join(self.folder, "curves.png"))
         barrier()
@@ -1128,6 +1158,7 @@ def add_training_arguments(parser):
     parser.add("--no-checkpointing", "keep activations instead of computing them twice", dest="checkpointing", action="store_false")
     parser.add("--log-every", "iterations", type=positive, default=10)
     parser.add("--save-every", "iterations", type=positive, default=500)
+    parser.add("--keep", "newest checkpoints", type=positive, default=3)
     parser.add("--seed", "of everything random", type=whole, default=0)
 
 

@@ -1,6 +1,10 @@
 """An interrupted and resumed run is the uninterrupted one, bit for bit; and what a checkpoint is."""
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -113,3 +117,30 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(finished, adm_argume
     assert (run / "latest").read_text() == "step_000001\n" and not [name for name in os.listdir(run) if ".tmp" in name or "000002" in name]
     adm.main([*arguments, "--resume"])
     assert helpers.metrics(run) == helpers.metrics(finished)
+
+
+@pytest.mark.parametrize("processes", (1, 2))
+def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path, processes):
+    """Told to stop between two checkpoints, the run leaves one of the iteration that it was at, and exits with 0."""
+    run = tmp_path / "run"
+    arguments = [*adm_arguments, "--loss", "dmd", "--out", str(run), "--iterations", "100000", "--save-every", "100000"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    process = subprocess.Popen([sys.executable, *torchrun, "adm.py", *arguments], cwd=helpers.ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (run / "metrics.jsonl").exists() or len(helpers.metrics(run)) < 2:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(60)
+    assert code == 0 or processes == 2  # torchrun has a code of its own for it
+    folder, meta = common.find_checkpoint(str(run))
+    assert [line["step"] for line in helpers.metrics(run)] == list(range(1, meta["step"] + 1))
+    result = helpers.command("adm.py", *arguments, "--resume", "--iterations", str(meta["step"] + 1), "--batch", str(2 * processes))
+    assert result.returncode == 0 and helpers.metrics(run)[-1]["step"] == meta["step"] + 1
+
+
+def test_only_the_newest_checkpoints_are_kept(adm_arguments, tmp_path):
+    run = tmp_path / "run"
+    (run / "step_000001.tmp123").mkdir(parents=True)  # a killed process's
+    adm.main([*adm_arguments, "--loss", "dmd", "--out", str(run), "--iterations", "4", "--save-every", "1", "--keep", "2"])
+    assert sorted(name for name in os.listdir(run) if name.startswith("step_")) == ["step_000003", "step_000004"]
