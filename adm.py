@@ -49,6 +49,7 @@ def main(argv=None):
     ema = common.EMA(G, args.ema)
     opt_G, opt_f = common.adamw(G.parameters(), args.lr, args), common.adamw(f.parameters(), args.fake_lr, args)
     parts = {"G": G, "ema": ema, "f": f, "opt_G": opt_G, "opt_f": opt_f}
+    heads = heads_train = None
     if args.loss == "adm":
         with torch.no_grad():
             maps = teacher.features(torch.zeros(1, *teacher.latent_shape, device=device), torch.ones(1, device=device), teacher.null(1))
@@ -57,73 +58,84 @@ def main(argv=None):
         parts |= {"heads": heads, "opt_heads": opt_heads}
     run = common.Run("adm", args, student, parts)
     G_train, f_train = common.distributed(G), common.distributed(f)
-    heads_train = common.distributed(heads) if args.loss == "adm" else None
+    if heads is not None:
+        heads_train = common.distributed(heads)
     guidance, dt = teacher.adm_guidance if args.guidance is None else args.guidance, args.dt * T
 
     for step in run.iterations():
         common.set_lr(opt_G, args.lr, step, args)
         for inner in range(args.ttur):
-            rows = common.Rows(common.own_rows(args.batch), (args.seed, step, inner), device)
-            noise = lambda: rows.normal(*teacher.latent_shape)
-            cond = teacher.encode([prompts[i] for i in rows.integers(len(prompts))])
             generator_turn = inner == args.ttur - 1 and step >= args.warmup
+            batch = common.micro_batches(args, (args.seed, step, inner), device)
+            metrics = common.Means()
 
             # 1. Generate: x0_hat = G_theta(x_t', t', c), x_t' by backward simulation from pure noise. t' is the same on every process.
             k = int(torch.randint(student.steps, (1,), generator=common.generator(args.seed, step, inner)))
-            x_t_prime = student.simulate(G, rows, cond, k)
             t_prime = torch.full((args.batch,), student.times[k], dtype=torch.float64, device=device)
-            with torch.set_grad_enabled(generator_turn):
-                x0_hat = student.x0(G_train, x_t_prime, t_prime, cond)
+            for b in batch:
+                b.cond = teacher.encode([prompts[i] for i in b.rows.integers(len(prompts))])
+                b.x_t_prime = student.simulate(G, b.rows, b.cond, k)
+                # of several micro-batches the graphs would not fit together: step 3 makes them again, one by one
+                with torch.set_grad_enabled(generator_turn and len(batch) == 1):
+                    b.x0_hat = student.x0(G_train, b.x_t_prime, t_prime, b.cond)
 
             # 2. Fake score: denoise the student's samples, as the teacher was trained to
-            t, eps = rows.uniform() * T, noise()
-            x_t = teacher.diffuse(x0_hat.detach(), eps, t)
-            loss_f = F.mse_loss(teacher.call(f_train, x_t, teacher.timestep(t), cond), teacher.target(x0_hat.detach(), eps, t))
-            norm_f = common.update(loss_f, opt_f, args.clip)
-            metrics = {"loss_f": loss_f, "norm_f": norm_f}
+            for b in common.updating(opt_f, f_train, batch, args.clip, metrics, "norm_f"):
+                x_0, t, eps = b.x0_hat.detach(), b.rows.uniform() * T, b.rows.normal(*teacher.latent_shape)
+                x_t = teacher.diffuse(x_0, eps, t)
+                loss_f = F.mse_loss(teacher.call(f_train, x_t, teacher.timestep(t), b.cond), teacher.target(x_0, eps, t))
+                (loss_f / len(batch)).backward()
+                metrics.add(loss_f=loss_f)
 
             # 3. Generator. The student's sample at t ~ U(dt, T], and what both scores make of it. Only G_theta learns from this.
-            t = T - rows.uniform() * (T - dt)
-            x_t = teacher.diffuse(x0_hat, noise(), t)
-            with torch.no_grad():
-                real = teacher.guided(x_t, t, cond, guidance)
-            with common.frozen(f), torch.set_grad_enabled(generator_turn and args.loss == "adm"):
-                fake = teacher.predict(f, x_t, t, cond)
-            with torch.no_grad():  # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
-                direction = (fake[0] - real[0]) / (x0_hat - real[0]).abs().mean(tuple(range(1, x_t.ndim)), keepdim=True)
-                metrics["dmd_loss"] = 0.5 * direction.square().mean()
+            with common.frozen(f, heads):
+                for b in common.updating(opt_G, G_train, batch, args.clip, metrics, "norm_G") if generator_turn else batch:
+                    x0_hat = student.x0(G_train, b.x_t_prime, t_prime, b.cond) if generator_turn and len(batch) > 1 else b.x0_hat
+                    t = T - b.rows.uniform() * (T - dt)
+                    x_t = teacher.diffuse(x0_hat, b.rows.normal(*teacher.latent_shape), t)
+                    with torch.no_grad():
+                        real = teacher.guided(x_t, t, b.cond, guidance)
+                    with torch.set_grad_enabled(generator_turn and args.loss == "adm"):
+                        fake = teacher.predict(f, x_t, t, b.cond)
+                    with torch.no_grad():  # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
+                        direction = (fake[0] - real[0]) / (x0_hat - real[0]).abs().mean(tuple(range(1, x_t.ndim)), keepdim=True)
+                        metrics.add(dmd_loss=0.5 * direction.square().mean())
+                    if args.loss == "dmd":
+                        loss_G = 0.5 * F.mse_loss(x0_hat, (x0_hat - direction).detach())
+                    else:
+                        # L(theta) = -E D_tau(x_fake, t - dt, c), through D's backbone, f_psi and the diffusion into G_theta
+                        b.s = t - dt
+                        x_fake, b.x_real = teacher.step(*fake, b.s), teacher.step(*real, b.s)
+                        with torch.set_grad_enabled(generator_turn):
+                            maps_fake = teacher.features(x_fake, b.s, b.cond)
+                            loss_G = hinge_generator(heads(maps_fake)) if generator_turn else None
+                        b.x_fake, b.maps_fake = x_fake.detach(), [m.detach() for m in maps_fake]
+                    if generator_turn:
+                        if args.loss == "adm":
+                            x_fake.retain_grad()
+                        (loss_G / len(batch)).backward()
+                        metrics.add(loss_G=loss_G)
+                        if args.loss == "adm":
+                            metrics.add(cosine=F.cosine_similarity(-x_fake.grad.flatten(1), (b.x_real - x_fake).flatten(1)).mean())
+            if generator_turn:
+                ema.update()
             if args.loss == "dmd":
-                if generator_turn:
-                    loss_G = 0.5 * F.mse_loss(x0_hat, (x0_hat - direction).detach())
-                    metrics |= {"loss_G": loss_G, "norm_G": common.update(loss_G, opt_G, args.clip)}
-                    ema.update()
                 continue
 
-            # L(theta) = -E D_tau(x_fake, t - dt, c), through D's backbone, f_psi and the diffusion into G_theta
-            s = t - dt
-            x_fake, x_real = teacher.step(*fake, s), teacher.step(*real, s)
-            with common.frozen(f, heads), torch.set_grad_enabled(generator_turn):
-                maps_fake = teacher.features(x_fake, s, cond)
-                if generator_turn:
-                    x_fake.retain_grad()
-                    loss_G = hinge_generator(heads(maps_fake))
-                    metrics |= {"loss_G": loss_G, "norm_G": common.update(loss_G, opt_G, args.clip)}
-                    metrics["cosine"] = F.cosine_similarity(-x_fake.grad.flatten(1), (x_real - x_fake).flatten(1)).mean()
-                    ema.update()
-
             # 4. Discriminator: L(tau) = E relu(1 + D(x_fake)) + E relu(1 - D(x_real)); D's maps of x_fake are at hand from step 3
-            with torch.no_grad():
-                groups = [teacher.features(x_real, s, cond), [m.detach() for m in maps_fake]]
-                # R1, R2: lambda E (D(x) - D(x + n))^2 / |n|^2, so that grad D points along the difference of the scores
-                groups += [teacher.features(x + args.r_noise * noise(), s, cond) for x, weight in ((x_real, args.r1), (x_fake, args.r2)) if weight]
-            logits = heads_train([torch.cat(maps) for maps in zip(*groups)]).chunk(len(groups))
-            D_real, D_fake, *perturbed = logits
-            loss_D = hinge_discriminator(D_real, D_fake)
-            for D, weight in ((D_real, args.r1), (D_fake, args.r2)):
-                if weight:
-                    loss_D = loss_D + weight * args.dt * (D - perturbed.pop(0)).mean(1).square().mean() / args.r_noise**2
-            norm_D = common.update(loss_D, opt_heads, args.clip)
-            metrics |= {"loss_D": loss_D, "D_abs": torch.cat([D_real, D_fake]).abs().mean(), "D_gap": D_real.mean() - D_fake.mean(), "norm_D": norm_D}
+            for b in common.updating(opt_heads, heads_train, batch, args.clip, metrics, "norm_D"):
+                with torch.no_grad():
+                    groups = [teacher.features(b.x_real, b.s, b.cond), b.maps_fake]
+                    # R1, R2: lambda E (D(x) - D(x + n))^2 / |n|^2, so that grad D points along the difference of the scores
+                    groups += [teacher.features(x + args.r_noise * b.rows.normal(*teacher.latent_shape), b.s, b.cond)
+                               for x, weight in ((b.x_real, args.r1), (b.x_fake, args.r2)) if weight]
+                D_real, D_fake, *perturbed = heads_train([torch.cat(maps) for maps in zip(*groups)]).chunk(len(groups))
+                loss_D = hinge_discriminator(D_real, D_fake)
+                for D, weight in ((D_real, args.r1), (D_fake, args.r2)):
+                    if weight:
+                        loss_D = loss_D + weight * args.dt * (D - perturbed.pop(0)).mean(1).square().mean() / args.r_noise**2
+                (loss_D / len(batch)).backward()
+                metrics.add(loss_D=loss_D, D_abs=torch.cat([D_real, D_fake]).abs().mean(), D_gap=D_real.mean() - D_fake.mean())
 
         run.log(step + 1, metrics)
         if run.due(step + 1):

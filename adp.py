@@ -61,39 +61,45 @@ def main(argv=None):
     for step in run.iterations():
         warming_up = step < warmup
         common.set_lr(opt_G, args.warmup_lr if warming_up and args.warmup_lr else args.lr, step, args)
-        rows = common.Rows(common.own_rows(args.batch), (args.seed, step), device)
-        x_T, x_0, prompts = pairs.batch(rows.integers(len(pairs)))
-        x_T, x_0, cond = x_T.to(device), x_0.to(device), teacher.encode(prompts)
+        batch = common.micro_batches(args, (args.seed, step), device)
+        metrics = common.Means()
+        for b in batch:
+            x_T, x_0, prompts = pairs.batch(b.rows.integers(len(pairs)))
+            b.x_T, b.x_0, b.cond = x_T.to(device), x_0.to(device), teacher.encode(prompts)
 
-        # Straight path: x_t = (1 - t/T) x_0 + (t/T) x_T, with generator times on the cubic schedule t = [1 - (u/T)^3] T
-        t = (1 - rows.uniform() ** 3) * T
-        x_t = student.diffuse(x_0, x_T, t)
-        velocity = student.velocity(G_train, x_t, t, cond)
-        mse = F.mse_loss(velocity, x_T - x_0)
-        if warming_up:  # paper silent: an eps or v network's output becomes a velocity by regression first
-            norm = common.update(mse, opt_G, args.clip)
-            ema.update()
-            run.log(step + 1, {"mse": mse, "norm_G": norm})
-        else:
+        for b in common.updating(opt_G, G_train, batch, args.clip, metrics, "norm_G"):
+            # Straight path: x_t = (1 - t/T) x_0 + (t/T) x_T, with generator times on the cubic schedule t = [1 - (u/T)^3] T
+            t = (1 - b.rows.uniform() ** 3) * T
+            x_t = student.diffuse(b.x_0, b.x_T, t)
+            velocity = student.velocity(G_train, x_t, t, b.cond)
+            mse = F.mse_loss(velocity, b.x_T - b.x_0)
+            metrics.add(mse=mse)
+            if warming_up:  # paper silent: an eps or v network's output becomes a velocity by regression first
+                (mse / len(batch)).backward()
+                continue
             # Generator: L(theta) = -E[lambda_1 D_tau1(x~_t', t') + lambda_2 D_tau2(x~_0)], discriminator times t' ~ U[0, T]
             x0_tilde = x_t - student.ratio(t, x_t) * velocity
-            t_prime = rows.uniform() * T
-            x_fake = teacher.diffuse(x0_tilde, rows.normal(*x_0.shape[1:]), t_prime)
-            maps_fake = discriminator_maps(x0_tilde, x_fake, t_prime, cond)
+            b.t_prime = b.rows.uniform() * T
+            x_fake = teacher.diffuse(x0_tilde, b.rows.normal(*teacher.latent_shape), b.t_prime)
+            maps_fake = discriminator_maps(x0_tilde, x_fake, b.t_prime, b.cond)
             with common.frozen(heads):
                 loss_G = hinge_generator(heads(maps_fake), weights) + args.mse * mse
-                norm = common.update(loss_G, opt_G, args.clip)
-            ema.update()
+                (loss_G / len(batch)).backward()
+            metrics.add(loss_G=loss_G)
+            b.maps_fake = [m.detach() for m in maps_fake]
+        ema.update()
 
-            # Discriminators: hinge on the pairs' x_0 and on the same x~_0, whose maps are at hand
+        # Discriminators: hinge on the pairs' x_0 and on the same x~_0, whose maps are at hand
+        for b in common.updating(opt_heads, heads_train, batch, args.clip, metrics, "norm_heads") if not warming_up else ():
             with torch.no_grad():
-                maps_real = discriminator_maps(x_0, teacher.diffuse(x_0, rows.normal(*x_0.shape[1:]), t_prime), t_prime, cond)
-            D_real, D_fake = heads_train([torch.cat([r, f.detach()]) for r, f in zip(maps_real, maps_fake)]).chunk(2)
+                x_real = teacher.diffuse(b.x_0, b.rows.normal(*teacher.latent_shape), b.t_prime)
+                maps_real = discriminator_maps(b.x_0, x_real, b.t_prime, b.cond)
+            D_real, D_fake = heads_train([torch.cat(pair) for pair in zip(maps_real, b.maps_fake)]).chunk(2)
             loss_D = hinge_discriminator(D_real, D_fake, weights)
-            norm_heads = common.update(loss_D, opt_heads, args.clip)
-            run.log(step + 1, {"loss_G": loss_G, "loss_D": loss_D, "D_real": (D_real * weights).sum(1).mean(),
-                               "D_fake": (D_fake * weights).sum(1).mean(), "mse": mse, "norm_G": norm, "norm_heads": norm_heads})
+            (loss_D / len(batch)).backward()
+            metrics.add(loss_D=loss_D, D_real=(D_real * weights).sum(1).mean(), D_fake=(D_fake * weights).sum(1).mean())
 
+        run.log(step + 1, metrics)
         if run.due(step + 1):
             run.save(step + 1, ema.average, pairs.index["prompts"])
 

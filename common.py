@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import numpy as np
 import torch
@@ -746,7 +747,7 @@ def means(values):
 @contextlib.contextmanager
 def frozen(*modules):
     """Inside, the modules' parameters get no gradient (and DDP's hooks stay quiet)."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
     try:
@@ -780,11 +781,6 @@ def generator(*key):
     """A generator seeded by a tuple of non-negative integers, well mixed."""
     words = (len(key), *key)  # SeedSequence takes (1, 2) and (1, 2, 0) for the same
     return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
-
-
-def own_rows(batch):
-    """The rows of the global batch that belong to this process; `batch` is the number per process."""
-    return range(rank() * batch, (rank() + 1) * batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -949,12 +945,12 @@ class Run:
         self.stopping = bool(means({"stopping": float(self.stopping)})["stopping"])
         return self.stopping or step % self.args.save_every == 0 or step == self.args.iterations
 
-    def log(self, step, values):
+    def log(self, step, metrics):
         """A line of metrics, averaged over the processes."""
         self.bar.update()
         if step % self.args.log_every:
             return
-        values = means(values)
+        values = means(metrics.means())
         seconds, self.clock = (time.perf_counter() - self.clock) / self.args.log_every, time.perf_counter()
         if is_main():
             with open(self.metrics, "a") as file:
@@ -1060,13 +1056,36 @@ def adamw(parameters, lr, args):
     return torch.optim.AdamW(parameters, lr=lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
 
 
-def update(loss, optimizer, clip):
-    """One step down `loss` -> the gradient's norm before clipping."""
+def micro_batches(args, key, device):
+    """One entry for each of --accumulate micro-batches of this process, with its rows; the stages note on it what they still need."""
+    first = [part * world_size() * args.batch + rank() * args.batch for part in range(args.accumulate)]
+    return [types.SimpleNamespace(rows=Rows(range(i, i + args.batch), key, device)) for i in first]
+
+
+def updating(optimizer, module, batch, clip, metrics, norm):
+    """`for part in updating(...)`: one step of the optimiser after the bodies have called backward, each on its share of the loss.
+    Gradients are exchanged between processes in the last one only. Logs the gradient's norm before clipping as `norm`."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    for part in batch:
+        wait = isinstance(module, nn.parallel.DistributedDataParallel) and part is not batch[-1]
+        with module.no_sync() if wait else contextlib.nullcontext():
+            yield part
+    metrics.add(**{norm: nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)})
     optimizer.step()
-    return norm
+
+
+class Means:
+    """The metrics of an iteration, each the mean over its micro-batches."""
+
+    def __init__(self):
+        self.values = {}
+
+    def add(self, **values):
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach())
+
+    def means(self):
+        return {name: torch.stack(values).mean() for name, values in self.values.items()}
 
 
 def set_lr(optimizer, lr, step, args):
@@ -1147,6 +1166,7 @@ def add_training_arguments(parser):
     parser.add("--out", "the run's folder (default runs/STAGE-TEACHER)")
     parser.add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
     parser.add("--iterations", "generator updates", type=positive, default=10000)
+    parser.add("--accumulate", "micro-batches of --batch rows in each process for one update", type=positive, default=1)
     parser.add("--lr", "of the student", type=non_negative, default=5e-7)
     parser.add("--head-lr", "of the discriminators' heads", type=non_negative, default=5e-6)
     parser.add("--head-width", "hidden channels of the heads, a multiple of 32", type=width, default=256)  # paper

@@ -31,11 +31,23 @@ def two_processes(tmp_path_factory, adp_arguments, adm_arguments):
 
 @pytest.mark.parametrize("i", range(len(RUNS)), ids=("adp", "adm", "adm --ttur 2 --steps 2", "dmd"))
 def test_two_processes_lose_what_one_does(two_processes, adp_arguments, adm_arguments, tmp_path, i):
-    """The metrics of every iteration are the same, and so are the gradients, whose averages Adam keeps."""
     stage, options = RUNS[i]
     main, arguments = (adp.main, adp_arguments) if stage == "adp" else (adm.main, adm_arguments)
     main([*arguments, "--out", str(tmp_path), *options.split(), "--batch", "4"])
-    folders = tmp_path, two_processes / str(i)
+    compare(tmp_path, two_processes / str(i))
+
+
+@pytest.mark.parametrize("i", range(len(RUNS)), ids=("adp", "adm", "adm --ttur 2 --steps 2", "dmd"))
+def test_micro_batches_lose_what_one_batch_does(adp_arguments, adm_arguments, tmp_path, i):
+    stage, options = RUNS[i]
+    main, arguments = (adp.main, adp_arguments) if stage == "adp" else (adm.main, adm_arguments)
+    for name, split in (("whole", "--batch 4"), ("parts", "--batch 1 --accumulate 4")):
+        main([*arguments, "--out", str(tmp_path / name), *options.split(), *split.split()])
+    compare(tmp_path / "whole", tmp_path / "parts")
+
+
+def compare(*folders):
+    """Two runs' metrics of every iteration, and their gradients, whose averages Adam keeps."""
     for one, two in zip(*map(helpers.metrics, folders), strict=True):
         for name in one.keys() - {"cosine", "D_gap"}:  # which are small differences
             assert two[name] == pytest.approx(one[name], rel=1e-3 if name.startswith("norm") else 2e-4, abs=1e-5), name

@@ -11,9 +11,9 @@ import helpers
 
 @pytest.fixture
 def updates(monkeypatch):
-    """A list that receives, for every common.update of a run, (the networks that got a gradient, the networks that changed)."""
+    """A list that receives, for every update of a run, (the networks that got a gradient, the networks that changed)."""
     record, networks = [], {}
-    run_init, backbone_init, update = common.Run.__init__, common.PixelBackbone.__init__, common.update
+    run_init, backbone_init, update = common.Run.__init__, common.PixelBackbone.__init__, common.updating
 
     def init(self, stage, args, student, parts):
         networks.update({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
@@ -24,21 +24,20 @@ def updates(monkeypatch):
         backbone_init(self, *arguments)
         networks["pixel backbone"] = self.encoder
 
-    def watched(loss, optimizer, clip):
+    def watched(optimizer, module, batch, clip, metrics, norm):
         for net in networks.values():
             net.zero_grad(set_to_none=True)
         before = {name: [p.detach().clone() for p in net.parameters()] for name, net in networks.items()}
-        norm = update(loss, optimizer, clip)
+        yield from update(optimizer, module, batch, clip, metrics, norm)
         learned = {name for name, net in networks.items() if any(p.grad is not None for p in net.parameters())}
         for name in learned:
-            assert norm > 1e-6 and all(p.grad is not None for p in networks[name].parameters()), name
+            assert metrics.values[norm][0] > 1e-6 and all(p.grad is not None for p in networks[name].parameters()), name
         changed = {name for name, net in networks.items() if not all(p.equal(old) for p, old in zip(net.parameters(), before[name]))}
         record.append((learned, changed))
-        return norm
 
     monkeypatch.setattr(common.Run, "__init__", init)
     monkeypatch.setattr(common.PixelBackbone, "__init__", init_backbone)
-    monkeypatch.setattr(common, "update", watched)
+    monkeypatch.setattr(common, "updating", watched)
     monkeypatch.setattr(common.Run, "save", lambda *_: None)
     return record
 
@@ -52,6 +51,7 @@ def exactly(names):
     ("--steps 4", "f G heads  f G heads"),
     ("--ttur 2", "f heads f G heads  f heads f G heads"),
     ("--warmup 1", "f heads  f G heads"),
+    ("--accumulate 3 --ttur 2", "f heads f G heads  f heads f G heads"),
     ("--loss dmd", "f G  f G"),
     ("--loss dmd --ttur 2", "f f G  f f G"),
     ("--no-checkpointing", "f G heads  f G heads")))
