@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
 T = 1000.0
@@ -959,6 +960,9 @@ class Run:
 
     def save(self, step, net, prompts):
         """A checkpoint, in one move, and samples of the first prompts from fixed noise. The main process writes, the others wait."""
+        for part in self.parts.values():
+            if isinstance(part, ZeroRedundancyOptimizer):
+                part.consolidate_state_dict()  # every process's share to the main one
         if is_main():
             folder = os.path.join(self.folder, f"step_{step:06d}")
             shutil.rmtree(folder, ignore_errors=True)
@@ -1053,7 +1057,11 @@ def peak_mb():
 
 
 def adamw(parameters, lr, args):
-    return torch.optim.AdamW(parameters, lr=lr, betas=args.betas, weight_decay=args.weight_decay, fused=True)
+    """AdamW; with --shard zero1 each process keeps the state of its share of the parameters only."""
+    options = {"lr": lr, "betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
+    if args.shard == "zero1" and dist.is_initialized():
+        return ZeroRedundancyOptimizer(list(parameters), torch.optim.AdamW, **options)
+    return torch.optim.AdamW(parameters, **options)
 
 
 def micro_batches(args, key, device):
@@ -1166,6 +1174,8 @@ def add_training_arguments(parser):
     parser.add("--out", "the run's folder (default runs/STAGE-TEACHER)")
     parser.add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
     parser.add("--iterations", "generator updates", type=positive, default=10000)
+    parser.add("--shard", "what the processes share: nothing (ddp), or the optimisers' states (zero1: 9 bytes a parameter that trains on 8 GPUs, "
+               "instead of 16)", choices=("ddp", "zero1"), default="ddp")
     parser.add("--accumulate", "micro-batches of --batch rows in each process for one update", type=positive, default=1)
     parser.add("--lr", "of the student", type=non_negative, default=5e-7)
     parser.add("--head-lr", "of the discriminators' heads", type=non_negative, default=5e-6)

@@ -11,7 +11,7 @@ import helpers
 # Adam's first steps follow a gradient's sign, so entries that are zero but for rounding move by the whole learning rate: it is small
 # here, and the gradients themselves are compared. A long step dt, because the gap of two almost equal samples is mostly rounding.
 SMALL = "--lr 1e-6 --head-lr 1e-6 --batch 2 --iterations 3"
-RUNS = (("adp", f"--warmup 1 {SMALL}"), *(("adm", f"{options} --fake-lr 1e-6 {SMALL}") for options in ("--dt 0.25", "--dt 0.25 --ttur 2 --steps 2", "--loss dmd")))
+RUNS = (("adp", f"--warmup 1 {SMALL}"), *(("adm", f"{options} --fake-lr 1e-6 {SMALL}") for options in ("--dt 0.25", "--dt 0.25 --ttur 2 --steps 2", "--loss dmd", "--dt 0.25 --shard zero1")))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def two_processes(tmp_path_factory, adp_arguments, adm_arguments):
     return folder
 
 
-@pytest.mark.parametrize("i", range(len(RUNS)), ids=("adp", "adm", "adm --ttur 2 --steps 2", "dmd"))
+@pytest.mark.parametrize("i", range(len(RUNS)), ids=("adp", "adm", "adm --ttur 2 --steps 2", "dmd", "zero1"))
 def test_two_processes_lose_what_one_does(two_processes, adp_arguments, adm_arguments, tmp_path, i):
     stage, options = RUNS[i]
     main, arguments = (adp.main, adp_arguments) if stage == "adp" else (adm.main, adm_arguments)
@@ -37,7 +37,7 @@ def test_two_processes_lose_what_one_does(two_processes, adp_arguments, adm_argu
     compare(tmp_path, two_processes / str(i))
 
 
-@pytest.mark.parametrize("i", range(len(RUNS)), ids=("adp", "adm", "adm --ttur 2 --steps 2", "dmd"))
+@pytest.mark.parametrize("i", range(4), ids=("adp", "adm", "adm --ttur 2 --steps 2", "dmd"))
 def test_micro_batches_lose_what_one_batch_does(adp_arguments, adm_arguments, tmp_path, i):
     stage, options = RUNS[i]
     main, arguments = (adp.main, adp_arguments) if stage == "adp" else (adm.main, adm_arguments)
