@@ -165,6 +165,14 @@ def test_motion_prompt_lists_are_disjoint():
     assert all("motion" in shapes.parse(prompt) for prompt in train + tune + evaluation)
 
 
+@pytest.mark.parametrize("world, lists", [(shapes.ATTRIBUTES, shapes.split_prompts()), (shapes.VIDEO, shapes.split_motion_prompts())])
+def test_the_evaluation_list_is_fair(world, lists):
+    for name, values in world.items():
+        said = [shapes.parse(prompt)[name] for prompt in lists[2]]
+        counts = [said.count(i) for i in range(len(values))]
+        assert said.count(None) >= len(said) * 3 / 16 and max(counts) <= 1.6 * min(counts), name
+
+
 @pytest.mark.parametrize("kind, lists", [("shapes", shapes.split_prompts()), ("motion", shapes.split_motion_prompts())])
 def test_prompt_files_are_the_lists(kind, lists):
     for name, prompts in zip(("train", "tune", "eval"), lists):

@@ -157,9 +157,10 @@ def scenes_of(attributes, centre):
     return torch.from_numpy((shapes.render_video if "motion" in attributes else shapes.render)(attributes, centre))
 
 
-def train_vae(vae, world, steps, seed):
+def train_vae(vae, world, steps, seed, whole=True):
     """Mean squared and absolute error with a small KL term; then the latents are whitened, so that latents * scaling_factor have
-    mean 0 and covariance 1. The decoder of videos goes on alone, since its padded convolution undoes a mean but for the border."""
+    mean 0 and covariance 1. The decoder of videos goes on alone, since its padded convolution undoes a mean but for the border, for
+    half as many steps; or, unless `whole`, for all of them."""
     rng = np.random.default_rng(seed)
     video = "motion" in world
     batch, lr = (8, 6e-4) if video else (48, 2e-3)
@@ -172,14 +173,15 @@ def train_vae(vae, world, steps, seed):
         error = F.mse_loss(decoded, originals) + 0.5 * F.l1_loss(decoded, originals)
         return error + 1e-3 * posterior.kl().mean() / originals[0].numel()
 
-    fit(vae.parameters(), loss, steps, lr=lr, name="autoencoder")
-    latents = encode(vae, *shapes.draw(rng, 2048, world)).transpose(0, 1).flatten(1)
-    if video:
+    if whole:
+        fit(vae.parameters(), loss, steps, lr=lr, name="autoencoder")
+        latents = encode(vae, *shapes.draw(rng, 2048, world)).transpose(0, 1).flatten(1)
+        if not video:
+            return whiten(latents, vae.config.scaling_factor, vae.quant_conv, [vae.post_quant_conv])
         reading = [module for name, module in vae.decoder.named_modules() if name == "conv_in.conv" or name.endswith(("conv_y.conv", "conv_b.conv"))]
         whiten(latents, vae.config.scaling_factor, vae.encoder.conv_out.conv, reading)
-        fit(vae.decoder.parameters(), loss, steps // 4, lr=lr, name="decoder")
-    else:
-        whiten(latents, vae.config.scaling_factor, vae.quant_conv, [vae.post_quant_conv])
+        steps = steps // 2
+    fit(vae.decoder.parameters(), loss, steps, lr=lr, name="decoder")
 
 
 @torch.no_grad()
@@ -354,7 +356,7 @@ if __name__ == "__main__":
     parser.add_argument("--t5", action="store_true", help="sd3, random: with its third text encoder")
     parser.add_argument("--rotary", action="store_true", help="cogvideox, random: positions as CogVideoX-5b's")
     parser.add_argument("--init", help="go on from this pipeline folder: keep its autoencoder, train its denoiser further")
-    parser.add_argument("--vae-steps", type=int)
+    parser.add_argument("--vae-steps", type=int, help="of the autoencoder; with --init, of its decoder alone (none by default)")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lr", type=float, help="of the denoiser")
     parser.add_argument("--sam-steps", type=int, default=1000)
@@ -371,14 +373,15 @@ if __name__ == "__main__":
     else:
         switch = {"sd3": [args.t5], "cogvideox": [args.rotary]}.get(args.family, [])
         pipe = load(args.init) if args.init else family["build"](*switch)
-        if not args.init and not args.random:
-            if args.family == "sd3":
-                borrow(pipe.vae)
-            else:
-                if args.family == "cogvideox":
-                    inflate(pipe.vae)
-                train_vae(pipe.vae, family["world"], family["vae_steps"], args.seed)
-                pipe.save_pretrained(args.out)  # for --init, should the rest be interrupted
+        if args.init and args.vae_steps:
+            train_vae(pipe.vae, family["world"], args.vae_steps, args.seed, whole=False)
+        elif args.family == "sd3" and not args.init and not args.random:
+            borrow(pipe.vae)
+        elif not args.init and not args.random:
+            if args.family == "cogvideox":
+                inflate(pipe.vae)
+            train_vae(pipe.vae, family["world"], family["vae_steps"], args.seed)
+            pipe.save_pretrained(args.out)  # for --init, should the rest be interrupted
         if not args.random:
             if args.family == "sd3":
                 pipe.transformer.set_attn_processor(CountLastToken(ZEROS))
