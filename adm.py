@@ -49,7 +49,7 @@ def main(argv=None):
     ema = common.EMA(G, args.ema)
     opt_G, opt_f = common.adamw(G.parameters(), args.lr, args), common.adamw(f.parameters(), args.fake_lr, args)
     parts = {"G": G, "ema": ema, "f": f, "opt_G": opt_G, "opt_f": opt_f}
-    heads = heads_train = None
+    heads = None
     if args.loss == "adm":
         with torch.no_grad():
             maps = teacher.features(torch.zeros(1, *teacher.latent_shape, device=device), torch.ones(1, device=device), teacher.null(1))
@@ -58,8 +58,7 @@ def main(argv=None):
         parts |= {"heads": heads, "opt_heads": opt_heads}
     run = common.Run("adm", args, student, parts)
     G_train, f_train = common.distributed(G), common.distributed(f)
-    if heads is not None:
-        heads_train = common.distributed(heads)
+    heads_train = common.distributed(heads) if args.loss == "adm" else None
     guidance, dt = teacher.adm_guidance if args.guidance is None else args.guidance, args.dt * T
 
     for step in run.iterations():
@@ -88,16 +87,15 @@ def main(argv=None):
                 metrics.add(loss_f=loss_f)
 
             # 3. Generator. The student's sample at t ~ U(dt, T], and what both scores make of it. Only G_theta learns from this.
-            with common.frozen(f, heads):
+            with common.frozen(f, heads), torch.set_grad_enabled(generator_turn):
                 for b in common.updating(opt_G, G_train, batch, args.clip, metrics, "norm_G") if generator_turn else batch:
                     x0_hat = student.x0(G_train, b.x_t_prime, t_prime, b.cond) if generator_turn and len(batch) > 1 else b.x0_hat
                     t = T - b.rows.uniform() * (T - dt)
                     x_t = teacher.diffuse(x0_hat, b.rows.normal(*teacher.latent_shape), t)
+                    fake = teacher.predict(f, x_t if args.loss == "adm" else x_t.detach(), t, b.cond)
                     with torch.no_grad():
                         real = teacher.guided(x_t, t, b.cond, guidance)
-                    with torch.set_grad_enabled(generator_turn and args.loss == "adm"):
-                        fake = teacher.predict(f, x_t, t, b.cond)
-                    with torch.no_grad():  # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
+                        # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
                         direction = (fake[0] - real[0]) / (x0_hat - real[0]).abs().mean(tuple(range(1, x_t.ndim)), keepdim=True)
                         metrics.add(dmd_loss=0.5 * direction.square().mean())
                     if args.loss == "dmd":
@@ -106,17 +104,15 @@ def main(argv=None):
                         # L(theta) = -E D_tau(x_fake, t - dt, c), through D's backbone, f_psi and the diffusion into G_theta
                         b.s = t - dt
                         x_fake, b.x_real = teacher.step(*fake, b.s), teacher.step(*real, b.s)
-                        with torch.set_grad_enabled(generator_turn):
-                            maps_fake = teacher.features(x_fake, b.s, b.cond)
-                            loss_G = hinge_generator(heads(maps_fake)) if generator_turn else None
+                        maps_fake = teacher.features(x_fake, b.s, b.cond)
+                        loss_G = hinge_generator(heads(maps_fake))
                         b.x_fake, b.maps_fake = x_fake.detach(), [m.detach() for m in maps_fake]
                     if generator_turn:
-                        if args.loss == "adm":
-                            x_fake.retain_grad()
+                        if args.loss == "adm":  # a gauge of D's health
+                            toward = (b.x_real - b.x_fake).flatten(1)
+                            x_fake.register_hook(lambda grad: metrics.add(cosine=F.cosine_similarity(-grad.flatten(1), toward).mean()))
                         (loss_G / len(batch)).backward()
                         metrics.add(loss_G=loss_G)
-                        if args.loss == "adm":
-                            metrics.add(cosine=F.cosine_similarity(-x_fake.grad.flatten(1), (b.x_real - x_fake).flatten(1)).mean())
             if generator_turn:
                 ema.update()
             if args.loss == "dmd":
