@@ -43,13 +43,15 @@ seeds: setup
 # From the teacher to its family's number of steps. "start" is the teacher's own network in the student's place, without training.
 demo-sd3: NAME := sd3
 demo-sd3: WORLD := shapes
+demo-sd3: ITERATIONS := 170
 demo-video: NAME := cogvideox
 demo-video: WORLD := motion
+demo-video: ITERATIONS := 300
 demo-sd3 demo-video: setup
 	rm -rf runs/$@
 	$(TORCHRUN) adm.py --teacher assets/tiny-$(NAME) --prompts prompts/$(WORLD)_train.txt --out runs/$@/start --batch 2 --head-width 128 --iterations 1 --lr 0
 	$(TORCHRUN) adm.py --teacher assets/tiny-$(NAME) --seed $(SEED) --prompts prompts/$(WORLD)_train.txt --out runs/$@/adm $(SHORT) --batch 8 \
-		--warmup 40 --iterations 240 --lr 5e-5 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
+		--warmup 20 --iterations $(ITERATIONS) --lr 5e-5 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
 	$(PYTHON) evaluate.py --teacher assets/tiny-$(NAME) --guidance 2 --student start=runs/$@/start --student adm=runs/$@/adm \
 		--prompts prompts/$(WORLD)_eval.txt --seeds 8 --batch 64 --json runs/$@/report.json --grid runs/$@/grid.png
 	$(PYTHON) sample.py --student runs/$@/adm --prompts prompts/$(WORLD)_eval.txt --guidance 2 --batch 32 --side-by-side --out runs/$@/samples
