@@ -1,9 +1,7 @@
-# make demo         the whole method on the tiny SDXL, 13 minutes on two cores: runs/demo/report.json, runs/demo/grid.png
-# make seeds        three of them, and the mean
-# make demo-sd3     tiny SD3 to four steps
-# make demo-video   tiny CogVideoX to eight steps: also runs/demo-video/samples/*.mp4
-# make test         every test
-# make setup        the virtual environment that all use; make sets it up by itself
+# make demo    the whole method on the tiny teacher, 13 minutes on two cores: runs/demo/report.json, runs/demo/grid.png
+# make seeds   three of them, and the mean
+# make test    every test
+# make setup   the virtual environment that all use; make sets it up by itself
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -15,7 +13,7 @@ TINY := --teacher assets/tiny-sdxl --seed $(SEED)
 SHORT := --no-checkpointing --head-width 128 --betas 0.5 0.99 --clip 1 --ema 0.99
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo seeds demo-sd3 demo-video test
+.PHONY: setup demo seeds test
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
@@ -39,22 +37,6 @@ demo: setup
 seeds: setup
 	for seed in 0 1 2; do $(MAKE) demo SEED=$$seed DEMO=runs/demo-$$seed || exit 1; done
 	$(PYTHON) tiny/reproduce.py runs/demo-*/report.json
-
-# From the teacher to its family's number of steps. "start" is the teacher's own network in the student's place, without training.
-demo-sd3: NAME := sd3
-demo-sd3: WORLD := shapes
-demo-sd3: ITERATIONS := 170
-demo-video: NAME := cogvideox
-demo-video: WORLD := motion
-demo-video: ITERATIONS := 300
-demo-sd3 demo-video: setup
-	rm -rf runs/$@
-	$(TORCHRUN) adm.py --teacher assets/tiny-$(NAME) --prompts prompts/$(WORLD)_train.txt --out runs/$@/start --batch 2 --head-width 128 --iterations 1 --lr 0
-	$(TORCHRUN) adm.py --teacher assets/tiny-$(NAME) --seed $(SEED) --prompts prompts/$(WORLD)_train.txt --out runs/$@/adm $(SHORT) --batch 8 \
-		--warmup 20 --iterations $(ITERATIONS) --lr 5e-5 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
-	$(PYTHON) evaluate.py --teacher assets/tiny-$(NAME) --guidance 2 --student start=runs/$@/start --student adm=runs/$@/adm \
-		--prompts prompts/$(WORLD)_eval.txt --seeds 8 --batch 64 --json runs/$@/report.json --grid runs/$@/grid.png
-	$(PYTHON) sample.py --student runs/$@/adm --prompts prompts/$(WORLD)_eval.txt --guidance 2 --batch 32 --side-by-side --out runs/$@/samples
 
 test: setup
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q

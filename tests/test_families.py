@@ -12,6 +12,7 @@ from diffusers import CogVideoXPipeline, DiffusionPipeline
 
 import adp
 import common
+import helpers
 import sample
 from tiny import train
 
@@ -29,7 +30,10 @@ def folders(tmp_path_factory):
              "cogvideox": train.build_cogvideox, "cogvideox-rotary": lambda: train.build_cogvideox(rotary=True)}
     for kind in KINDS:
         torch.manual_seed(0)
-        build[kind]().save_pretrained(root / kind)
+        pipe = build[kind]()
+        if kind == "sd3":  # without T5, as many real ones are kept
+            pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+        pipe.save_pretrained(root / kind)
     return {kind: str(root / kind) for kind in KINDS}
 
 
@@ -243,6 +247,24 @@ def test_maps_are_the_tokens_in_place(teachers):
         size = (difference[1] - difference[0])[0].norm(dim=0)
         expected = (3, 0) if kind == "sd3" else (2, 3, 0)  # patches of 2
         assert np.unravel_index(int(size.argmax()), size.shape) == expected
+
+
+def test_the_shipped_teacher_is_an_ordinary_pipeline():
+    """Plain diffusers loads it and draws what this project draws; it says nothing of the machine that made it."""
+    folder = os.path.join(helpers.ROOT, "assets", "tiny-sdxl")
+    assert sum(os.path.getsize(os.path.join(place, file)) for place, _, files in os.walk(folder) for file in files) < 10e6
+    assert DiffusionPipeline.load_config(folder).get("_name_or_path", "") == ""
+    teacher, pipe = common.load_teacher(folder, CPU), DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    x_T = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    theirs = draw(pipe, teacher, x_T, num_inference_steps=2, guidance_scale=2.0)
+    assert (teacher.sample(x_T, teacher.encode(PROMPTS), 2, 2.0) - theirs).abs().max() < 1e-4
+
+
+def test_the_tiny_sd3_has_a_t5_that_says_nothing(tmp_path):
+    """Plain diffusers loads it, and gives the tokens that an SD3 without T5 has: zeros."""
+    train.build_sd3().save_pretrained(tmp_path)
+    DiffusionPipeline.from_pretrained(tmp_path)
+    assert common.load_teacher(str(tmp_path), CPU).encode(PROMPTS)["encoder_hidden_states"][:, 16:].abs().max() == 0
 
 
 # Students ------------------------------------------------------------------------------------------------------------------
