@@ -37,6 +37,7 @@ def main(argv=None):
     device = common.start_processes(args.seed)
     teacher = common.load_teacher_of(args, device)
     teacher.check(prompts)
+    args.guidance = teacher.adm_guidance if args.guidance is None else args.guidance
 
     # G_theta starts from ADP or the teacher, f_psi from the teacher; D_tau is the teacher's backbone with new heads.
     if args.init:
@@ -59,7 +60,7 @@ def main(argv=None):
     run = common.Run("adm", args, student, parts)
     G_train, f_train = common.distributed(G), common.distributed(f)
     heads_train = common.distributed(heads) if args.loss == "adm" else None
-    guidance, dt = teacher.adm_guidance if args.guidance is None else args.guidance, args.dt * T
+    dt = args.dt * T
 
     for step in run.iterations():
         common.set_lr(opt_G, args.lr, step, args)
@@ -94,7 +95,7 @@ def main(argv=None):
                     x_t = teacher.diffuse(x0_hat, b.rows.normal(*teacher.latent_shape), t)
                     fake = teacher.predict(f, x_t if args.loss == "adm" else x_t.detach(), t, b.cond)
                     with torch.no_grad():
-                        real = teacher.guided(x_t, t, b.cond, guidance)
+                        real = teacher.guided(x_t, t, b.cond, args.guidance)
                         # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
                         direction = (fake[0] - real[0]) / (x0_hat - real[0]).abs().mean(tuple(range(1, x_t.ndim)), keepdim=True)
                         metrics.add(dmd_loss=0.5 * direction.square().mean())

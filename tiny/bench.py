@@ -78,7 +78,7 @@ def counted(forward, batch, counts):
 
 def passes_of(stage, run, pixel_backbone):
     """The passes of an iteration, as a list of functions that each do one, with the loop's own networks, batch and modes."""
-    teacher, G, f, heads, args = run.student.teacher, run.parts["G"], run.parts.get("f"), run.parts["heads"], run.args
+    teacher, G, f, heads, args = run.student.teacher, run.parts["G"], run.parts.get("f"), run.parts.get("heads"), run.args
     backbone = common.PixelBackbone(pixel_backbone, teacher.device, teacher.dtype) if pixel_backbone and stage == "adp" else None
     x = torch.randn(args.batch, *teacher.latent_shape, device=teacher.device)
     x_grad = x.clone().requires_grad_()
