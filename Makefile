@@ -1,5 +1,6 @@
 # make demo    the whole method on the tiny teacher, 13 minutes on two cores: runs/demo/report.json, runs/demo/grid.png
 # make seeds   three of them, and the mean
+# make demo-sd3, make demo-video    four- and eight-step students of the other tiny teachers, 6 minutes each: report.json and samples/ in runs/
 # make test    every test
 # make setup   the virtual environment that all use; make sets it up by itself
 
@@ -13,7 +14,7 @@ TINY := --teacher assets/tiny-sdxl --seed $(SEED)
 SHORT := --no-checkpointing --head-width 128 --betas 0.5 0.99 --clip 1 --ema 0.99
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo seeds test
+.PHONY: setup demo seeds demo-sd3 demo-video test
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
@@ -37,6 +38,26 @@ demo: setup
 seeds: setup
 	for seed in 0 1 2; do $(MAKE) demo SEED=$$seed DEMO=runs/demo-$$seed || exit 1; done
 	$(PYTHON) tiny/reproduce.py runs/demo-*/report.json
+
+demo-sd3: FAMILY := sd3
+demo-sd3: PROMPTS := shapes
+demo-sd3: ITERATIONS := 170
+demo-video: FAMILY := cogvideox
+demo-video: PROMPTS := motion
+demo-video: ITERATIONS := 300
+demo-sd3 demo-video: DEMO = runs/$@
+demo-sd3 demo-video: TINY = --teacher assets/tiny-$(FAMILY) --seed $(SEED)
+demo-sd3 demo-video: setup
+	rm -rf $(DEMO)
+	mkdir -p $(DEMO)
+	date +%s > $(DEMO)/since
+	$(PYTHON) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/start --iterations 1 --warmup 1 --batch 8
+	$(TORCHRUN) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/adm $(SHORT) --batch 8 \
+		--warmup 20 --iterations $(ITERATIONS) --lr 5e-5 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
+	$(PYTHON) evaluate.py $(TINY) --guidance 2 --student start=$(DEMO)/start --student adm=$(DEMO)/adm --prompts prompts/$(PROMPTS)_eval.txt \
+		--seeds 8 --batch 64 --json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
+	head -n 8 prompts/$(PROMPTS)_eval.txt > $(DEMO)/prompts.txt
+	$(PYTHON) sample.py --student $(DEMO)/adm --prompts $(DEMO)/prompts.txt --side-by-side --guidance 2 --out $(DEMO)/samples
 
 test: setup
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q

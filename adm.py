@@ -32,21 +32,22 @@ def main(argv=None):
     parser.add("--r2", "the same on fake samples", type=common.non_negative, default=1.0)
     parser.add("--r-noise", "standard deviation of the noise that the penalties take their differences with", type=common.above_zero, default=0.1)
     args = parser.parse_args(argv)
+    if args.plan:
+        from tiny.plan import print_plan
+
+        return print_plan(args)
 
     prompts = common.read_prompts(args.prompts)
     device = common.start_processes(args.seed)
-    teacher = common.load_teacher_of(args, device)
+    teacher = common.load_training_teacher(args, device)
     teacher.check(prompts)
     args.guidance = teacher.adm_guidance if args.guidance is None else args.guidance
 
     # G_theta starts from ADP or the teacher, f_psi from the teacher; D_tau is the teacher's backbone with new heads.
+    folder, student = None, common.Student(teacher, "teacher", args.steps or teacher.student_steps)
     if args.init:
-        G, student, meta = common.load_student(args.init, teacher, device)
-        G = common.trainable(G, args.checkpointing)
-        student = common.Student(teacher, student.parametrisation, args.steps or student.steps)
-    else:
-        G, student = teacher.trainable_copy(args.checkpointing), common.Student(teacher, "teacher", args.steps or teacher.student_steps)
-    f = teacher.trainable_copy(args.checkpointing)
+        folder, student, _ = common.open_student(args.init, teacher, args.steps)
+    G, f = teacher.trainable(args, "student", folder), teacher.trainable(args, "fake")
     ema = common.EMA(G, args.ema)
     opt_G, opt_f = common.adamw(G.parameters(), args.lr, args), common.adamw(f.parameters(), args.fake_lr, args)
     parts = {"G": G, "ema": ema, "f": f, "opt_G": opt_G, "opt_f": opt_f}
@@ -62,7 +63,14 @@ def main(argv=None):
     heads_train = common.distributed(heads) if args.loss == "adm" else None
     dt = args.dt * T
 
-    for step in run.iterations():
+    def prompts_of(rows):
+        return [prompts[i] for i in rows.integers(len(prompts))]  # a row's first random number
+
+    def all_prompts_of(step):
+        batches = (common.micro_batches(args, (args.seed, step, inner), device) for inner in range(args.ttur))
+        return [prompt for batch in batches for b in batch for prompt in prompts_of(b.rows)]
+
+    for step in run.iterations(all_prompts_of):
         common.set_lr(opt_G, args.lr, step, args)
         for inner in range(args.ttur):
             generator_turn = inner == args.ttur - 1 and step >= args.warmup
@@ -73,7 +81,7 @@ def main(argv=None):
             k = int(torch.randint(student.steps, (1,), generator=common.generator(args.seed, step, inner)))
             t_prime = torch.full((args.batch,), student.times[k], dtype=torch.float64, device=device)
             for b in batch:
-                b.cond = teacher.encode([prompts[i] for i in b.rows.integers(len(prompts))])
+                b.cond = teacher.encode(prompts_of(b.rows))
                 b.x_t_prime = student.simulate(G, b.rows, b.cond, k)
                 # of several micro-batches the graphs would not fit together: step 3 makes them again, one by one
                 with torch.set_grad_enabled(generator_turn and len(batch) == 1):
@@ -136,7 +144,7 @@ def main(argv=None):
 
         run.log(step + 1, metrics)
         if run.due(step + 1):
-            run.save(step + 1, ema.average, prompts)
+            run.save(step + 1, G, ema, prompts)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,13 @@ def main(argv=None):
     parser.add("--warmup-lr", "of the student in the warm-up (default --lr)", type=common.non_negative)
     parser.add("--mse", "weight of the velocity's squared error after the warm-up", type=common.non_negative, default=0.0)
     args = parser.parse_args(argv)
+    if args.plan:
+        from tiny.plan import print_plan
+
+        return print_plan(args)
 
     device = common.start_processes(args.seed)
-    teacher = common.load_teacher_of(args, device)
+    teacher = common.load_training_teacher(args, device)
     if teacher.video and args.lambda_pixel:
         raise common.UserError("the pixel discriminator sees single pictures, not video: give --lambda-pixel 0 --lambda-latent 1")
     pairs = Pairs(args.pairs or os.path.join("pairs", common.short_name(args.teacher)), teacher)
@@ -43,7 +47,7 @@ def main(argv=None):
 
     warmup = (0 if teacher.prediction == "flow" else 500) if args.warmup is None else args.warmup
     student = common.Student(teacher, "velocity", steps=1)
-    G = teacher.trainable_copy(args.checkpointing)
+    G = teacher.trainable(args, "student")
     with torch.no_grad():
         x_T, x_0, prompts = pairs.batch([0])
         x_0, cond = x_0.to(device), teacher.encode(prompts)
@@ -58,7 +62,10 @@ def main(argv=None):
     run = common.Run("adp", args, student, {"G": G, "ema": ema, "heads": heads, "opt_G": opt_G, "opt_heads": opt_heads})
     G_train, heads_train = common.distributed(G), common.distributed(heads)
 
-    for step in run.iterations():
+    def all_prompts_of(step):
+        return [prompt for b in common.micro_batches(args, (args.seed, step), device) for prompt in pairs.prompts(b.rows.integers(len(pairs)))]
+
+    for step in run.iterations(all_prompts_of):
         warming_up = step < warmup
         common.set_lr(opt_G, args.warmup_lr if warming_up and args.warmup_lr else args.lr, step, args)
         batch = common.micro_batches(args, (args.seed, step), device)
@@ -101,7 +108,7 @@ def main(argv=None):
 
         run.log(step + 1, metrics)
         if run.due(step + 1):
-            run.save(step + 1, ema.average, pairs.index["prompts"])
+            run.save(step + 1, G, ema, pairs.index["prompts"])
 
 
 if __name__ == "__main__":

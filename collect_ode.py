@@ -42,9 +42,15 @@ class Pairs:
         return self.index["count"]
 
     def __getitem__(self, i):
+        return self._read(i, "x_T").float(), self._read(i, "x_0").float(), self.index["prompts"][self._read(i, "prompt")]
+
+    def _read(self, i, name):
         shard, row = self.shards[i // self.index["shard"]], i % self.index["shard"]
-        x_T, x_0, prompt = (shard.get_slice(name)[row : row + 1][0] for name in ("x_T", "x_0", "prompt"))
-        return x_T.float(), x_0.float(), self.index["prompts"][prompt]
+        return shard.get_slice(name)[row : row + 1][0]
+
+    def prompts(self, rows):
+        """Numbers of pairs -> list of prompts."""
+        return [self.index["prompts"][self._read(i, "prompt")] for i in rows]
 
     def batch(self, rows):
         """Numbers of pairs -> (x_T [n, ...], x_0 [n, ...], list of prompts)."""

@@ -3,7 +3,8 @@ checkpoints and logs. Nothing here knows of a stage.
 
 Conventions: time t is a float in [0, T], T = 1000, from data (0) to noise (T); tensors of times have one entry a row. Latents are
 [B, C, H, W], or [B, C, F, H, W] for video, scaled as the denoiser wants them; pixels are [B, 3, H, W] or [B, 3, F, H, W] in [-1, 1].
-A condition is a dictionary of tensors, each with one row a prompt. Schedules are computed in float64, networks run in `teacher.dtype`, everything between them in float32.
+A condition is a dictionary of tensors, each with one row a prompt. Schedules are computed in float64, networks run in `teacher.dtype`,
+everything between them in float32.
 """
 import argparse
 import contextlib
@@ -28,7 +29,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 T = 1000.0
@@ -60,7 +64,7 @@ TEACHERS = {
 class Teacher:
     """A frozen diffusers pipeline: the real score estimator F_phi, and the backbone of every latent discriminator.
 
-    A family adds `encode`, `call` and its geometry; the mathematics below serves them all. What differs between two models of a family
+    A family adds `_encode`, `call` and its geometry; the mathematics below serves them all. What differs between two models of a family
     is read from their configs, never from their names."""
 
     denoiser_name: str  # the pipeline's component
@@ -75,6 +79,7 @@ class Teacher:
         """resolution (height, width) in pixels, frames of a video: default the teacher's own. UserError for what it cannot do."""
         self.pipe, self.path, self.device, self.dtype = pipe, path, device, dtype
         self.denoiser = getattr(pipe, self.denoiser_name)
+        self.offloaded, self.ahead = set(), None  # modules that wait on the CPU; {prompt: its condition there}
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.to(device).requires_grad_(False).eval()
@@ -179,6 +184,45 @@ class Teacher:
 
     # Text ------------------------------------------------------------------------------------------------------------------
 
+    def encode(self, prompts):
+        """n prompts -> condition."""
+        if self.ahead is None:
+            return self._encode(prompts)
+        self._look_up([prompt for prompt in dict.fromkeys(prompts) if prompt not in self.ahead])
+        return {name: torch.stack([self.ahead[prompt][name] for prompt in prompts]).to(self.device) for name in self.ahead[prompts[0]]}
+
+    def encode_ahead(self, prompts):
+        """With --offload: encodes all that the next iterations need, so that the encoders come to the device but once."""
+        self.ahead = {}
+        self._look_up(list(dict.fromkeys(prompts)))
+
+    def _look_up(self, prompts):
+        with self.resident(*self.offloaded - {self.pipe.vae}) if prompts else contextlib.nullcontext():
+            for first in range(0, len(prompts), 64):
+                part = prompts[first : first + 64]
+                cond = {name: value.cpu() for name, value in self._encode(part).items()}
+                self.ahead |= {prompt: {name: value[i] for name, value in cond.items()} for i, prompt in enumerate(part)}
+
+    def offload(self, autoencoder):
+        """Keeps the text encoders on the CPU but for the moments of their use, and the autoencoder if told so."""
+        self.offloaded = {module for name, module in self.pipe.components.items() if name.startswith("text_encoder") and module is not None}
+        self.offloaded |= {self.pipe.vae} if autoencoder else set()
+        self.ahead = {}
+        for module in self.offloaded:
+            module.to("cpu")
+
+    @contextlib.contextmanager
+    def resident(self, *modules):
+        """Inside, these modules are on the device, offloaded or not."""
+        moved = self.offloaded.intersection(modules)
+        for module in moved:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in moved:
+                module.to("cpu")
+
     def check(self, prompts):
         """UserError for a prompt with a word that the tokenizer cannot express: one of a closed vocabulary, as the tiny teachers'."""
         tokenizer = self.pipe.tokenizer
@@ -200,10 +244,34 @@ class Teacher:
     def autocast(self):
         return contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
-    def trainable_copy(self, checkpointing=True):
-        """The denoiser again, from its file, with float32 weights that train."""
-        net = type(self.denoiser).from_pretrained(self.path, subfolder=self.denoiser_name, dtype=torch.float32)
-        return trainable(net.to(self.device), checkpointing)
+    def network(self, folder, subfolder):
+        """A network of the denoiser's class from its files, float32. UserError where they are damaged."""
+        try:
+            return type(self.denoiser).from_pretrained(folder, subfolder=subfolder, dtype=torch.float32)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"the weights in {folder}/{subfolder} cannot be loaded: {first_line(error)}") from error
+
+    def trainable(self, args, adapter, folder=None):
+        """A network of the denoiser's architecture whose float32 weights train: the denoiser's own, or those of the student in the checkpoint
+        `folder`. With --lora it is the frozen denoiser with an adapter of this name, zero or that of the checkpoint."""
+        if args.lora:
+            if args.compile:
+                raise UserError("--compile is for networks that train whole; --lora has none")
+            net = Adapted(self.denoiser, adapter, args.lora)
+            if folder:
+                try:
+                    net.load_state_dict(torch.load(os.path.join(folder, "state", "G.pt"), weights_only=True))
+                except (RuntimeError, OSError) as error:
+                    raise UserError(f"--lora {args.lora} starts from the teacher, or from a student of the same --lora; {folder} is none") from error
+            return net
+        net = self.network(folder, "student") if folder else self.network(self.path, self.denoiser_name)
+        net.requires_grad_(True).train()
+        if args.checkpointing:
+            net.enable_gradient_checkpointing()
+        net = sharded(net, args, self.dtype).to(self.device)
+        if args.compile:
+            net.compile_repeated_blocks()
+        return net
 
     def features(self, x_t, t, cond):
         """x_t [B, ...] at times t [B] -> the maps [B, C_i, (F,) H_i, W_i] of the frozen denoiser at `self.taps`. The pass ends at the
@@ -217,11 +285,18 @@ class Teacher:
         return [(block, lambda out: out[output].transpose(1, 2).unflatten(2, self.patches)) for block in chosen]
 
     def decode(self, latents):
-        """Latents -> pixels, about [-1, 1], not clamped; gradients flow."""
-        config = self.pipe.vae.config
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
-        with self.autocast():
-            return self.pipe.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+        """Latents -> pixels, about [-1, 1], not clamped; gradients flow. A megapixel at a time: 16 of SDXL's pictures would take 43 GB."""
+        config, rows = self.pipe.vae.config, max(1, 2**20 // math.prod(self.resolution))
+
+        def decode(latents):
+            with self.autocast():
+                return self.pipe.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+
+        with self.resident(self.pipe.vae):
+            parts = (latents / config.scaling_factor + (config.get("shift_factor") or 0)).split(rows)
+            if torch.is_grad_enabled() and len(parts) > 1:
+                return torch.cat([torch.utils.checkpoint.checkpoint(decode, part, use_reentrant=False) for part in parts])
+            return torch.cat([decode(part) for part in parts])
 
     # Export ----------------------------------------------------------------------------------------------------------------
 
@@ -262,8 +337,7 @@ class SDXL(Teacher):
         return factor, 2 ** (len(config.block_out_channels) - 1), (config.sample_size * factor,) * 2
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """n prompts -> condition."""
+    def _encode(self, prompts):
         # as pipe.encode_prompt does, which tokenizes everything twice
         embeds = []
         for tokenizer, encoder in ((self.pipe.tokenizer, self.pipe.text_encoder), (self.pipe.tokenizer_2, self.pipe.text_encoder_2)):
@@ -325,8 +399,7 @@ class SD3(Teacher):
         return [T * (1 - i / steps) for i in range(steps)]
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """n prompts -> condition."""
+    def _encode(self, prompts):
         embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, device=self.device, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds.to(self.dtype), "pooled_projections": pooled.to(self.dtype)}
 
@@ -367,8 +440,7 @@ class CogVideoX(Teacher):
         return factor, config.patch_size, (config.sample_height * factor, config.sample_width * factor)
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """n prompts -> condition."""
+    def _encode(self, prompts):
         embeds, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, device=self.device,
                                             max_sequence_length=self.denoiser.config.max_text_seq_length)
         return {"encoder_hidden_states": embeds.to(self.dtype)}
@@ -434,14 +506,6 @@ def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None
             raise UserError(f"the teacher {name!r} has a T5 tokenizer that needs two more packages: pip install sentencepiece protobuf") from error
         raise UserError(f"the teacher {name!r} could not be loaded from {path}: {first_line(error)}") from error
     return FAMILIES[family](pipe, path, device, dtype, resolution, frames)
-
-
-def trainable(net, checkpointing=True):
-    """`net` in float32, every parameter with a gradient, gradient checkpointing on or off."""
-    net.float().requires_grad_(True).train()
-    if checkpointing:
-        net.enable_gradient_checkpointing()
-    return net
 
 
 def concatenate(*conditions):
@@ -540,6 +604,62 @@ class Student:
         return self.x0(net, x, torch.full((len(x),), self.times[-1], dtype=torch.float64, device=x.device), cond)
 
 
+class Adapted(nn.Module):
+    """A network that is a frozen backbone with one of its LoRA adapters switched on, for --lora: as many networks as adapters, for the memory of
+    one. Its parameters are the adapter's alone, float32. The backbone itself, called as ever, has all adapters off."""
+
+    def __init__(self, backbone, name, rank):
+        super().__init__()
+        peft = needed("peft", "peft", "adds LoRA adapters")
+        targets = [n.removesuffix(".base_layer") for n in inner_layers(backbone) if "lora_" not in n]
+        # paper silent: every linear layer of the blocks; alpha = rank, so the learning rate means the same for all ranks
+        backbone.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), name)
+        self.layers = {n: m for n, m in backbone.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+        if not hasattr(backbone, "switched_on"):
+            backbone.switched_on = []  # every layer reads this one list, so that to switch is to change it
+        for layer in self.layers.values():
+            layer._active_adapter = backbone.switched_on
+        for n, weight in backbone.named_parameters():
+            if "lora_" in n:
+                weight.data = weight.data.float()
+                weight.requires_grad_(True)
+        self.weights = nn.ParameterList(weight for n, weight in backbone.named_parameters() if f".{name}." in n)
+        self.name, self.__dict__["backbone"] = name, backbone  # not a submodule
+        if backbone.is_gradient_checkpointing:
+            backbone.enable_gradient_checkpointing(self.checkpoint)
+
+    @contextlib.contextmanager
+    def on(self, names):
+        before = list(self.backbone.switched_on)
+        self.backbone.switched_on[:] = names
+        try:
+            yield
+        finally:
+            self.backbone.switched_on[:] = before
+
+    def forward(self, *args, **kwargs):
+        with self.on([self.name]):
+            return self.backbone(*args, **kwargs)
+
+    def checkpoint(self, function, *args):
+        """Gradient checkpointing that computes a block again with the adapter of its first time, whatever is on by then."""
+        names = list(self.backbone.switched_on)
+
+        def again(*args):
+            with self.on(names):
+                return function(*args)
+
+        return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False)
+
+    def merged(self):
+        """The state dictionary of a plain network with the same outputs, on the main process."""
+        state = {n.replace(".base_layer", ""): gathered(w) for n, w in self.backbone.state_dict().items() if "lora_" not in n}
+        for n, layer in self.layers.items() if is_main() else ():
+            delta = layer.get_delta_weight(self.name)
+            state[f"{n}.weight"] = state[f"{n}.weight"].to(delta) + delta
+        return state
+
+
 # ---------------------------------------------------------------------------------------------------------------------------
 # Discriminators
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -585,7 +705,8 @@ class PixelBackbone:
 
     SAM = {"sam_vit_b": "sam_vit_b_01ec64.pth", "sam_vit_l": "sam_vit_l_0b3195.pth", "sam_vit_h": "sam_vit_h_4b8939.pth"}
 
-    def __init__(self, name, device, dtype):
+    def __init__(self, name, device, dtype, encoder=None):
+        """encoder: SAM's, where it is there already."""
         self.device, self.dtype = device, dtype
         if name == "dinov2" or os.path.isdir(name) or re.fullmatch(r"[\w-]+/[\w.-]+", name) and not os.path.exists(name):
             from transformers import AutoModel
@@ -598,7 +719,7 @@ class PixelBackbone:
             layers = self.encoder.encoder.layer
             self.taps = [(layers[len(layers) * i // 4 - 1], self._fold) for i in (1, 2, 3, 4)]
         else:
-            self.encoder = load_sam_encoder(name if name not in self.SAM else self._fetch(self.SAM[name]))
+            self.encoder = encoder or load_sam_encoder(name if name not in self.SAM else self._fetch(self.SAM[name]))
             self.patch = self.encoder.patch_embed.proj.stride[0]
             self.position = self.encoder.pos_embed.detach().clone().permute(0, 3, 1, 2)
             # paper and peers: vit_b's layers 3, 6, 9, 12, which are its global-attention blocks; so for the other sizes, too
@@ -728,11 +849,50 @@ def barrier():
 
 
 def distributed(module):
-    """`module` wrapped by DDP if there are several processes. The bare module stays usable beside it."""
-    if not dist.is_initialized():
+    """`module` wrapped by DDP if there are several processes, and it is not sharded. The bare module stays usable beside it."""
+    if not dist.is_initialized() or isinstance(module, FSDPModule):
         return module
     ids = [torch.cuda.current_device()] if next(module.parameters()).is_cuda else None
     return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def sharded(net, args, dtype):
+    """With --shard fsdp each process keeps its share of the weights of `net`, gradients and optimiser states like them (FSDP2), and a block is put
+    together, in `dtype`, while it is used. In place."""
+    if args.shard == "fsdp" and dist.is_initialized():
+        # inputs stay as they are: a timestep of 999 is 1000 in bf16
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module in (*reversed(blocks_of(net)), net):
+            fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+    return net
+
+
+def blocks_of(net):
+    """The modules of a diffusers network that should stay in one piece, outer ones before inner ones."""
+    return [module for module in net.modules() if any(kind.__name__ in net._no_split_modules for kind in type(module).__mro__)]
+
+
+def inner_layers(net):
+    """{name: linear layer} of all that are in blocks."""
+    inside = {part for block in blocks_of(net) for part in block.modules()}
+    return {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear) and module in inside}
+
+
+def gathered(state):
+    """Tensors in any nesting, of which each process may have a share -> the whole ones, on the main process and its CPU. All processes call it."""
+
+    def whole(x):
+        if isinstance(x, DTensor):
+            x = x.full_tensor()
+            return x.cpu() if is_main() else None
+        return x
+
+    return tree_map(whole, state)
+
+
+def laid_out(value, like):
+    """A whole tensor -> as `like` is laid out over the processes."""
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else value
 
 
 def means(values):
@@ -824,10 +984,15 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     finally:
-        if os.path.isdir(temporary):
-            shutil.rmtree(temporary)
-        elif os.path.exists(temporary):
-            os.remove(temporary)
+        remove(temporary)
+
+
+def remove(path):
+    """A file or a folder with all that is in it, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
 
 
 def read_lines(path):
@@ -862,29 +1027,32 @@ def find_checkpoint(path):
     if os.path.isfile(os.path.join(path, "latest")):
         path = os.path.join(path, open(os.path.join(path, "latest")).read().strip())
     meta = read_json(os.path.join(path, "meta.json")) or {}
-    parts = [os.path.join(path, part) for part in ("student/config.json", "state.pt")]
+    parts = [os.path.join(path, part) for part in ("student/config.json", "state")]
     if not {"step", "stage", "fingerprint", "parametrisation", "steps"} <= set(meta) or not all(map(os.path.exists, parts)):
-        raise UserError(f"{path} is not a complete checkpoint (student/, state.pt, meta.json); give another step_... folder of the run")
+        raise UserError(f"{path} is not a complete checkpoint (student/, state/, meta.json); give another step_... folder of the run")
     return path, meta
 
 
-def load_student(path, teacher, device):
-    """A checkpoint -> (network with the teacher's architecture, Student, meta). UserError for a student of another teacher."""
+def open_student(path, teacher, steps=None):
+    """A checkpoint -> (its folder, Student, meta). UserError for a student of another teacher."""
     folder, meta = find_checkpoint(path)
     if meta["fingerprint"] != teacher.fingerprint:
         raise UserError(f"the checkpoint {folder} was distilled from {meta['teacher']}, not from {teacher.path}")
-    try:
-        net = type(teacher.denoiser).from_pretrained(os.path.join(folder, "student"), dtype=torch.float32).to(device)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the weights in {folder}/student cannot be loaded: {first_line(error)}") from error
-    return net, Student(teacher, meta["parametrisation"], meta["steps"]), meta
+    return folder, Student(teacher, meta["parametrisation"], steps or meta["steps"]), meta
+
+
+def load_student(path, teacher, device):
+    """A checkpoint -> (network to sample with, Student, meta). UserError for a student of another teacher."""
+    folder, student, meta = open_student(path, teacher)
+    return teacher.network(folder, "student").to(device), student, meta
 
 
 class Run:
-    """A training run's folder: RUN/step_000500/{student/, state.pt, meta.json}, RUN/latest, metrics.jsonl, curves.png and samples/.
+    """A training run's folder: RUN/step_000500/{student/, state/, meta.json}, RUN/latest, metrics.jsonl, curves.png and samples/.
 
     student/ is a plain diffusers model folder with the weights to sample with. `parts` names everything that training goes on from:
-    anything with state_dict and load_state_dict. UserError if the folder holds a run and --resume is not given, or of another kind."""
+    anything with state_dict and load_state_dict; state/ has a file for each, the same for any number of processes and any --shard.
+    UserError if the folder holds a run and --resume is not given, or of another kind."""
 
     def __init__(self, stage, args, student, parts):
         self.folder, self.args, self.parts, self.start = args.out or os.path.join("runs", f"{stage}-{short_name(args.teacher)}"), args, parts, 0
@@ -903,7 +1071,7 @@ class Run:
         if is_main():
             for name in os.listdir(self.folder):
                 if ".tmp" in name:  # half a checkpoint that a killed process left
-                    shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+                    remove(os.path.join(self.folder, name))
             kept = [line for line in read_lines(self.metrics) if line["step"] <= self.start]
             with replacing(self.metrics) as temporary, open(temporary, "w") as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
@@ -916,15 +1084,20 @@ class Run:
             if meta[name] != self.meta[name]:
                 raise UserError(f"{folder} cannot be resumed: its {name} is {meta[name]}, not {self.meta[name]}")
         try:
-            state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+                state = torch.load(os.path.join(folder, "state", f"{name}.pt"), map_location="cpu", weights_only=True, mmap=True)
+                if isinstance(part, torch.optim.Optimizer):
+                    parameters = [p for group in part.param_groups for p in group["params"]]
+                    state["state"] = {i: {key: laid_out(v, parameters[i]) if v.ndim else v for key, v in values.items()} for i, values in state["state"].items()}
+                    part.load_state_dict(state)
+                else:
+                    part.load_state_dict(tree_map(laid_out, state, part.state_dict()))
         except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder} cannot be resumed with these settings: {first_line(error)}") from error
         self.start = meta["step"]
 
-    def iterations(self):
-        """The numbers of the iterations that are left. SIGTERM and SIGINT end them after the present one and its checkpoint, so that a
+    def iterations(self, prompts_of):
+        """The numbers of the iterations that are left; prompts_of(step) are what an iteration will need encoded. SIGTERM and SIGINT end them after the present one and its checkpoint, so that a
         preempted job goes on with --resume; a second signal ends the process."""
 
         def stop(number, frame):
@@ -934,6 +1107,9 @@ class Run:
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             for step in range(self.start, self.args.iterations):
+                if self.args.offload and (step - self.start) % 64 == 0:
+                    ahead = range(step, min(step + 64, self.args.iterations))
+                    self.student.teacher.encode_ahead([prompt for i in ahead for prompt in prompts_of(i)])
                 yield step
                 if self.stopping:
                     break
@@ -958,36 +1134,58 @@ class Run:
                 file.write(json.dumps({"step": step, **values, "seconds": seconds, "peak_mb": peak_mb()}) + "\n")
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in list(values.items())[:4]})
 
-    def save(self, step, net, prompts):
-        """A checkpoint, in one move, and samples of the first prompts from fixed noise. The main process writes, the others wait."""
-        for part in self.parts.values():
-            if isinstance(part, ZeroRedundancyOptimizer):
-                part.consolidate_state_dict()  # every process's share to the main one
+    def save(self, step, net, ema, prompts):
+        """A checkpoint, in one move, and samples of the first prompts from fixed noise. `net` is the student that trains, `ema` its average.
+        All processes gather and sample, the main one writes."""
+        folder = os.path.join(self.folder, f"step_{step:06d}")
+        with replacing(folder) if is_main() else contextlib.nullcontext() as temporary:
+            if is_main():
+                os.makedirs(os.path.join(temporary, "state"))
+            for name, part in self.parts.items():
+                if isinstance(part, ZeroRedundancyOptimizer):
+                    part.consolidate_state_dict()  # every process's share to the main one
+                    state = part.state_dict() if is_main() else None
+                else:
+                    state = gathered(part.state_dict())
+                if is_main():
+                    torch.save(state, os.path.join(temporary, "state", f"{name}.pt"))
+            with ema.instead():
+                state = net.merged() if isinstance(net, Adapted) else gathered(net.state_dict())
+                if is_main():
+                    save_network(self.student.teacher.denoiser, state, os.path.join(temporary, "student"))
+                    write_json(os.path.join(temporary, "meta.json"), {"step": step, **self.meta})
+            if is_main():
+                remove(folder)
         if is_main():
-            folder = os.path.join(self.folder, f"step_{step:06d}")
-            shutil.rmtree(folder, ignore_errors=True)
-            with replacing(folder) as temporary:
-                os.makedirs(temporary)
-                net.save_pretrained(os.path.join(temporary, "student"))
-                torch.save({name: part.state_dict() for name, part in self.parts.items()}, os.path.join(temporary, "state.pt"))
-                write_json(os.path.join(temporary, "meta.json"), {"step": step, **self.meta})
             with replacing(os.path.join(self.folder, "latest")) as temporary, open(temporary, "w") as file:
                 file.write(os.path.basename(folder) + "\n")
             older = sorted(name for name in os.listdir(self.folder) if re.fullmatch(r"step_\d+", name) and name < os.path.basename(folder))
             for name in older[: max(0, len(older) + 1 - self.args.keep)]:
-                shutil.rmtree(os.path.join(self.folder, name))
-            save_preview(self.student, net, prompts, self.args.seed, os.path.join(self.folder, "samples", f"step_{step:06d}"))
+                remove(os.path.join(self.folder, name))
             save_curves(self.metrics, os.path.join(self.folder, "curves.png"))
+        with ema.instead():
+            save_preview(self.student, net, prompts, self.args.seed, os.path.join(self.folder, "samples", f"step_{step:06d}"))
         barrier()
         self.clock = time.perf_counter()
 
 
+def save_network(like, state, folder):
+    """A state dictionary -> a diffusers model folder, of a network with the class and the configuration of `like`."""
+    with torch.device("meta"):
+        net = type(like).from_config(like.config)
+    net.load_state_dict(state, assign=True)
+    net.float().save_pretrained(folder)
+
+
 @torch.no_grad()
 def save_preview(student, net, prompts, seed, path):
-    """Samples of fixed noise and of the first prompts: 16 pictures to path.png, or 4 videos to path.mp4 and their frames to path.png."""
+    """Samples of fixed noise and of the first prompts: 16 pictures to path.png, or 4 videos to path.mp4 and their frames to path.png. All
+    processes draw them, since shares of `net` are of no use alone; the main one writes."""
     teacher = student.teacher
     count = 4 if teacher.video else 16
     latents = student.sample(net, Rows(range(count), (seed,), teacher.device), teacher.encode((prompts * count)[:count]))
+    if not is_main():
+        return
     pixels = teacher.decode(latents).clamp(-1, 1)
     save_grid(pixels, f"{path}.png")
     if teacher.video and importlib.util.find_spec("imageio_ffmpeg"):
@@ -1072,13 +1270,14 @@ def micro_batches(args, key, device):
 
 def updating(optimizer, module, batch, clip, metrics, norm):
     """`for part in updating(...)`: one step of the optimiser after the bodies have called backward, each on its share of the loss.
-    Gradients are exchanged between processes in the last one only. Logs the gradient's norm before clipping as `norm`."""
+    DDP exchanges gradients in the last one only. Logs the gradient's norm before clipping as `norm`."""
     optimizer.zero_grad(set_to_none=True)
     for part in batch:
         wait = isinstance(module, nn.parallel.DistributedDataParallel) and part is not batch[-1]
         with module.no_sync() if wait else contextlib.nullcontext():
             yield part
-    metrics.add(**{norm: nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)})
+    length = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    metrics.add(**{norm: length.full_tensor() if isinstance(length, DTensor) else length})
     optimizer.step()
 
 
@@ -1106,23 +1305,39 @@ class EMA:
     """A moving average of the student's weights, to sample and to save; decay 0 is the student itself."""
 
     def __init__(self, net, decay):
-        self.net, self.decay, self.updates = net, decay, 0
-        self.average = copy.deepcopy(net).requires_grad_(False).eval() if decay else net
+        self.weights, self.decay, self.updates = list(net.parameters()), decay, 0
+        self.average = [p.detach().clone() for p in self.weights] if decay else []
 
     @torch.no_grad()
     def update(self):
         self.updates += 1
         if self.decay:
             decay = min(self.decay, self.updates / (self.updates + 10))  # short runs forget their start
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - decay)
+            torch._foreach_lerp_(self.average, self.weights, 1 - decay)
+
+    @contextlib.contextmanager
+    def instead(self):
+        """Inside, the network has the average's weights."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self):
+        for weight, average in zip(self.weights, self.average):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     def state_dict(self):
-        return {"updates": self.updates, **({"average": self.average.state_dict()} if self.decay else {})}
+        return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state):
         self.updates = state["updates"]
-        if self.decay:
-            self.average.load_state_dict(state["average"])
+        for average, value in zip(self.average, state["average"], strict=True):
+            average.copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -1157,14 +1372,24 @@ def add_teacher_arguments(parser, required=True):
 
 
 def load_teacher_of(args, device):
-    """The teacher of these arguments; its family's batch where none is given. In training gradients run through it as D's backbone, and
-    through its decoder: they are checkpointed, too."""
+    """The teacher of these arguments; its family's batch where none is given."""
     teacher = load_teacher(args.teacher, device, dtype_of(args.precision, device), args.resolution, args.frames)
     args.batch = args.batch or teacher.batch
-    if getattr(args, "checkpointing", False):
+    return teacher
+
+
+def load_training_teacher(args, device):
+    """The same for training, where gradients run through the teacher as D's backbone, and through its decoder: they are checkpointed, and
+    with --shard fsdp the teacher is sharded, too."""
+    teacher = load_teacher_of(args, device)
+    if args.checkpointing:
         teacher.denoiser.enable_gradient_checkpointing()
         if not teacher.video:
             teacher.pipe.vae.enable_gradient_checkpointing()
+    if args.offload:
+        teacher.offload(autoencoder=not getattr(args, "lambda_pixel", 0))  # the pixel discriminator decodes in every iteration
+    teacher.fingerprint  # read it while its weights are whole
+    sharded(teacher.denoiser, args, None)
     return teacher
 
 
@@ -1174,8 +1399,10 @@ def add_training_arguments(parser):
     parser.add("--out", "the run's folder (default runs/STAGE-TEACHER)")
     parser.add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
     parser.add("--iterations", "generator updates", type=positive, default=10000)
-    parser.add("--shard", "what the processes share: nothing (ddp), or the optimisers' states (zero1: 9 bytes a parameter that trains on 8 GPUs, "
-               "instead of 16)", choices=("ddp", "zero1"), default="ddp")
+    parser.add("--shard", "what the processes share: nothing (ddp); the optimisers' states (zero1: 9 bytes a parameter that trains on 8 GPUs, instead of "
+               "16); all states and weights, the teacher's too (fsdp: 2 bytes)", choices=("ddp", "zero1", "fsdp"), default="ddp")
+    parser.add("--lora", "rank of adapters on the frozen teacher, which are all that trains; 0 trains every weight", type=whole, default=0)
+    parser.add("--offload", "keep text encoders and autoencoder on the CPU but while they are used; prompts are encoded 64 iterations ahead", action="store_true")
     parser.add("--accumulate", "micro-batches of --batch rows in each process for one update", type=positive, default=1)
     parser.add("--lr", "of the student", type=non_negative, default=5e-7)
     parser.add("--head-lr", "of the discriminators' heads", type=non_negative, default=5e-6)
@@ -1186,10 +1413,15 @@ def add_training_arguments(parser):
     parser.add("--decay", "share of the iterations, at the end, over which the student's learning rate falls to zero", type=share, default=0.0)
     parser.add("--ema", "decay of the student's moving average, which is what is saved; 0 is none", type=share, default=0.0)
     parser.add("--no-checkpointing", "keep activations instead of computing them twice", dest="checkpointing", action="store_false")
+    # not the teacher: hooks read its blocks
+    parser.add("--compile", "torch.compile the blocks of student and fake score", action="store_true")
     parser.add("--log-every", "iterations", type=positive, default=10)
     parser.add("--save-every", "iterations", type=positive, default=500)
     parser.add("--keep", "newest checkpoints", type=positive, default=3)
     parser.add("--seed", "of everything random", type=whole, default=0)
+    parser.add("--plan", "say what each of so many GPUs (8 where no number is given) would hold, and stop; without weights, GPU or network",
+               type=positive, nargs="?", const=8)
+    parser.add("--gpu-gb", "memory of a GPU that --plan compares with, in 1e9 bytes", type=above_zero, default=80)
 
 
 def number(kind, wanted, allowed):

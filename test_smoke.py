@@ -33,7 +33,7 @@ def tiny(tmp_path_factory):
 def check_run(folder, tiny, denoiser="unet"):
     """The run's files are there, its numbers are finite, and its student has left the teacher."""
     assert (folder / "latest").read_text() == "step_000002\n"
-    for name in ("curves.png", "samples/step_000002.png", "step_000002/meta.json", "step_000002/state.pt"):
+    for name in ("curves.png", "samples/step_000002.png", "step_000002/meta.json", "step_000002/state/G.pt"):
         assert (folder / name).stat().st_size > 0
     lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     assert [line["step"] for line in lines] == [1, 2] and all(math.isfinite(value) for line in lines for value in line.values())

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import torch
 from segment_anything.modeling import ImageEncoderViT
@@ -14,12 +15,13 @@ import collect_ode
 from tiny import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TRAINING = types.SimpleNamespace(lora=0, shard="ddp", checkpointing=True, compile=False)  # what of a stage's arguments its networks depend on
 QUICK = ["--batch", "2", "--iterations", "2", "--log-every", "1", "--head-width", "128", "--lr", "1e-4", "--head-lr", "1e-4"]
 
 
-def random_teacher(folder, seed):
+def random_teacher(folder, seed, family="sdxl"):
     torch.manual_seed(seed)
-    train.build_sdxl().to(dtype=torch.float16).save_pretrained(folder)
+    train.FAMILIES[family]["build"]().to(dtype=torch.float16).save_pretrained(folder)
     return str(folder)
 
 
@@ -39,7 +41,7 @@ def collect(*arguments):
     collect_ode.main(arguments)
 
 
-def command(*words, processes=None, timeout=300):
+def command(*words, processes=None, timeout=900):
     """A script of the repository as a command, with torchrun if `processes` is given -> its result, output captured as text."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     return subprocess.run([sys.executable, *torchrun, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
@@ -49,6 +51,12 @@ def metrics(folder):
     """The lines of a run's metrics.jsonl without what differs from machine to machine."""
     lines = [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
     return [{name: value for name, value in line.items() if name not in ("seconds", "peak_mb")} for line in lines]
+
+
+def state(folder):
+    """A checkpoint's state/, {name: value}."""
+    names = os.listdir(os.path.join(folder, "state"))
+    return {name.removesuffix(".pt"): torch.load(os.path.join(folder, "state", name), weights_only=True) for name in names}
 
 
 def snapshot(folder):

@@ -1,57 +1,191 @@
 """Two processes do what one does: the same losses for the same global batch, the same ODE pairs."""
 import os
+import shutil
+import socket
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 import torch
 
 import adm
 import adp
+import common
 import helpers
+
+SAVE = common.Run.save
 
 # Adam's first steps follow a gradient's sign, so entries that are zero but for rounding move by the whole learning rate: it is small
 # here, and the gradients themselves are compared. A long step dt, because the gap of two almost equal samples is mostly rounding.
 SMALL = "--lr 1e-6 --head-lr 1e-6 --batch 2 --iterations 3"
-RUNS = (("adp", f"--warmup 1 {SMALL}"), *(("adm", f"{options} --fake-lr 1e-6 {SMALL}") for options in ("--dt 0.25", "--dt 0.25 --ttur 2 --steps 2", "--loss dmd", "--dt 0.25 --shard zero1")))
+ADP, ADM = f"--warmup 1 {SMALL}", f"--fake-lr 1e-6 --dt 0.25 {SMALL}"
+RUNS = {  # name: (script, teacher, options, those of several processes alone)
+    "adp": ("adp", "sdxl", ADP, ""),
+    "adp fsdp": ("adp", "sdxl", ADP, "--shard fsdp"),
+    "adm": ("adm", "sdxl", ADM, ""),
+    "adm --ttur 2 --steps 2": ("adm", "sdxl", f"--ttur 2 --steps 2 {ADM}", ""),
+    "dmd": ("adm", "sdxl", f"--loss dmd {ADM}", ""),
+    "adm zero1": ("adm", "sdxl", ADM, "--shard zero1"),
+    "adm fsdp": ("adm", "sdxl", f"--ema 0.5 {ADM}", "--shard fsdp"),
+    "adm fsdp, accumulated": ("adm", "sd3", ADM, "--shard fsdp --batch 1 --accumulate 2"),
+    "adm lora": ("adm", "sd3", f"--lora 4 {ADM}", ""),
+    "adm lora fsdp": ("adm", "cogvideox", f"--lora 4 {ADM}", "--shard fsdp"),
+    "adm video fsdp": ("adm", "cogvideox", f"--ema 0.5 {ADM}", "--shard fsdp"),
+}
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, adp_arguments, adm_arguments):
-    """All runs, one after the other, in two processes that torchrun started -> their folders."""
-    folder = tmp_path_factory.mktemp("two")
-    lines = ["import adm, adp, common"]
-    for i, (stage, options) in enumerate(RUNS):
-        arguments = adp_arguments if stage == "adp" else adm_arguments
-        lines.append(f"{stage}.main({[*arguments, '--out', str(folder / str(i)), *options.split()]!r})")
-    script = folder / "runs.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {helpers.ROOT!r})\n" + "\n".join(lines) + "\ncommon.dist.destroy_process_group()\n")
-    result = helpers.command(str(script), processes=2)
-    assert result.returncode == 0, result.stderr
-    return folder
+def arguments(tmp_path_factory, adp_arguments, adm_arguments):
+    """A function: the name of a run -> (its main, arguments)."""
+    folders = {family: helpers.random_teacher(tmp_path_factory.mktemp(family), 0, family) for family in ("sd3", "cogvideox")}
+
+    def of(name):
+        stage, family, options, _ = RUNS[name]
+        shared = adp_arguments if stage == "adp" else adm_arguments
+        return {"adp": adp, "adm": adm}[stage].main, [*shared, *(["--teacher", folders[family]] if family in folders else []), *options.split()]
+
+    return of
 
 
-@pytest.mark.parametrize("i", range(len(RUNS)), ids=("adp", "adm", "adm --ttur 2 --steps 2", "dmd", "zero1"))
-def test_two_processes_lose_what_one_does(two_processes, adp_arguments, adm_arguments, tmp_path, i):
-    stage, options = RUNS[i]
-    main, arguments = (adp.main, adp_arguments) if stage == "adp" else (adm.main, adm_arguments)
-    main([*arguments, "--out", str(tmp_path), *options.split(), "--batch", "4"])
-    compare(tmp_path, two_processes / str(i))
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory, arguments):
+    """A function: how many processes, names of runs -> the folder of these runs, one after the other in processes that torchrun started."""
+
+    def run(count, *names):
+        folder = tmp_path_factory.mktemp(f"processes{count}")
+        lines = [f"import sys; sys.path.insert(0, {helpers.ROOT!r})", "import adm, adp, common"]
+        for name in names:
+            main, words = arguments(name)
+            words = [*words, "--out", str(folder / name), "--batch", str(4 // count), *RUNS[name][3].split()]
+            lines.append(f"{main.__module__}.main({words!r})")
+        (folder / "runs.py").write_text("\n".join([*lines, "common.dist.destroy_process_group()"]))
+        result = helpers.command(str(folder / "runs.py"), processes=count)
+        assert result.returncode == 0, result.stderr
+        return folder
+
+    return run
 
 
-@pytest.mark.parametrize("i", range(4), ids=("adp", "adm", "adm --ttur 2 --steps 2", "dmd"))
-def test_micro_batches_lose_what_one_batch_does(adp_arguments, adm_arguments, tmp_path, i):
-    stage, options = RUNS[i]
-    main, arguments = (adp.main, adp_arguments) if stage == "adp" else (adm.main, adm_arguments)
-    for name, split in (("whole", "--batch 4"), ("parts", "--batch 1 --accumulate 4")):
-        main([*arguments, "--out", str(tmp_path / name), *options.split(), *split.split()])
+@pytest.fixture(scope="module")
+def two_processes(processes):
+    return processes(2, *RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_lose_what_one_does(two_processes, arguments, tmp_path, name):
+    main, words = arguments(name)
+    main([*words, "--out", str(tmp_path), "--batch", "4"])
+    compare(tmp_path, two_processes / name)
+
+
+def test_four_processes_lose_what_one_does(processes, arguments, tmp_path):
+    folder = processes(4, "adm", "adm fsdp")
+    for name in ("adm", "adm fsdp"):
+        main, words = arguments(name)
+        main([*words, "--out", str(tmp_path / name), "--batch", "4"])
+        compare(tmp_path / name, folder / name)
+
+
+@pytest.mark.parametrize("name", ("adp", "adm", "adm --ttur 2 --steps 2", "dmd", "adm lora"))
+def test_micro_batches_lose_what_one_batch_does(arguments, tmp_path, name):
+    main, words = arguments(name)
+    for folder, split in (("whole", "--batch 4"), ("parts", "--batch 1 --accumulate 4")):
+        main([*words, "--out", str(tmp_path / folder), *split.split()])
     compare(tmp_path / "whole", tmp_path / "parts")
 
 
-def compare(*folders):
+def test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains(arguments, tmp_path):
+    """A student of adapters alone: the plain network that is saved for it does what backbone and adapter do."""
+    main, words = arguments("adm lora")
+    kept = {}
+    with mock.patch.object(common.Run, "save", lambda run, step, G, *rest: kept.update(run=run, G=G) or SAVE(run, step, G, *rest)):
+        main([*words, "--out", str(tmp_path), "--lr", "1e-2", "--head-lr", "1e-2"])
+    teacher, G = kept["run"].student.teacher, kept["G"]
+    fresh = common.load_teacher(teacher.path, teacher.device)
+    ours = {name.replace(".base_layer", ""): weight for name, weight in teacher.denoiser.state_dict().items() if "lora_" not in name}
+    assert ours.keys() == fresh.denoiser.state_dict().keys() and all(weight.equal(ours[name]) for name, weight in fresh.denoiser.state_dict().items())
+    net, *_ = common.load_student(str(tmp_path), fresh, teacher.device)
+    x, t, cond = torch.randn(2, *teacher.latent_shape), torch.tensor([300.0, 900.0]), teacher.encode(["a red circle", "a square"])
+    ours, theirs, before = (teacher.call(network, x, t, cond) for network in (G, net, teacher.denoiser))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (ours - before).abs().max() > 1e-2 and before.equal(fresh.call(fresh.denoiser, x, t, cond))
+
+
+def test_lora_goes_on_from_lora_alone(arguments, tmp_path):
+    main, words = arguments("adm lora")
+    for name, options in (("full", ["--lora", "0"]), ("lora", []), ("on", ["--init", str(tmp_path / "lora"), "--lr", "0", "--iterations", "1"])):
+        main([*words, "--out", str(tmp_path / name), *options])
+    before, after = (helpers.state(tmp_path / name / step)["G"] for name, step in (("lora", "step_000003"), ("on", "step_000001")))
+    assert any(weight.any() for name, weight in before.items()) and all(weight.equal(after[name]) for name, weight in before.items())
+    for options in (["--init", str(tmp_path / "full")], ["--init", str(tmp_path / "lora"), "--lora", "2"]):
+        with pytest.raises(common.UserError, match="of the same --lora"):
+            main([*words, "--out", str(tmp_path / "refused"), *options])
+
+
+@pytest.mark.parametrize("name", ("adp", "adm --ttur 2 --steps 2"))
+def test_offloading_changes_where_prompts_are_encoded_and_nothing_else(arguments, tmp_path, name, monkeypatch):
+    main, words = arguments(name)
+    encoded, encode = [], common.SDXL._encode
+    monkeypatch.setattr(common.SDXL, "_encode", lambda teacher, prompts: encoded.append(len(prompts)) or encode(teacher, prompts))
+    for folder, options in (("here", []), ("away", ["--offload"])):
+        encoded.clear()
+        main([*words, "--out", str(tmp_path / folder), *options])
+    compare(tmp_path / "here", tmp_path / "away")  # but for rounding: other rows are beside a prompt
+    assert len(encoded) <= 5  # a map for the heads, the null prompt, all iterations at once, the preview
+
+
+def test_two_torchruns_are_two_nodes(arguments, tmp_path):
+    main, words = arguments("dmd")
+    main([*words, "--out", str(tmp_path / "one"), "--batch", "4"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    nodes = [subprocess.Popen([*torchrun, f"--node_rank={node}", "adm.py", *words, "--out", str(tmp_path / "two"), "--batch", "2"], cwd=helpers.ROOT,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for node in (0, 1)]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "dmd_loss" in said[0] and "dmd_loss" not in said[1]  # rank 0 alone shows its progress
+    compare(tmp_path / "one", tmp_path / "two")
+
+
+def test_one_failing_process_ends_all_with_its_own_error(arguments, tmp_path):
+    main, words = arguments("dmd")
+    script = tmp_path / "failing.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {helpers.ROOT!r})
+import adm, common
+log = common.Run.log
+
+def fail(run, step, metrics):
+    log(run, step, metrics)
+    if step == 2 and os.environ["RANK"] == "1":
+        raise ValueError("the second process is out of luck")
+
+common.Run.log = fail
+adm.main({[*words, "--out", str(tmp_path / "run"), "--iterations", "1000"]!r})
+""")
+    result = helpers.command(str(script), processes=2, timeout=120)
+    assert result.returncode == 1 and "ValueError: the second process is out of luck" in result.stderr
+
+
+def test_a_sharded_run_goes_on_unsharded(two_processes, arguments, tmp_path):
+    """Two processes with fsdp, then one without: as if it had been one from the start."""
+    main, words = arguments("adm fsdp")
+    shutil.copytree(two_processes / "adm fsdp", tmp_path / "parts")
+    for folder, resume in (("parts", ["--resume"]), ("whole", [])):
+        main([*words, "--out", str(tmp_path / folder), "--batch", "4", "--iterations", "4", *resume])
+    compare(tmp_path / "whole", tmp_path / "parts", step=4)
+
+
+def compare(*folders, step=3):
     """Two runs' metrics of every iteration, and their gradients, whose averages Adam keeps."""
     for one, two in zip(*map(helpers.metrics, folders), strict=True):
         for name in one.keys() - {"cosine", "D_gap"}:  # which are small differences
             assert two[name] == pytest.approx(one[name], rel=1e-3 if name.startswith("norm") else 2e-4, abs=1e-5), name
-    states = [torch.load(folder / "step_000003/state.pt", weights_only=True) for folder in folders]
+    states = [helpers.state(folder / f"step_{step:06d}") for folder in folders]
     for name in states[0]:
         if name.startswith("opt") and states[0][name]["state"]:
             one, two = (torch.cat([part["exp_avg"].flatten() for part in state[name]["state"].values()]) for state in states)

@@ -29,7 +29,7 @@ def place(tmp_path_factory, teacher_folder, prompts_file, pairs_folder):
     helpers.collect("--teacher", other, "--prompts", prompts_file, "--out", str(place / "pairs-other"), "--count", "2", "--steps", "1")
     adp.main(["--teacher", teacher, "--pairs", str(place / "pairs"), "--out", str(place / "run"), *helpers.QUICK, "--iterations", "1", "--lambda-pixel", "0"])
     shutil.copytree(place / "run", place / "run-half")
-    os.remove(place / "run-half/step_000001/state.pt")
+    shutil.rmtree(place / "run-half/step_000001/state")
     (place / "empty.txt").write_text("\n \n")
     (place / "binary.txt").write_bytes(bytes(range(256)) * 4)
     (place / "zeros.txt").write_bytes(bytes(100))

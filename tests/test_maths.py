@@ -281,5 +281,8 @@ def test_moving_average():
         ema.update()
         decay = min(0.5, ema.updates / (ema.updates + 10))
         expected = decay * expected + (1 - decay) * value
-    assert ema.average.weight.item() == pytest.approx(expected)
-    assert common.EMA(net, 0).average is net
+    with ema.instead():
+        assert net.weight.item() == pytest.approx(expected)
+    assert net.weight.item() == 3
+    with common.EMA(net, 0).instead():
+        assert net.weight.item() == 3

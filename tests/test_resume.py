@@ -55,7 +55,7 @@ def test_resumed_run_is_the_uninterrupted_one(request, tmp_path, interrupted, st
     assert helpers.metrics(parts) == helpers.metrics(whole) and len(helpers.metrics(whole)) == 4
     weights = [load_file(run / "step_000004/student/diffusion_pytorch_model.safetensors") for run in (whole, parts)]
     assert weights[0].keys() == weights[1].keys() and all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    states = [torch.load(run / "step_000004/state.pt", weights_only=True) for run in (whole, parts)]
+    states = [helpers.state(run / "step_000004") for run in (whole, parts)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
@@ -80,10 +80,10 @@ def test_checkpoint_says_what_it_holds(finished, teacher):
     assert sorted(os.listdir(finished / "samples")) == ["step_000001.png", "step_000002.png"]
 
 
-@pytest.mark.parametrize("missing", ("meta.json", "state.pt", "student/config.json"))
+@pytest.mark.parametrize("missing", ("meta.json", "state", "student/config.json"))
 def test_half_a_checkpoint_is_refused(finished, teacher, adm_arguments, tmp_path, missing):
     half = shutil.copytree(finished, tmp_path / "half")
-    os.remove(half / "step_000002" / missing)
+    common.remove(half / "step_000002" / missing)
     before = helpers.snapshot(half)
     with pytest.raises(common.UserError, match="not a complete checkpoint"):
         common.load_student(str(half), teacher, torch.device("cpu"))
@@ -100,23 +100,34 @@ def test_resuming_as_another_kind_of_run_is_refused(finished, adm_arguments):
     assert helpers.snapshot(finished) == before
 
 
-def test_an_interrupted_save_leaves_the_previous_checkpoint(finished, adm_arguments, tmp_path, monkeypatch):
-    """A crash while a checkpoint is written leaves nothing half-written behind, and the run goes on from the one before."""
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch, adm
+save = torch.save
+
+def save_and_die(value, path):
+    save(value, path)
+    if "step_000002" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = save_and_die
+torch.set_num_threads(1)
+adm.main({arguments!r})
+"""
+
+
+def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(finished, adm_arguments, tmp_path):
     run = tmp_path / "run"
-    save = torch.save
-
-    def crash(value, path):
-        save(value, path)
-        if "step_000002" in str(path):
-            raise Interrupted
-
     arguments = [*adm_arguments, "--out", str(run), "--loss", "dmd", "--steps", "2", "--save-every", "1"]
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(torch, "save", crash)
-        adm.main(arguments)
-    assert (run / "latest").read_text() == "step_000001\n" and not [name for name in os.listdir(run) if ".tmp" in name or "000002" in name]
+    (tmp_path / "killed.py").write_text(KILLED.format(root=helpers.ROOT, arguments=arguments))
+    assert helpers.command(str(tmp_path / "killed.py")).returncode == -signal.SIGKILL
+    assert (run / "latest").read_text() == "step_000001\n" and not (run / "step_000002").exists()
+    assert [name for name in os.listdir(run) if name.startswith("step_000002.tmp")]
     adm.main([*arguments, "--resume"])
+    assert not [name for name in os.listdir(run) if ".tmp" in name]
     assert helpers.metrics(run) == helpers.metrics(finished)
+    torch.testing.assert_close(*(helpers.state(folder / "step_000002") for folder in (run, finished)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("processes", (1, 2))

@@ -2,17 +2,22 @@
 
     python tiny/bench.py                                        # the tiny teacher with random weights, 2 minutes on a core
     python tiny/bench.py --teacher assets/tiny-sdxl --pixel-backbone assets/tiny-sam.pth --json bench.json
+    python tiny/bench.py --stages adm --options "" "--no-checkpointing" "--lora 16" "--batch 8 --accumulate 4"
+    python tiny/bench.py --stages adm --options "" "--shard zero1" "--shard fsdp" --processes 1 2
+    python tiny/bench.py --teacher sdxl --random-weights --batch 1 --stages adp adm     # the real size, for a GPU
 
-The loops are those of adp.py and adm.py, each in a process of its own, on the stages below. A pass that classifier-free guidance makes of
-twice the batch counts as two; "partial" ends at the discriminator's deepest tap. After each iteration its passes are done again,
-one by one on the same networks: what the loop takes beyond them (optimisers, random numbers, text encoding, logging) is overhead.
+The loops are those of adp.py and adm.py, each in processes of its own, for every stage, number of processes, and set of --options. A
+pass that classifier-free guidance makes of twice the batch counts as two; "partial" ends at the discriminator's deepest tap. After each
+iteration its passes are done again, one by one on the same networks: what the loop takes beyond them (optimisers, random numbers,
+text encoding, logging, other processes) is overhead. On a GPU it also prints TFLOP/s of the passes of the loop, counted by torch, and their share of --peak.
 Exit code 1 where a stage makes more passes than its budget; the overhead, which should stay under 10 per cent, is only printed.
 
-With one thread on a CPU (the default) seconds are the process's own, which other processes disturb little; else the wall's.
+With one thread on a CPU (the default) and one process, seconds are the process's own, which others disturb little; else the wall's.
 """
 import collections
-import concurrent.futures
+import contextlib
 import functools
+import itertools
 import math
 import multiprocessing
 import os
@@ -23,7 +28,7 @@ import time
 from unittest import mock
 
 import torch
-from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -48,7 +53,7 @@ STAGES = {
 def clock():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
+    elif torch.get_num_threads() == 1 and common.world_size() == 1:
         return time.process_time()
     return time.perf_counter()
 
@@ -130,20 +135,29 @@ def excesses(stage, result):
             for name, n in found.items() if n > budget.get(name, 0)]
 
 
-def measure(stage, options, teacher, folder):
-    """Runs a stage's own loop -> (what --json writes of it, a list of complaints). In a process of its own, so peak memory is the stage's."""
+def measure(stage, options, extra, teacher, folder):
+    """Runs a stage's own loop -> (what --json writes of it, a list of complaints). In processes of their own, so peak memory is the stage's."""
     torch.set_num_threads(options.threads)
     main, arguments, *_ = STAGES[stage]
-    arguments = [*arguments, "--teacher", teacher, "--out", os.path.join(folder, stage), "--batch", str(options.batch), "--log-every", "1",
+    arguments = [*arguments, "--teacher", teacher, "--out", os.path.join(folder, "run"), "--batch", str(options.batch), "--log-every", "1",
                  "--iterations", str(WARM_UP + options.iterations), *([] if options.checkpointing else ["--no-checkpointing"])]
     if stage == "adp":
         pairs = os.path.join(folder, "pairs")
-        collect_ode.main(["--teacher", teacher, "--prompts", PROMPTS, "--out", pairs, "--count", str(2 * options.batch), "--steps", "2"])
+        collect_ode.main(["--teacher", teacher, "--prompts", PROMPTS, "--out", pairs, "--count", str(2 * options.batch), "--steps", "2",
+                          "--shard", str(2 * options.batch)])
         arguments += ["--pairs", pairs, *(["--pixel-backbone", options.pixel_backbone] if options.pixel_backbone else ["--lambda-pixel", "0"])]
     else:
         arguments += ["--prompts", PROMPTS]
+    arguments += extra.split()
     counts, result, complaints, passes, seconds_iteration, seconds_passes = collections.Counter(), {}, [], [], [], []
-    original_log, began = common.Run.log, 0.0
+    original_log, original_iterations, began, flops = common.Run.log, common.Run.iterations, 0.0, FlopCounterMode(display=False)
+    patches = contextlib.ExitStack()
+
+    def iterations(run, *args):
+        """Everything is built: from here on passes are counted."""
+        cls = next(kind for kind in type(run.student.teacher.denoiser).__mro__ if "forward" in vars(kind))  # FSDP puts a class of its own first
+        patches.enter_context(mock.patch.object(cls, "forward", counted(cls.forward, run.args.batch, counts)))
+        return original_iterations(run, *args)
 
     def summary(run):
         """The passes counted since the last time."""
@@ -160,67 +174,113 @@ def measure(stage, options, teacher, folder):
         nonlocal began, passes
         original_log(run, step, values)
         took, of_loop = clock() - began, summary(run)
+        alone_makes_sense = not extra and common.world_size() == 1
         if step == WARM_UP:
             result.update(of_loop, peak_mb=common.peak_mb())
-            passes = passes_of(stage, run, options.pixel_backbone)
-        if step >= WARM_UP:
-            counts.clear()
+            passes = passes_of(stage, run, options.pixel_backbone) if alone_makes_sense else []
+        if step >= WARM_UP and passes:
             began = clock()
-            for run_pass in passes:
-                run_pass()
+            with flops if step == WARM_UP else contextlib.nullcontext():
+                for run_pass in passes:
+                    run_pass()
             alone, of_passes = clock() - began, summary(run)
             if step == WARM_UP:
                 stale = f"{stage}: the passes timed alone are not the loop's, bring passes_of up to date: {of_passes}"
                 complaints.extend(excesses(stage, of_loop) or [stale] * (of_passes != of_loop))
+                result["tflop"] = flops.get_total_flops() / 1e12
             for name in {"G", "f", "heads"} & run.parts.keys():
                 run.parts[name].zero_grad()
+            if step > WARM_UP:
+                seconds_passes.append(alone)
         if step > WARM_UP:
             seconds_iteration.append(took)
-            seconds_passes.append(alone)
         began = clock()
 
-    with mock.patch.object(UNet2DConditionModel, "forward", counted(UNet2DConditionModel.forward, options.batch, counts)), \
-            mock.patch.object(common.Run, "log", log), mock.patch.object(common.Run, "save", lambda *_: None):
+    with patches, mock.patch.object(common.Run, "iterations", iterations), mock.patch.object(common.Run, "log", log), \
+            mock.patch.object(common.Run, "save", lambda *_: None):
         main(arguments)
-    result |= {"seconds_iteration": statistics.median(seconds_iteration), "seconds_passes": statistics.median(seconds_passes)}
-    return result | {"overhead": result["seconds_iteration"] / result["seconds_passes"] - 1}, complaints
+    result["seconds_iteration"] = statistics.median(seconds_iteration)
+    if seconds_passes:
+        result["seconds_passes"] = statistics.median(seconds_passes)
+        result["overhead"] = result["seconds_iteration"] / result["seconds_passes"] - 1
+    return result, complaints
+
+
+def worker(rank, environment, queue, *arguments):
+    """One of the processes of a measurement; the main one hands over what it measured."""
+    os.environ |= environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if environment else {})
+    found = measure(*arguments)
+    if rank == 0:
+        queue.put(found)
+    if common.dist.is_initialized():
+        common.dist.destroy_process_group()
 
 
 def main():
     parser = common.Parser(__doc__)
-    parser.add("--teacher", "sdxl, a pipeline folder, or a hub id (default the tiny one of train.py with random weights)")
+    parser.add("--teacher", "a known name, a pipeline folder, or a hub id (default the tiny one of train.py with random weights)")
+    parser.add("--random-weights", "of a known teacher: its real sizes, weights random, so that nothing is fetched", action="store_true")
     parser.add("--pixel-backbone", "ADP's pixel discriminator, as in adp.py (default none)")
+    parser.add("--stages", "which", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add("--options", "sets of further arguments of the stages, each in quotes; the first is what the others are compared with", nargs="+", default=[""])
+    parser.add("--processes", "numbers of processes, each with --batch rows", type=common.positive, nargs="+", default=[1])
     parser.add("--batch", "rows", type=common.positive, default=32)
     parser.add("--iterations", "that are timed in each stage", type=common.positive, default=15)
     parser.add("--threads", "of torch on a CPU", type=common.positive, default=1)
     parser.add("--checkpointing", "gradient checkpointing, whose second forward passes are not counted", action="store_true")
+    parser.add("--peak", "the card's TFLOP/s in bf16", type=common.above_zero, default=989.0)  # H100 and H200, dense
     parser.add("--json", "file for the numbers")
     args = parser.parse_args()
+    if args.random_weights and args.teacher not in common.TEACHERS:
+        raise common.UserError(f"--random-weights is for a known teacher: {', '.join(common.TEACHERS)}")
 
     if args.json:
         os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
-    results, complaints = {}, []
+    rows, complaints, context = [], [], multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        teacher = args.teacher or os.path.join(folder, "tiny-sdxl")
-        if not args.teacher:
+        teacher = args.teacher if args.teacher and not args.random_weights else os.path.join(folder, "teacher")
+        if args.random_weights:
+            train.build_real(args.teacher).save_pretrained(teacher)
+        elif not args.teacher:
             train.build_sdxl().to(dtype=torch.float16).save_pretrained(teacher)
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-            for stage in STAGES:
-                results[stage], found = pool.submit(measure, stage, args, teacher, folder).result()
-                complaints += found
+        for i, (stage, processes, extra) in enumerate(itertools.product(args.stages, args.processes, args.options)):
+            environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + i)} if processes > 1 else {}
+            queue = context.SimpleQueue()
+            arguments = (environment, queue, stage, args, extra, teacher, os.path.join(folder, str(i)))
+            workers = [context.Process(target=worker, args=(rank, *arguments)) for rank in range(processes)]
+            for process in workers:
+                process.start()
+            for process in workers:
+                process.join()
+            if any(process.exitcode for process in workers):
+                raise common.UserError(f"{stage} {extra} did not run")
+            result, found = queue.get()
+            rows.append({"stage": stage, "processes": processes, "options": extra, **result})
+            complaints += found
 
-    names = ["full", "partial", *(f"back {name}" for name in BACKWARD), "s/iteration", "s/passes", "overhead", "peak MB"]
-    print(" " * 10 + "".join(f"{name:>{len(name) + 2}}" for name in names))
-    for stage, r in results.items():
-        values = [r["forward_full"], r["forward_partial"], *(r["backward"][name] for name in BACKWARD),
-                  f"{r['seconds_iteration']:.4f}", f"{r['seconds_passes']:.4f}", f"{r['overhead']:.1%}", f"{r['peak_mb']:.0f}"]
-        print(f"{stage:10}" + "".join(f"{value:>{len(name) + 2}}" for name, value in zip(names, values)))
+    print(table(rows, args.peak))
     if args.json:
-        common.write_json(args.json, results)
+        common.write_json(args.json, rows)
     if complaints:
         print("\n".join(complaints), file=sys.stderr)
         raise SystemExit(1)
+
+
+def table(rows, peak):
+    """Rows -> a Markdown table; "ratio" is seconds an iteration over those of the stage's first row."""
+    names = ["stage", "processes", "options", "full", "partial", "backward " + ", ".join(BACKWARD), "s/iteration", "ratio", "s/passes", "overhead", "peak MB"]
+    names += ["TFLOP/s", "of peak"] if torch.cuda.is_available() else []
+    lines = [names, ["---"] * len(names)]
+    for r in rows:
+        first = next(row for row in rows if row["stage"] == r["stage"])
+        seconds, passes = r["seconds_iteration"], "seconds_passes" in r
+        line = [r["stage"], r["processes"], r["options"], r["forward_full"], r["forward_partial"], ", ".join(map(str, r["backward"].values())),
+                f"{seconds:.3f}", f"{seconds / first['seconds_iteration']:.2f}", f"{r['seconds_passes']:.3f}" if passes else "",
+                f"{r['overhead']:.1%}" if passes else "", f"{r['peak_mb']:.0f}"]
+        if torch.cuda.is_available():
+            line += [f"{r['tflop'] / seconds:.0f}", f"{r['tflop'] / seconds / peak:.0%}"] if passes else ["", ""]
+        lines.append(line)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ Everything is drawn from one seed.
 """
 import argparse
 import functools
+import json
 import math
 import os
 import sys
 import time
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,11 +40,11 @@ TOKENS = 16  # the longest prompt has 10 words
 ZEROS = 256  # tokens that StableDiffusion3Pipeline appends to a prompt if there is no T5: its default max_sequence_length
 
 
-def build_tokenizer():
+def build_tokenizer(length=TOKENS):
     """A CLIPTokenizer whose words are those of the world of shapes; any other word becomes the unknown token."""
     special = ("<|startoftext|>", "<|endoftext|>", "<|unknown|>")
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(special)}, merges=[], bos_token=special[0],
-                              eos_token=special[1], pad_token=special[1], unk_token=special[2], model_max_length=TOKENS)
+                              eos_token=special[1], pad_token=special[1], unk_token=special[2], model_max_length=length)
     words = ["a", "on", "background", "shape", *(value for values in shapes.ATTRIBUTES.values() for value in values)]
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
     return tokenizer
@@ -55,11 +57,11 @@ def build_t5_tokenizer():
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
 
 
-def clip(cls, width, tokenizer):
+def clip(cls, width, tokenizer, projection=64):
     """A random CLIP text encoder of this class, two layers."""
     return cls(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=projection, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
 
@@ -130,20 +132,48 @@ def build_cogvideox(rotary=False):
     return CogVideoXPipeline(tokenizer=tokenizer, text_encoder=t5(64, tokenizer), vae=vae, transformer=transformer, scheduler=scheduler)
 
 
-def fit(parameters, loss, steps, lr, betas=(0.9, 0.99), decay=0.999, name=""):
-    """Adam with a cosine schedule and 100 steps of warm-up on loss(step) -> scalar; leaves the parameters at their moving average."""
-    parameters = list(parameters)
+def build_real(name):
+    """The pipeline of a known teacher at its real size, weights random, from its configs (assets/configs): denoiser, autoencoder and scheduler
+    are whole, the text encoders have the right widths and lengths but few layers and the words of the world of shapes."""
+    with open(os.path.join(ROOT, "assets", "configs", f"{'cogvideox-2b' if name == 'cogvideox' else name}.json")) as file:
+        configs = json.load(file)
+    pipeline, denoiser = getattr(diffusers, configs["pipeline"]), "unet" if configs["pipeline"] == "StableDiffusionXLPipeline" else "transformer"
+    parts = {part: getattr(diffusers, configs[key]["_class_name"]).from_config(configs[key])
+             for part, key in ((denoiser, "denoiser"), ("vae", "vae"), ("scheduler", "scheduler"))}
+    if pipeline is CogVideoXPipeline:
+        tokenizer = build_t5_tokenizer()
+        parts |= {"tokenizer": tokenizer, "text_encoder": t5(parts[denoiser].config.text_embed_dim, tokenizer, layers=1)}
+    else:
+        tokenizer = build_tokenizer(configs["text_length"])
+        first = CLIPTextModel if pipeline is StableDiffusionXLPipeline else CLIPTextModelWithProjection
+        parts |= {"tokenizer": tokenizer, "text_encoder": clip(first, 768, tokenizer, 768),
+                  "tokenizer_2": tokenizer, "text_encoder_2": clip(CLIPTextModelWithProjection, 1280, tokenizer, 1280)}
+        if pipeline is StableDiffusion3Pipeline:
+            tokenizer_3 = build_t5_tokenizer()
+            parts |= {"tokenizer_3": tokenizer_3, "text_encoder_3": t5(parts[denoiser].config.joint_attention_dim, tokenizer_3, layers=1)}
+    return pipeline(**parts).to(dtype=torch.bfloat16)
+
+
+def fit(parameters, loss, steps, lr, matrices=(), betas=(0.9, 0.99), decay=0.999, name=""):
+    """Adam with a cosine schedule and 100 steps of warm-up on loss(step) -> scalar; leaves the parameters at their moving average. Those of the
+    parameters that are in `matrices` learn by Muon, ten times as fast: it takes half of Adam's steps for a transformer."""
+    parameters, matrices = list(parameters), list(matrices)
     average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 100) * 0.5 * (1 + np.cos(np.pi * i / max(steps, 1))))
+    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=1e-3)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=10 * lr, weight_decay=1e-3))
+    rate = lambda i: min(1, (i + 1) / 100) * 0.5 * (1 + np.cos(np.pi * i / max(steps, 1)))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     bar = tqdm(range(steps), desc=name, mininterval=10)
     for step in bar:
         value = loss(step)
-        optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for stepped in (*optimizers, *schedules):
+            stepped.step()
         torch._foreach_lerp_(average, parameters, 1 - min(decay, (step + 1) / (step + 10)))
         if step % 100 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}")
@@ -264,11 +294,10 @@ class CountLastToken:
 
 
 def diffuse(scheduler, x_0, noise):
-    """Clean latents and noise -> (noisy latents, the network's timestep [n], the network's target), at uniform times of the scheduler."""
+    """Clean latents and noise -> (noisy latents, the network's timestep [n], the network's target), at uniform times or noise levels."""
     shape = (-1,) + (1,) * (x_0.ndim - 1)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        u, shift = torch.rand(len(x_0)), scheduler.config.shift
-        sigma = shift * u / (1 + (shift - 1) * u)
+        sigma = torch.rand(len(x_0))
         return torch.lerp(x_0, noise, sigma.view(shape)), 1000 * sigma, noise - x_0
     t = torch.randint(1000, (len(x_0),))
     alpha, sigma = (abar.sqrt().float().view(shape) for abar in (scheduler.alphas_cumprod[t], 1 - scheduler.alphas_cumprod[t]))
@@ -314,15 +343,16 @@ def train_denoiser(pipe, call, world, steps, seed, lr, batch, scenes, prompt_dro
         return F.mse_loss(call(pipe, x_t, timestep, prompts), target)
 
     modules = (denoiser, *(module for name, module in pipe.components.items() if name.startswith("text_encoder") and module))
-    fit([p for module in modules for p in module.parameters() if p.requires_grad], loss, steps, lr=lr, name="denoiser")
+    matrices = [p for p in denoiser.transformer_blocks.parameters() if p.ndim == 2] if hasattr(denoiser, "transformer_blocks") else []
+    fit([p for module in modules for p in module.parameters() if p.requires_grad], loss, steps, lr=lr, matrices=matrices, name="denoiser")
 
 
 FAMILIES = {
     "sdxl": {"build": build_sdxl, "call": call_sdxl, "world": shapes.ATTRIBUTES, "vae_steps": 3500, "steps": 8000, "lr": 2e-3, "batch": 64,
              "scenes": 40000},
-    "sd3": {"build": build_sd3, "call": call_sd3, "world": shapes.ATTRIBUTES, "vae_steps": 0, "steps": 9000, "lr": 1e-3, "batch": 64,
+    "sd3": {"build": build_sd3, "call": call_sd3, "world": shapes.ATTRIBUTES, "vae_steps": 0, "steps": 11000, "lr": 2e-3, "batch": 64,
             "scenes": 40000},
-    "cogvideox": {"build": build_cogvideox, "call": call_cogvideox, "world": shapes.VIDEO, "vae_steps": 1200, "steps": 6000, "lr": 1e-3, "batch": 32,
+    "cogvideox": {"build": build_cogvideox, "call": call_cogvideox, "world": shapes.VIDEO, "vae_steps": 1200, "steps": 7000, "lr": 2e-3, "batch": 32,
                   "scenes": 20000},
 }
 
