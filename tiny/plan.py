@@ -53,7 +53,7 @@ class Storages(TorchDispatchMode):
                 out = func(*args, **kwargs)
                 if key not in self.made:
                     old, outputs = {x.untyped_storage() for x in tensors}, flat([out])
-                    new = all(isinstance(x, torch.Tensor) and x.untyped_storage() not in old for x in outputs)
+                    new = all(isinstance(x, torch.Tensor) and x.is_meta and x.untyped_storage() not in old for x in outputs)
                     self.made[key] = [(x.shape, x.stride(), x.dtype) for x in outputs] if new else None  # not of views
         else:
             out = func(*args, **kwargs)
