@@ -33,7 +33,8 @@ demo: setup
 	$(TORCHRUN) adm.py $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt --out $(DEMO)/adm $(SHORT) --batch 16 \
 		--warmup 60 --iterations 1200 --lr 1e-4 --decay 0.8 --fake-lr 5e-4 --head-lr 3e-3 --guidance 1.2 --dt 0.125 --r1 8 --r2 8
 	$(PYTHON) evaluate.py $(TINY) --guidance 1.75 --student adp=$(DEMO)/adp --student dmdx=$(DEMO)/adm --prompts prompts/shapes_eval.txt \
-		--seeds 16 --batch 64 --json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
+		--seeds 16 --batch 64 --metrics oracle,lpips --lpips-net random --lpips-size 64 --out $(DEMO)/evaluation \
+		--json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 
 seeds: setup
 	for seed in 0 1 2; do $(MAKE) demo SEED=$$seed DEMO=runs/demo-$$seed || exit 1; done

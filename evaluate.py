@@ -37,28 +37,29 @@ from tqdm import tqdm
 import common
 from common import UserError
 from sample import System, add_system_arguments, load_teacher
-from scorers import SCORERS, Clip, Fid, Hpsv2, Lpips, Mps, Oracle, Pick, read_vbench, vbench  # noqa: F401
+from scorers import Clip, Fid, Hpsv2, Lpips, Mps, Oracle, Pick, read_vbench, vbench
 
+SCORERS = {"oracle": Oracle, "clip": Clip, "pick": Pick, "hpsv2": Hpsv2, "mps": Mps, "lpips": Lpips, "fid": Fid}
 SCORED = 64  # pictures at a time: a constant, so that scores do not depend on how many processes there are
 SHOWN = 200  # prompts in the HTML page, which holds its pictures
 
-# paper, tables 1, 2 and 6: system, table, steps, passes, scores. Table 6 is of the systems of table 1.
+# paper: system, where, steps, passes, scores in the order of COLUMNS. Table 6, LPIPS, is of the systems of table 1.
 COLUMNS = ("clip", "pick", "hpsv2", "mps", "lpips")
 PAPER = [
-    ("ADD, 512 px", "1, 6", 1, 1, (35.0088, 22.1524, 27.0971, 10.4340, 0.6071)),
-    ("LCM", "1, 6", 1, 2, (28.4669, 20.1267, 23.8246, 4.8134, 0.6257)),
-    ("SDXL-Lightning", "1, 6", 1, 1, (33.4985, 21.9194, 27.1557, 10.2285, 0.6707)),
-    ("DMD2", "1, 6", 1, 1, (35.2153, 22.0978, 27.4523, 10.6947, 0.6715)),
-    ("DMDX", "1, 6", 1, 1, (35.2557, 22.2736, 27.7046, 11.1978, 0.7156)),
-    ("SDXL-Base", "1, 6", 25, 50, (35.0309, 22.2494, 27.3743, 10.7042, 0.6936)),
-    ("SD3-Medium TSCD", "2", 4, 8, (34.0185, 21.9665, 27.2728, 10.8600)),
-    ("SD3-Medium PCM, shift 1", "2", 4, 4, (33.5042, 21.9703, 27.3680, 10.5707)),
-    ("SD3-Medium Flash", "2", 4, 4, (34.3978, 22.0904, 27.2586, 10.6634)),
-    ("SD3-Medium ADM", "2", 4, 4, (34.9076, 22.5471, 28.4492, 11.9543)),
-    ("SD3-Medium", "2", 25, 50, (34.7633, 22.2961, 27.9733, 11.3652)),
-    ("SD3.5-Large LADD", "2", 4, 4, (34.7395, 22.3958, 27.4923, 11.4372)),
-    ("SD3.5-Large ADM", "2", 4, 4, (34.9730, 22.8842, 27.7331, 12.2350)),
-    ("SD3.5-Large", "2", 25, 50, (34.9668, 22.5087, 27.9688, 11.5826)),
+    ("ADD, 512 px", "tables 1 and 6", 1, 1, (35.0088, 22.1524, 27.0971, 10.4340, 0.6071)),
+    ("LCM", "tables 1 and 6", 1, 2, (28.4669, 20.1267, 23.8246, 4.8134, 0.6257)),
+    ("Lightning", "tables 1 and 6", 1, 1, (33.4985, 21.9194, 27.1557, 10.2285, 0.6707)),
+    ("DMD2", "tables 1 and 6", 1, 1, (35.2153, 22.0978, 27.4523, 10.6947, 0.6715)),
+    ("DMDX", "tables 1 and 6", 1, 1, (35.2557, 22.2736, 27.7046, 11.1978, 0.7156)),
+    ("SDXL-Base", "tables 1 and 6", 25, 50, (35.0309, 22.2494, 27.3743, 10.7042, 0.6936)),
+    ("SD3-Medium TSCD", "table 2", 4, 8, (34.0185, 21.9665, 27.2728, 10.8600)),
+    ("SD3-Medium PCM, shift 1", "table 2", 4, 4, (33.5042, 21.9703, 27.3680, 10.5707)),
+    ("SD3-Medium Flash", "table 2", 4, 4, (34.3978, 22.0904, 27.2586, 10.6634)),
+    ("SD3-Medium ADM", "table 2", 4, 4, (34.9076, 22.5471, 28.4492, 11.9543)),
+    ("SD3-Medium", "table 2", 25, 50, (34.7633, 22.2961, 27.9733, 11.3652)),
+    ("SD3.5-Large LADD", "table 2", 4, 4, (34.7395, 22.3958, 27.4923, 11.4372)),
+    ("SD3.5-Large ADM", "table 2", 4, 4, (34.9730, 22.8842, 27.7331, 12.2350)),
+    ("SD3.5-Large", "table 2", 25, 50, (34.9668, 22.5087, 27.9688, 11.5826)),
 ]
 
 
@@ -98,7 +99,8 @@ class Pictures:
         parts = [(first, os.path.join(folder, f"{first:06d}.safetensors")) for first in range(0, len(prompts), chunk)]
         mine = [part for part in parts[common.rank() :: common.world_size()] if not os.path.exists(part[1])]
         dataset = Prepared([self.files[first : first + chunk] for first, _ in mine], scorer.prepare)
-        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=min(workers, len(mine)))
+        workers = min(workers, len(mine))
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None)
         try:
             for (first, path), pictures in zip(tqdm(mine, desc=f"{self.name}, {name}", unit="batch", disable=not common.is_main()), loader):
                 columns = scorer.score(pictures, prompts[first : first + chunk])
@@ -143,7 +145,6 @@ class Prepared(torch.utils.data.Dataset):
         return len(self.chunks)
 
     def __getitem__(self, i):
-        torch.set_num_threads(1)
         return torch.stack([torch.stack([self.open(path) for path in row]) for row in self.chunks[i]])
 
     def open(self, path):
@@ -206,7 +207,7 @@ def plain(value):
 
 def paper_rows(names):
     """The paper's rows that have any of these metrics, marked as the paper's."""
-    rows = [{"system": f"{name} (paper, table {tables})", "steps": steps, "nfe": nfe, **{n: v for n, v in zip(COLUMNS, scores) if n in names}}
+    rows = [{"system": f"{name} (paper, {tables})", "steps": steps, "nfe": nfe, **{n: v for n, v in zip(COLUMNS, scores) if n in names}}
             for name, tables, steps, nfe, scores in PAPER]
     return [row for row in rows if len(row) > 3]
 
@@ -250,17 +251,18 @@ def save_bars(rows, paper, path):
     import matplotlib.figure
 
     names = [name for name in rows[0] if isinstance(rows[0][name], float) and name != "seconds_per_image"]
-    longest = len(rows) + len(paper)
-    figure = matplotlib.figure.Figure(figsize=(6 * len(names), 1 + 0.3 * longest), layout="constrained")
+    lines = -(-len(names) // 3)
+    figure = matplotlib.figure.Figure(figsize=(18, lines * (1 + 0.3 * (len(rows) + len(paper)))), layout="constrained")
     for i, name in enumerate(names):
         shown = [row for row in (*rows, *paper) if row.get(name) is not None]
         ends = np.array([[abs(row[name] - end) for end in row["ci"][name]] if name in row.get("ci", {}) else [0, 0] for row in shown]).T
-        axes = figure.add_subplot(1, len(names), i + 1, title=name)
+        axes = figure.add_subplot(lines, 3, i + 1, title=name)
         axes.barh([row["system"] for row in shown], [row[name] for row in shown], xerr=ends, color=["C0" if "ci" in row else "lightgrey" for row in shown])
         axes.invert_yaxis()
-        low, high = min(row[name] for row in shown), max(row[name] for row in shown)
+        low, high = (np.array([row[name] for row in shown]) - ends[0]).min(), (np.array([row[name] for row in shown]) + ends[1]).max()
         if low > 0.5 * high:  # differences are small beside the numbers
-            axes.set_xlim(low - 0.5 * (high - low) - 0.02 * high, high + 0.2 * (high - low) + 0.02 * high)
+            axes.set_xlim(1.2 * low - 0.2 * high - 0.01 * high, high + 0.01 * high)
+            axes.set_xlabel("the axis does not begin at 0")
     save_figure(figure, path)
 
 
@@ -272,7 +274,7 @@ def save_differences(values, reference, path):
     figure = matplotlib.figure.Figure(figsize=(16, 3 * -(-len(panels) // 4)), layout="constrained")
     for i, (system, name) in enumerate(panels):
         difference = values[system][name] - values[reference][name]
-        axes = figure.add_subplot(-(-len(panels) // 4), 4, i + 1, title=f"{name}: {system} - {reference}, better in {(difference > 0).mean():.0%}")
+        axes = figure.add_subplot(-(-len(panels) // 4), 4, i + 1, title=f"{name}: {system} - {reference}, higher in {(difference > 0).mean():.0%}")
         axes.hist(difference, bins=30)
         axes.axvline(0, color="black", linewidth=1)
         axes.axvline(difference.mean(), color="C1")
@@ -285,7 +287,7 @@ def save_sheet(pictures, name, values, prompts, path):
     import matplotlib.figure
 
     order = np.argsort(-values, kind="stable")
-    n = min(8, len(order))
+    n = min(8, -(-len(order) // 2))
     figure = matplotlib.figure.Figure(figsize=(2 * n, 6), layout="constrained")
     for i, p in enumerate([*order[:n], *order[::-1][:n]]):
         axes = figure.add_subplot(2, n, i + 1)
@@ -444,7 +446,7 @@ def evaluate(args, prompts, dimensions, out):
     for name, folder in args.images.items():
         systems[name] = found(name, out, folder, len(prompts))
         systems[name].index["prompts"] = prompts
-    real = found("reference", out, args.reference) if args.reference not in systems else None
+    real = found(f".reference-{common.short_name(args.reference)}", out, args.reference) if args.reference not in systems else None
     for pictures in filter(None, (*systems.values(), real)):
         pictures.check()
         kind = "pictures" if pictures.frames == 1 else "videos"

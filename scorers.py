@@ -41,7 +41,7 @@ def repository(args, repo, *files):
         except (OSError, ValueError) as error:
             looked = ([os.path.join(folder, file)] if args.weights_dir else []) + [f"the cache {huggingface_hub.constants.HF_HUB_CACHE}"]
             raise UserError(f"the file {file} of {repo} is wanted; it is not in {' nor in '.join(looked)} and could not be fetched "
-                            f"({common.first_line(error)}): put it into DIR/{repo}/ and give --weights-dir DIR") from error
+                            f"({type(error).__name__}): put it into DIR/{repo}/ and give --weights-dir DIR") from error
     return found
 
 
@@ -421,9 +421,6 @@ class Fid(Scorer):
         for part in reference:
             distance.update(torch.from_numpy(part["features"]), real=True)
         return {"fid": distance.compute().item()}
-
-
-SCORERS = {"oracle": Oracle, "clip": Clip, "pick": Pick, "hpsv2": Hpsv2, "mps": Mps, "lpips": Lpips, "fid": Fid}
 
 
 def read_vbench(path):

@@ -68,7 +68,7 @@ def test_clip(thumbnail, tmp_path):
     pictures = [image.resize((90, 60)) for image in images(4)]
     squares = [picture.crop((15, 0, 75, 60)).resize((256, 256), Image.Resampling.LANCZOS) for picture in pictures]
     expected = cosines(model, preprocess, squares, ["A photo depicts " + PROMPTS[i // 2] for i in range(4)])
-    np.testing.assert_allclose(scored(evaluate.Clip(args, PROMPTS, False), pictures)["clip"], expected, atol=1e-4)  # of 100: 1e-6 of a cosine
+    np.testing.assert_allclose(scored(scorers.Clip(args, PROMPTS, False), pictures)["clip"], expected, atol=1e-4)  # of 100: 1e-6 of a cosine
 
 
 @pytest.mark.parametrize("version, file, column", [("2.0", "HPS_v2_compressed.pt", "hpsv2"), ("2.1", "HPS_v2.1_compressed.pt", "hpsv2.1")])
@@ -393,7 +393,7 @@ def test_the_papers_rows_stand_beside():
     lines = evaluate.table(rows, paper).splitlines()
     assert lines[0] == "| system | steps | nfe | clip | lpips |"
     assert lines[2] == "| mine | 1 | 1 | 35.000 ± 0.500 | 0.700 |"
-    assert "| DMDX (paper, table 1, 6) | 1 | 1 | 35.256 | 0.716 |" in lines and "| SD3-Medium ADM (paper, table 2) | 4 | 4 | 34.908 |  |" in lines
+    assert "| DMDX (paper, tables 1 and 6) | 1 | 1 | 35.256 | 0.716 |" in lines and "| SD3-Medium ADM (paper, table 2) | 4 | 4 | 34.908 |  |" in lines
     assert len(paper) == 14 and evaluate.paper_rows({"accuracy": 1.0, "lpips_random": 1.0}) == []
 
 
