@@ -357,7 +357,8 @@ class Lpips(Scorer):
         random = args.lpips_net == "random"
         if random:
             self.name, self.what = "lpips_random", f"AlexNet with RANDOM weights, {args.lpips_size} pixels: not LPIPS, compares within this table only"
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # lpips calls torchvision in a way that it deprecates
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it deprecates
             torch.manual_seed(0)
             self.model = lpips.LPIPS(net="alex" if random else args.lpips_net, pnet_rand=True, lpips=not random, verbose=False)
         if not random:
