@@ -388,7 +388,8 @@ def parse(argv):
     parser.add("--clip-weights", "open_clip tag or a local checkpoint", default="laion2b_s12b_b42k")
     parser.add("--clip-prefix", "put before every prompt", default="A photo depicts ")
     parser.add("--hps-version", "of HPSv2's weights", choices=("2.0", "2.1"), default="2.0")
-    parser.add("--lpips-net", "backbone; random needs no file and gives no LPIPS, but numbers to compare within a table", choices=("alex", "vgg", "random"), default="alex")
+    parser.add("--lpips-net", "backbone; random needs no file and gives no LPIPS, but numbers to compare within a table",
+               choices=("alex", "vgg", "random"), default="alex")
     parser.add("--lpips-size", "pixels, pictures are resized to it", type=common.number(int, "at least 64", lambda value: value >= 64), default=512)  # DMD2
     parser.add("--workers", "processes that decode pictures, for each process that scores", type=common.whole, default=2)
     parser.add("--out", "folder for all results (default a temporary one: only --json and --grid stay)")

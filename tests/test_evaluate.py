@@ -1,5 +1,4 @@
-"""Metrics against counts by hand, closed forms and direct computations; pictures that depend on prompt and seed alone."""
-import argparse
+"""Metrics against counts by hand, and closed forms; pictures that depend on prompt and seed alone."""
 import json
 
 import numpy as np

@@ -8,11 +8,11 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -126,7 +126,7 @@ def test_pick(weights):
 
 
 def test_mps(weights):
-    """One picture at a time, head by head and token by token, as METRICS of the publication go."""
+    """One picture at a time and head by head, step by step as it is published."""
     model, _ = small_clip()
     D, H, torch_state = 64, 2, torch.manual_seed(1)
     state = {f"model.{name}": w for name, w in model.state_dict().items()}
@@ -352,11 +352,12 @@ def folders(tmp_path_factory):
                 common.save_grid(pixels[None], str(place / name / f"{p:04d}-{k}.png"), padding=0)
     shutil.copy(place / "good/0000-0.png", place / "good/grid.png")  # as sample.py leaves one
     out = place / "out"
-    evaluate.main(["--images", f"good={place}/good", "--images", f"bad={place}/bad", "--prompts", str(place / "prompts.txt"), "--out", str(out), "--side-by-side", "good", "bad"])
+    evaluate.main(["--images", f"good={place}/good", "--images", f"bad={place}/bad", "--prompts", str(place / "prompts.txt"), "--out", str(out),
+                   "--side-by-side", "good", "bad"])
     return place
 
 
-def test_folders_of_pictures(folders, capsys):
+def test_folders_of_pictures(folders):
     good, bad = json.load(open(folders / "out/report.json"))["rows"]
     assert good["accuracy"] == 1 and good["ci"]["accuracy"] == [1, 1] and good["samples"] == 6
     assert bad["accuracy"] == pytest.approx(1 / 3, abs=1e-4) and bad["ci"]["accuracy"] == [0, 1]
@@ -403,8 +404,8 @@ def test_vbench(tmp_path, monkeypatch, capsys):
     train.build_cogvideox().to(dtype=torch.float16).save_pretrained(teacher)
     entries = [{"prompt_en": "a red circle moving", "dimension": ["color", "dynamic_degree"]}, {"prompt_en": "a small square moving", "dimension": ["dynamic_degree"]}]
     (tmp_path / "VBench_full_info.json").write_text(json.dumps(entries))
-    arguments = ["--teacher", str(teacher), "--steps", "1", "--guidance", "1", "--prompts", str(tmp_path / "VBench_full_info.json"), "--seeds", "2", "--metrics", "oracle,vbench",
-                 "--out", str(tmp_path / "out")]
+    arguments = ["--teacher", str(teacher), "--steps", "1", "--guidance", "1", "--prompts", str(tmp_path / "VBench_full_info.json"), "--seeds", "2",
+                 "--metrics", "oracle,vbench", "--out", str(tmp_path / "out")]
     with pytest.raises(common.UserError, match="--metrics clip is for pictures, not for videos"):
         evaluate.main([*arguments, "--metrics", "clip"])
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -414,7 +415,7 @@ def test_vbench(tmp_path, monkeypatch, capsys):
     assert len(os.listdir(place / "dynamic_degree")) == 4 and (place / "color/a red circle moving-0.mp4").stat().st_size > 200
     assert f"vbench evaluate --videos_path {place}/color --dimension color --output_path {place}/results/color" in capsys.readouterr().out
 
-    fake = f"""#!{shutil.which("python3", path=os.defpath) or "/usr/bin/python3"}
+    fake = f"""#!{sys.executable}
 import json, sys
 dimension, output = sys.argv[5], sys.argv[7]
 json.dump({{dimension: [len(dimension) / 100, []]}}, open(output + "/results_2026_eval_results.json", "w"))
