@@ -8,7 +8,6 @@ everything between them in float32.
 """
 import argparse
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib.util

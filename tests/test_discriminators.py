@@ -1,11 +1,7 @@
 """Heads, taps and backbones of the discriminators, up to the sizes of the real SDXL and SAM."""
-import json
-import os
-from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT
 from transformers import Dinov2Config, Dinov2Model

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 import common
 import evaluate
 import helpers
-import scorers
 from tiny import shapes, train
 
 PROMPTS = ["a red circle", "a small blue square on a white background"]
@@ -68,7 +67,7 @@ def test_clip(thumbnail, tmp_path):
     pictures = [image.resize((90, 60)) for image in images(4)]
     squares = [picture.crop((15, 0, 75, 60)).resize((256, 256), Image.Resampling.LANCZOS) for picture in pictures]
     expected = cosines(model, preprocess, squares, ["A photo depicts " + PROMPTS[i // 2] for i in range(4)])
-    np.testing.assert_allclose(scored(scorers.Clip(args, PROMPTS, False), pictures)["clip"], expected, atol=1e-4)  # of 100: 1e-6 of a cosine
+    np.testing.assert_allclose(scored(evaluate.Clip(args, PROMPTS, False), pictures)["clip"], expected, atol=1e-4)  # of 100: 1e-6 of a cosine
 
 
 @pytest.mark.parametrize("version, file, column", [("2.0", "HPS_v2_compressed.pt", "hpsv2"), ("2.1", "HPS_v2.1_compressed.pt", "hpsv2.1")])
@@ -76,8 +75,8 @@ def test_hpsv2(thumbnail, tmp_path, monkeypatch, version, file, column):
     name, model, preprocess = thumbnail
     (tmp_path / "xswu/HPSv2").mkdir(parents=True)
     torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "xswu/HPSv2" / file)
-    monkeypatch.setattr(scorers.Hpsv2, "architecture", name)
-    scorer = scorers.Hpsv2(argparse.Namespace(weights_dir=str(tmp_path), hps_version=version), PROMPTS, False)
+    monkeypatch.setattr(evaluate.Hpsv2, "architecture", name)
+    scorer = evaluate.Hpsv2(argparse.Namespace(weights_dir=str(tmp_path), hps_version=version), PROMPTS, False)
     pictures = images(4)
     np.testing.assert_allclose(scored(scorer, pictures)[column], cosines(model, preprocess, pictures, [PROMPTS[i // 2] for i in range(4)]), atol=1e-4)
 
@@ -99,7 +98,7 @@ def weights(tmp_path_factory):
 
     folder, (model, tokenizer) = tmp_path_factory.mktemp("weights"), small_clip()
     model.save_pretrained(folder / "yuvalkirstain/PickScore_v1")
-    base = folder / scorers.Pick.BASE
+    base = folder / evaluate.Pick.BASE
     model.config.save_pretrained(base)
     tokenizer.save_pretrained(base)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(base)
@@ -115,7 +114,7 @@ def direct(picture, prompt):
 
 
 def test_pick(weights):
-    scorer, (model, _) = scorers.Pick(argparse.Namespace(weights_dir=str(weights)), PROMPTS, False), small_clip()
+    scorer, (model, _) = evaluate.Pick(argparse.Namespace(weights_dir=str(weights)), PROMPTS, False), small_clip()
     pictures = images(4)
     expected = []
     for i, picture in enumerate(pictures):
@@ -136,7 +135,7 @@ def test_mps(weights):
     cross = {f"{layer}.{name}": torch.randn(shape, generator=torch_state) / shape[-1] ** 0.5 for layer in range(4) for name, shape in shapes_of.items()}
     save_file(state | {f"cross_model.layers.{name}": w for name, w in cross.items()} | {"cross_model.layers.0.0.fn.norm.bias": torch.zeros(D)},
               weights / "MPS_overall.safetensors")
-    scorer = scorers.Mps(argparse.Namespace(weights_dir=str(weights)), PROMPTS, False)
+    scorer = evaluate.Mps(argparse.Namespace(weights_dir=str(weights)), PROMPTS, False)
 
     def norm(x, w):
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * w
@@ -159,7 +158,7 @@ def test_mps(weights):
             text, vision = model.text_model(ids), model.vision_model(pixels)
             words, end = text.last_hidden_state[0] @ model.text_projection.weight.T, text.pooler_output[0] @ model.text_projection.weight.T
             x = vision.last_hidden_state[0] @ model.visual_projection.weight.T
-            ids = train.build_tokenizer()([scorers.Mps.CONDITION], padding="max_length", truncation=True, max_length=train.TOKENS, return_tensors="pt").input_ids
+            ids = train.build_tokenizer()([evaluate.Mps.CONDITION], padding="max_length", truncation=True, max_length=train.TOKENS, return_tensors="pt").input_ids
             condition = model.text_model(ids).last_hidden_state[0] @ model.text_projection.weight.T
             similarity = (condition @ words.T).max(0).values
             mask = torch.where(similarity / similarity.max() > 0.3, 0.0, float("-inf"))
@@ -188,7 +187,7 @@ def test_lpips_is_the_double_loop(tmp_path, net, file):
         torch.manual_seed(1)
         network = getattr(torchvision.models, {"alex": "alexnet", "vgg": "vgg16"}[net])()
         torch.save({name: w for name, w in network.state_dict().items() if name.startswith("features")}, tmp_path / file)
-    scorer = scorers.Lpips(argparse.Namespace(lpips_net=net, lpips_size=64, weights_dir=str(tmp_path)), PROMPTS, False)
+    scorer = evaluate.Lpips(argparse.Namespace(lpips_net=net, lpips_size=64, weights_dir=str(tmp_path)), PROMPTS, False)
     if file:
         trunk = zip(scorer.model.net.parameters(), network.features.parameters(), strict=True)
         assert all(ours.equal(theirs) for ours, theirs in trunk)
@@ -201,7 +200,7 @@ def test_lpips_is_the_double_loop(tmp_path, net, file):
     np.testing.assert_allclose(columns[scorer.name], np.repeat(expected, 3), rtol=1e-5)
     assert file or "RANDOM" in scorer.what
     state = torch.random.get_rng_state()
-    scorers.Lpips(argparse.Namespace(lpips_net="random", lpips_size=64, weights_dir=None), PROMPTS, False)
+    evaluate.Lpips(argparse.Namespace(lpips_net="random", lpips_size=64, weights_dir=None), PROMPTS, False)
     assert state.equal(torch.random.get_rng_state())  # nobody else's random numbers change
 
 
@@ -215,7 +214,7 @@ def exactly(mean, std, n, seed):
 def test_fid_is_the_closed_form():
     """Of two Gaussians with diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2."""
     pytest.importorskip("torchmetrics")
-    fid = scorers.Fid.__new__(scorers.Fid)
+    fid = evaluate.Fid.__new__(evaluate.Fid)
     m1, s1, m2, s2 = np.array([0.0, 1, 2]), np.array([1.0, 2, 0.5]), np.array([1.0, 1, 0]), np.array([1.5, 1, 0.5])
     first, second = exactly(m1, s1, 200, 0), exactly(m2, s2, 300, 1)
     parts = lambda x: [{"features": x[:50]}, {"features": x[50:]}]
@@ -228,14 +227,14 @@ def test_fid_features_are_inceptions(tmp_path, monkeypatch):
     torch_fidelity = pytest.importorskip("torch_fidelity")
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    path = tmp_path / os.path.basename(scorers.Fid.URL)
+    path = tmp_path / os.path.basename(evaluate.Fid.URL)
     torch.save({}, path)
     with monkeypatch.context() as patch:  # random weights, as there are none to load
         patch.setattr(torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         torch.manual_seed(0)
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
     torch.save(network.state_dict(), path)
-    scorer = scorers.Fid(argparse.Namespace(weights_dir=str(tmp_path)), PROMPTS, False)
+    scorer = evaluate.Fid(argparse.Namespace(weights_dir=str(tmp_path)), PROMPTS, False)
     pictures = images(2)
     large = np.stack([np.array(p.resize((299, 299), Image.Resampling.BICUBIC)) for p in pictures])
     np.testing.assert_allclose(scored(scorer, pictures)["features"], network(torch.from_numpy(large).permute(0, 3, 1, 2)).numpy(), rtol=1e-4, atol=1e-5)
@@ -246,7 +245,7 @@ def test_fid_features_are_inceptions(tmp_path, monkeypatch):
 
     torch.save({"x": Evil()}, path)
     with pytest.raises(common.UserError, match="cannot be read as a file of tensors"):
-        scorers.Fid(argparse.Namespace(weights_dir=str(tmp_path)), PROMPTS, False)
+        evaluate.Fid(argparse.Namespace(weights_dir=str(tmp_path)), PROMPTS, False)
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -262,9 +261,9 @@ def test_a_missing_weight_is_named(tmp_path, monkeypatch, metric, wanted):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    (tmp_path / "weights" / scorers.Pick.BASE).mkdir(parents=True)
+    (tmp_path / "weights" / evaluate.Pick.BASE).mkdir(parents=True)
     for file in ("config.json", "preprocessor_config.json"):
-        (tmp_path / "weights" / scorers.Pick.BASE / file).write_text("{}")
+        (tmp_path / "weights" / evaluate.Pick.BASE / file).write_text("{}")
     Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
@@ -324,13 +323,13 @@ def test_two_processes_and_an_interruption(teacher_folder, prompts_path, tmp_pat
 
         return call
 
-    draw, score, drawings, scorings = evaluate.System.pictures, scorers.Oracle.score, [], []
+    draw, score, drawings, scorings = evaluate.System.pictures, evaluate.Oracle.score, [], []
     for allowed_drawings, allowed_scorings in ((5, 9), (99, 1)):
         monkeypatch.setattr(evaluate.System, "pictures", stopping(draw, drawings, allowed_drawings))
-        monkeypatch.setattr(scorers.Oracle, "score", stopping(score, scorings, allowed_scorings))
+        monkeypatch.setattr(evaluate.Oracle, "score", stopping(score, scorings, allowed_scorings))
         with pytest.raises(Stop):
             evaluate.main(command(teacher_folder, prompts_path, tmp_path / "stopped"))
-    monkeypatch.setattr(scorers.Oracle, "score", stopping(score, scorings, 99))
+    monkeypatch.setattr(evaluate.Oracle, "score", stopping(score, scorings, 99))
     evaluate.main(command(teacher_folder, prompts_path, tmp_path / "stopped"))
     assert results(tmp_path / "stopped") == expected
     assert len(drawings) == 3 * 8 + 1 and len(scorings) == 2 + 1  # each once, but the ones that were stopped
