@@ -1,5 +1,4 @@
 """Heads, taps and backbones of the discriminators, up to the sizes of the real SDXL and SAM."""
-
 import pytest
 import torch
 from safetensors.torch import save_file

@@ -364,3 +364,20 @@ def test_a_missing_package_is_one_sentence(folders, monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(ValueError("`tiktoken` is required to read a `tiktoken` file")))
     with pytest.raises(common.UserError, match="pip install sentencepiece protobuf"):
         common.load_teacher(folders["cogvideox"], CPU)
+
+
+@pytest.mark.parametrize("name", common.TEACHERS)
+def test_the_real_pipelines_with_random_weights(name):
+    """What the benchmark builds: text encoders of the widths that the real denoisers take."""
+    with META:
+        pipe = train.build_real(name)
+    parts = pipe.components
+    widths = [parts[part].config.hidden_size for part in ("text_encoder", "text_encoder_2") if part in parts and name.startswith("sd")]
+    if name == "sdxl":
+        config = pipe.unet.config
+        assert (sum(widths), widths[1] + 6 * config.addition_time_embed_dim) == (config.cross_attention_dim, config.projection_class_embeddings_input_dim)
+    elif name.startswith("sd3"):
+        assert (parts["text_encoder_3"].config.d_model, sum(widths)) == (pipe.transformer.config.joint_attention_dim, pipe.transformer.config.pooled_projection_dim)
+    else:
+        assert parts["text_encoder"].config.d_model == pipe.transformer.config.text_embed_dim
+    assert type(pipe).__name__ in common.FAMILIES and pipe.vae.dtype == torch.bfloat16

@@ -138,8 +138,10 @@ def build_real(name):
     with open(os.path.join(ROOT, "assets", "configs", f"{'cogvideox-2b' if name == 'cogvideox' else name}.json")) as file:
         configs = json.load(file)
     pipeline, denoiser = getattr(diffusers, configs["pipeline"]), "unet" if configs["pipeline"] == "StableDiffusionXLPipeline" else "transformer"
-    parts = {part: getattr(diffusers, configs[key]["_class_name"]).from_config(configs[key])
-             for part, key in ((denoiser, "denoiser"), ("vae", "vae"), ("scheduler", "scheduler"))}
+    build = lambda part: getattr(diffusers, configs[part]["_class_name"]).from_config(configs[part])
+    parts = {denoiser: build("denoiser"), "vae": build("vae")}
+    with torch.device("cpu"):  # its numbers are looked at
+        parts["scheduler"] = build("scheduler")
     if pipeline is CogVideoXPipeline:
         tokenizer = build_t5_tokenizer()
         parts |= {"tokenizer": tokenizer, "text_encoder": t5(parts[denoiser].config.text_embed_dim, tokenizer, layers=1)}
