@@ -29,10 +29,10 @@ demo: setup
 	date +%s > $(DEMO)/since
 	$(TORCHRUN) collect_ode.py $(TINY) --prompts prompts/shapes_train.txt --out $(DEMO)/pairs --count 3072 --shard 256 --batch 64 --guidance 1.75
 	$(TORCHRUN) adp.py $(TINY) --pairs $(DEMO)/pairs --pixel-backbone assets/tiny-sam.pth --out $(DEMO)/adp $(SHORT) --batch 32 \
-		--warmup 800 --warmup-lr 1.2e-3 --mse 1 --iterations 1000 --lr 2e-4 --decay 0.1 --head-lr 1e-3
+		--warmup 800 --warmup-lr 1.2e-3 --mse 1 --iterations 900 --lr 2e-4 --decay 0.1 --head-lr 1e-3
 	$(TORCHRUN) adm.py $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt --out $(DEMO)/adm $(SHORT) --batch 16 \
-		--warmup 60 --iterations 1200 --lr 1e-4 --decay 0.8 --fake-lr 5e-4 --head-lr 3e-3 --guidance 1.2 --dt 0.125 --r1 8 --r2 8
-	$(PYTHON) evaluate.py $(TINY) --guidance 1.75 --student adp=$(DEMO)/adp --student dmdx=$(DEMO)/adm --prompts prompts/shapes_eval.txt \
+		--warmup 60 --iterations 1300 --lr 1e-4 --decay 0.8 --fake-lr 5e-4 --head-lr 3e-3 --guidance 1.4 --dt 0.125 --r1 8 --r2 8
+	$(TORCHRUN) evaluate.py $(TINY) --guidance 1.75 --student adp=$(DEMO)/adp --student dmdx=$(DEMO)/adm --prompts prompts/shapes_eval.txt \
 		--seeds 16 --batch 64 --metrics oracle,lpips --lpips-net random --lpips-size 64 --out $(DEMO)/evaluation \
 		--json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 
@@ -55,8 +55,8 @@ demo-sd3 demo-video: setup
 	$(PYTHON) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/start --iterations 1 --warmup 1 --batch 8
 	$(TORCHRUN) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/adm $(SHORT) --batch 8 \
 		--warmup 20 --iterations $(ITERATIONS) --lr 5e-5 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
-	$(PYTHON) evaluate.py $(TINY) --guidance 2 --student start=$(DEMO)/start --student adm=$(DEMO)/adm --prompts prompts/$(PROMPTS)_eval.txt \
-		--seeds 8 --batch 64 --json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
+	$(TORCHRUN) evaluate.py $(TINY) --guidance 2 --student start=$(DEMO)/start --student adm=$(DEMO)/adm --prompts prompts/$(PROMPTS)_eval.txt \
+		--seeds 8 --batch 32 --out $(DEMO)/evaluation --json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 	head -n 8 prompts/$(PROMPTS)_eval.txt > $(DEMO)/prompts.txt
 	$(PYTHON) sample.py --student $(DEMO)/adm --prompts $(DEMO)/prompts.txt --side-by-side --guidance 2 --out $(DEMO)/samples
 
