@@ -321,7 +321,7 @@ class Teacher:
 class SDXL(Teacher):
     """Stable Diffusion XL: U-Net with two text encoders, pooled text and image-size embeddings; noise prediction."""
 
-    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance, batch = "unet", 1, 25, 5.0, 8.0, 8  # paper: 1, 25; DMD2: 8.0
+    denoiser_name, student_steps, sampler_steps, guidance, adm_guidance, batch = "unet", 1, 25, 5.0, 8.0, 4  # paper: 1, 25; DMD2: 8.0
 
     def __init__(self, pipe, *args):
         super().__init__(pipe, *args)
@@ -1385,6 +1385,8 @@ def load_training_teacher(args, device):
         teacher.denoiser.enable_gradient_checkpointing()
         if not teacher.video:
             teacher.pipe.vae.enable_gradient_checkpointing()
+    if teacher.video:
+        teacher.pipe.vae.enable_tiling()  # only previews are decoded: whole, one of CogVideoX takes 23 GB
     if args.offload:
         teacher.offload(autoencoder=not getattr(args, "lambda_pixel", 0))  # the pixel discriminator decodes in every iteration
     teacher.fingerprint  # read it while its weights are whole

@@ -152,6 +152,8 @@ def teacher_on_meta(args, configs):
         teacher.denoiser.enable_gradient_checkpointing(again)
         if not teacher.video:
             teacher.pipe.vae.enable_gradient_checkpointing(again)
+    if teacher.video:
+        teacher.pipe.vae.enable_tiling()
     config, length = teacher.denoiser.config, configs["text_length"]
     if configs["pipeline"] == "StableDiffusionXLPipeline":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
