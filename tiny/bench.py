@@ -179,6 +179,7 @@ def measure(stage, options, extra, teacher, folder):
             result.update(of_loop, peak_mb=common.peak_mb())
             passes = passes_of(stage, run, options.pixel_backbone) if alone_makes_sense else []
         if step >= WARM_UP and passes:
+            counts.clear()
             began = clock()
             with flops if step == WARM_UP else contextlib.nullcontext():
                 for run_pass in passes:
