@@ -246,7 +246,8 @@ class Teacher:
     def network(self, folder, subfolder):
         """A network of the denoiser's class from its files, float32. UserError where they are damaged."""
         try:
-            return type(self.denoiser).from_pretrained(folder, subfolder=subfolder, dtype=torch.float32)
+            # again, since diffusers leaves CogVideoX's table of positions in float64
+            return type(self.denoiser).from_pretrained(folder, subfolder=subfolder, dtype=torch.float32).float()
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"the weights in {folder}/{subfolder} cannot be loaded: {first_line(error)}") from error
 
