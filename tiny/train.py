@@ -296,12 +296,13 @@ class CountLastToken:
 
 
 def diffuse(scheduler, x_0, noise):
-    """Clean latents and noise -> (noisy latents, the network's timestep [n], the network's target), at uniform times or noise levels."""
+    """Clean latents and noise -> (noisy latents, the network's timestep [n], the network's target), at uniform times or noise levels; at times
+    that prefer data where the schedule prefers noise (CogVideoX's shift of the SNR)."""
     shape = (-1,) + (1,) * (x_0.ndim - 1)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         sigma = torch.rand(len(x_0))
         return torch.lerp(x_0, noise, sigma.view(shape)), 1000 * sigma, noise - x_0
-    t = torch.randint(1000, (len(x_0),))
+    t = (1000 * torch.rand(len(x_0)) ** (2 if scheduler.config.get("snr_shift_scale", 1) > 1 else 1)).long()
     alpha, sigma = (abar.sqrt().float().view(shape) for abar in (scheduler.alphas_cumprod[t], 1 - scheduler.alphas_cumprod[t]))
     return alpha * x_0 + sigma * noise, t, noise if scheduler.config.prediction_type == "epsilon" else alpha * noise - sigma * x_0
 
