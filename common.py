@@ -269,8 +269,8 @@ class Teacher:
         if args.checkpointing:
             net.enable_gradient_checkpointing()
         net = sharded(net, args, self.dtype).to(self.device)
-        if args.compile:
-            net.compile_repeated_blocks()
+        for block in blocks_of(net) if args.compile else ():
+            block.compile()
         return net
 
     def features(self, x_t, t, cond):

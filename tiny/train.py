@@ -1,8 +1,8 @@
 """Builds and trains the tiny teachers: real diffusers pipelines that draw the world of shapes.
 
     python tiny/train.py --out assets/tiny-sdxl                              # the shipped StableDiffusionXLPipeline, 60 minutes on 2 cores
-    python tiny/train.py --family sd3 --out tiny-sd3                         # StableDiffusion3Pipeline, 29 minutes of one core
-    python tiny/train.py --family cogvideox --out assets/tiny-cogvideox      # CogVideoXPipeline: videos, 45 minutes of one core
+    python tiny/train.py --family sd3 --out assets/tiny-sd3                  # StableDiffusion3Pipeline, 45 minutes of one core
+    python tiny/train.py --family cogvideox --out assets/tiny-cogvideox      # CogVideoXPipeline: videos, 51 minutes of one core
     python tiny/train.py --out random --random                               # a family's pipeline with random weights, in a second (tests)
     python tiny/train.py --part sam --out assets/tiny-sam.pth                # the image encoder of ADP's pixel discriminator, 3 minutes
 
@@ -296,13 +296,12 @@ class CountLastToken:
 
 
 def diffuse(scheduler, x_0, noise):
-    """Clean latents and noise -> (noisy latents, the network's timestep [n], the network's target), at uniform times or noise levels; at times
-    that prefer data where the schedule prefers noise (CogVideoX's shift of the SNR)."""
+    """Clean latents and noise -> (noisy latents, the network's timestep [n], the network's target), at uniform times or noise levels."""
     shape = (-1,) + (1,) * (x_0.ndim - 1)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         sigma = torch.rand(len(x_0))
         return torch.lerp(x_0, noise, sigma.view(shape)), 1000 * sigma, noise - x_0
-    t = (1000 * torch.rand(len(x_0)) ** (2 if scheduler.config.get("snr_shift_scale", 1) > 1 else 1)).long()
+    t = torch.randint(1000, (len(x_0),))
     alpha, sigma = (abar.sqrt().float().view(shape) for abar in (scheduler.alphas_cumprod[t], 1 - scheduler.alphas_cumprod[t]))
     return alpha * x_0 + sigma * noise, t, noise if scheduler.config.prediction_type == "epsilon" else alpha * noise - sigma * x_0
 
