@@ -42,10 +42,10 @@ seeds: setup
 
 demo-sd3: FAMILY := sd3
 demo-sd3: PROMPTS := shapes
-demo-sd3: ITERATIONS := 170
+demo-sd3: LENGTH := --warmup 60 --iterations 200 --lr 1.5e-5
 demo-video: FAMILY := cogvideox
 demo-video: PROMPTS := motion
-demo-video: ITERATIONS := 300
+demo-video: LENGTH := --warmup 20 --iterations 300 --lr 5e-5
 demo-sd3 demo-video: DEMO = runs/$@
 demo-sd3 demo-video: TINY = --teacher assets/tiny-$(FAMILY) --seed $(SEED)
 demo-sd3 demo-video: setup
@@ -54,7 +54,7 @@ demo-sd3 demo-video: setup
 	date +%s > $(DEMO)/since
 	$(PYTHON) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/start --iterations 1 --warmup 1 --batch 8
 	$(TORCHRUN) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/adm $(SHORT) --batch 8 \
-		--warmup 20 --iterations $(ITERATIONS) --lr 5e-5 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
+		$(LENGTH) --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
 	$(TORCHRUN) evaluate.py $(TINY) --guidance 2 --student start=$(DEMO)/start --student adm=$(DEMO)/adm --prompts prompts/$(PROMPTS)_eval.txt \
 		--seeds 8 --batch 32 --out $(DEMO)/evaluation --json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 	head -n 8 prompts/$(PROMPTS)_eval.txt > $(DEMO)/prompts.txt
