@@ -763,12 +763,7 @@ def load_sam_encoder(path):
     from segment_anything.modeling import ImageEncoderViT
 
     try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_tensors(path)
         state = {name.removeprefix("image_encoder."): w for name, w in state.items() if name.startswith("image_encoder.")}
         dim, _, patch, _ = state["patch_embed.proj.weight"].shape
         side = state["pos_embed"].shape[1]
@@ -1005,6 +1000,15 @@ def read_lines(path):
     return values
 
 
+def read_tensors(path):
+    """A checkpoint file, safetensors or torch's -> what it holds, on the CPU; nothing is unpickled. Raises what the libraries do."""
+    if not path.endswith(".safetensors"):
+        return torch.load(path, map_location="cpu", weights_only=True)
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
 def read_json(path):
     """The file's value; None where it is not there or damaged."""
     try:
@@ -1238,6 +1242,10 @@ def save_curves(metrics, path):
     for i, name in enumerate(names):
         axes = figure.add_subplot(math.ceil(len(names) / 4), 4, i + 1, title=name)
         axes.plot(*zip(*((line["step"], line[name]) for line in lines if name in line)), linewidth=1)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
 

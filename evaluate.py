@@ -95,10 +95,8 @@ def fetched(args, url):
 
 def tensors(path):
     """A checkpoint's state_dict. UserError for a file that is more than tensors, or less."""
-    from safetensors.torch import load_file
-
     try:
-        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        state = common.read_tensors(path)
         return state.get("state_dict", state)
     except Exception as error:  # torch.load and safetensors raise many kinds for a damaged file
         raise UserError(f"{path} cannot be read as a file of tensors: {common.first_line(error)}") from error
@@ -695,11 +693,6 @@ def table(rows, paper=()):
     return text
 
 
-def save_figure(figure, path):
-    with common.replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
-
-
 def save_bars(rows, paper, path):
     """A panel a metric: the systems with their confidence intervals, and the paper's rows, grey."""
     import matplotlib.figure
@@ -717,7 +710,7 @@ def save_bars(rows, paper, path):
         if low > 0.5 * high:  # differences are small beside the numbers
             axes.set_xlim(1.2 * low - 0.2 * high - 0.01 * high, high + 0.01 * high)
             axes.set_xlabel("the axis does not begin at 0")
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 def save_differences(values, reference, path):
@@ -733,7 +726,7 @@ def save_differences(values, reference, path):
         axes.axvline(0, color="black", linewidth=1)
         axes.axvline(difference.mean(), color="C1")
     if panels:
-        save_figure(figure, path)
+        common.save_figure(figure, path)
 
 
 def save_sheet(pictures, name, values, prompts, path):
@@ -748,7 +741,7 @@ def save_sheet(pictures, name, values, prompts, path):
         axes.imshow(pictures.picture(p)[0])
         axes.set_title(f"{name} {values[p]:.3f}\n" + textwrap.shorten(prompts[p], 90).replace("$", r"\$"), fontsize=7, wrap=True)
         axes.axis("off")
-    save_figure(figure, path)
+    common.save_figure(figure, path)
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>TITLE</title>

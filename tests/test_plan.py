@@ -9,7 +9,8 @@ import torch
 import adm
 import adp
 import common
-from tiny import plan, train
+import helpers
+from tiny import plan
 
 SIZES = {"sdxl": (87.3, 51.3, 10.9), "sd3-medium": (69.0, 40.6, 8.6), "sd3.5-large": (273.9, 161.1, 34.2), "cogvideox-2b": (57.6, 33.9, 7.2),
          "cogvideox-5b": (189.4, 111.4, 23.7)}  # student, fake score and bf16 teacher on each of 8 GPUs: --shard ddp, zero1, fsdp
@@ -19,8 +20,7 @@ NAMES = ("student", "fake score", "teacher")
 def arguments(main, *words):
     """What a script's command line comes to."""
     with mock.patch.object(plan, "print_plan", lambda args: args):
-        args = main([*words, *([] if "--plan" in words else ["--plan"])])
-    return argparse.Namespace(**{"lora": 0, "offload": False, **vars(args)})
+        return main([*words, *([] if "--plan" in words else ["--plan"])])
 
 
 def planned(args):
@@ -101,20 +101,16 @@ def measured_peak(main, words):
 @pytest.mark.parametrize("kind", ("sdxl", "sd3", "cogvideox"))
 @pytest.mark.parametrize("options", ("", "--no-checkpointing"))
 def test_the_plan_is_what_a_tiny_run_takes(tmp_path, prompts_file, kind, options):
-    torch.manual_seed(0)
-    folder = str(tmp_path / "teacher")
-    {"sdxl": train.build_sdxl, "sd3": train.build_sd3, "cogvideox": train.build_cogvideox}[kind]().save_pretrained(folder)
+    folder = helpers.random_teacher(tmp_path / "teacher", 0, kind)
     prompts = prompts_file if kind != "cogvideox" else os.path.join(os.path.dirname(common.PROMPTS), "motion_train.txt")
     words = ["--teacher", folder, "--precision", "fp32", "--batch", "16", "--head-width", "64", "--prompts", prompts, *options.split()]
     found = measured_peak(adm.main, [*words, "--out", str(tmp_path / "run"), "--iterations", "2"])
-    _, rows, total = planned(arguments(adm.main, *words, "--plan", "1"))
-    print(kind, options, found / 1e6, total / 1e6, {name: sum(row) / 1e6 for name, row in rows.items()})
+    *_, total = planned(arguments(adm.main, *words, "--plan", "1"))
     assert total == pytest.approx(found, rel=0.15)
 
 
 def test_the_plan_is_what_a_tiny_run_of_adp_takes(tmp_path, adp_arguments):
     words = [*adp_arguments, "--precision", "fp32", "--batch", "16"]
     found = measured_peak(adp.main, [*words, "--out", str(tmp_path / "run"), "--warmup", "0"])
-    _, rows, total = planned(arguments(adp.main, *words, "--plan", "1"))
-    print(found / 1e6, total / 1e6, {name: sum(row) / 1e6 for name, row in rows.items()})
+    *_, total = planned(arguments(adp.main, *words, "--plan", "1"))
     assert total == pytest.approx(found, rel=0.15)

@@ -302,7 +302,6 @@ def smaller_options(args):
 def print_plan(args):
     """--plan: what each of args.plan GPUs will hold, part by part, whether it fits args.gpu_gb, and if not, what would. Without weights,
     GPU or network. A GB is 1e9 bytes; an "80 GB" card has 85 of them, which leaves 5 to CUDA and to fragmentation."""
-    args = argparse.Namespace(**{"lora": 0, "offload": False, **vars(args)})
     configs, limit = read_configs(args.teacher), args.gpu_gb * GB
     args.batch = args.batch or FAMILIES[configs["pipeline"]].batch
     parts = memory_parts(args, configs)

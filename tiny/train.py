@@ -12,7 +12,6 @@ Everything is drawn from one seed.
 """
 import argparse
 import functools
-import json
 import math
 import os
 import sys
@@ -135,8 +134,9 @@ def build_cogvideox(rotary=False):
 def build_real(name):
     """The pipeline of a known teacher at its real size, weights random, from its configs (assets/configs): denoiser, autoencoder and scheduler
     are whole, the text encoders have the right widths and lengths but few layers and the words of the world of shapes."""
-    with open(os.path.join(ROOT, "assets", "configs", f"{'cogvideox-2b' if name == 'cogvideox' else name}.json")) as file:
-        configs = json.load(file)
+    from tiny.plan import read_configs
+
+    configs = read_configs(name)
     pipeline, denoiser = getattr(diffusers, configs["pipeline"]), "unet" if configs["pipeline"] == "StableDiffusionXLPipeline" else "transformer"
     build = lambda part: getattr(diffusers, configs[part]["_class_name"]).from_config(configs[part])
     parts = {denoiser: build("denoiser"), "vae": build("vae")}
