@@ -51,13 +51,14 @@ def main(argv=None):
     ema = common.EMA(G, args.ema)
     opt_G, opt_f = common.adamw(G.parameters(), args.lr, args), common.adamw(f.parameters(), args.fake_lr, args)
     parts = {"G": G, "ema": ema, "f": f, "opt_G": opt_G, "opt_f": opt_f}
-    heads = None
+    rates, heads = [(opt_G, args.lr), (opt_f, args.fake_lr)], None
     if args.loss == "adm":
         with torch.no_grad():
             maps = teacher.features(torch.zeros(1, *teacher.latent_shape, device=device), torch.ones(1, device=device), teacher.null(1))
         heads = common.Heads(maps, args.head_width).to(device)
         opt_heads = common.adamw(heads.parameters(), args.head_lr, args)
         parts |= {"heads": heads, "opt_heads": opt_heads}
+        rates.append((opt_heads, args.head_lr))
     run = common.Run("adm", args, student, parts)
     G_train, f_train = common.distributed(G), common.distributed(f)
     heads_train = common.distributed(heads) if args.loss == "adm" else None
@@ -71,7 +72,8 @@ def main(argv=None):
         return [prompt for batch in batches for b in batch for prompt in prompts_of(b.rows)]
 
     for step in run.iterations(all_prompts_of):
-        common.set_lr(opt_G, args.lr, step, args)
+        for optimizer, lr in rates:
+            common.set_lr(optimizer, lr, step, args)
         for inner in range(args.ttur):
             generator_turn = inner == args.ttur - 1 and step >= args.warmup
             batch = common.micro_batches(args, (args.seed, step, inner), device)

@@ -719,25 +719,14 @@ class PixelBackbone:
             layers = self.encoder.encoder.layer
             self.taps = [(layers[len(layers) * i // 4 - 1], self._fold) for i in (1, 2, 3, 4)]
         else:
-            self.encoder = encoder or load_sam_encoder(name if name not in self.SAM else self._fetch(self.SAM[name]))
+            self.encoder = encoder or load_sam_encoder(name if name not in self.SAM else fetched(
+                f"https://dl.fbaipublicfiles.com/segment_anything/{self.SAM[name]}", "give --pixel-backbone PATH"))
             self.patch = self.encoder.patch_embed.proj.stride[0]
             self.position = self.encoder.pos_embed.detach().clone().permute(0, 3, 1, 2)
             # paper and peers: vit_b's layers 3, 6, 9, 12, which are its global-attention blocks; so for the other sizes, too
             self.taps = [(block, lambda out: out.permute(0, 3, 1, 2)) for block in self.encoder.blocks if block.window_size == 0]
         self.encoder.to(device, dtype).requires_grad_(False).eval()
         self.mean, self.std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-    @staticmethod
-    def _fetch(file):
-        url = f"https://dl.fbaipublicfiles.com/segment_anything/{file}"
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", file)
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(url, path, progress=is_main())
-            except OSError as error:
-                raise UserError(f"{url} could not be fetched ({error}); fetch it by hand and give --pixel-backbone PATH") from error
-        return path
 
     def _fold(self, out):
         tokens = out[0] if isinstance(out, tuple) else out
@@ -1222,6 +1211,22 @@ def save_video(pixels, path, fps):
         writer.close()
 
 
+def fetched(url, advice, *folders):
+    """The path of a file that is published at a URL: in one of these folders or in torch's cache, where it is fetched to. UserError if that fails."""
+    folders = [*filter(None, folders), os.path.join(torch.hub.get_dir(), "checkpoints")]
+    paths = [os.path.join(folder, os.path.basename(url)) for folder in folders]
+    for path in paths:
+        if os.path.exists(path):
+            return path
+    try:
+        os.makedirs(folders[-1], exist_ok=True)
+        torch.hub.download_url_to_file(url, paths[-1], progress=is_main())
+    except OSError as error:
+        raise UserError(f"the file {os.path.basename(url)} is wanted; it is not at {' nor at '.join(paths)} and could not be fetched ({error}): "
+                        f"fetch {url} by hand and {advice}") from error
+    return paths[-1]
+
+
 def needed(module, package, does):
     """An optional package's module. UserError with the pip command where it is missing."""
     try:
@@ -1420,7 +1425,7 @@ def add_training_arguments(parser):
     parser.add("--betas", "of AdamW", type=share, nargs=2, default=(0.9, 0.999))
     parser.add("--weight-decay", "of AdamW", type=non_negative, default=0.01)
     parser.add("--clip", "gradient norm to clip to", type=above_zero, default=10.0)
-    parser.add("--decay", "share of the iterations, at the end, over which the student's learning rate falls to zero", type=share, default=0.0)
+    parser.add("--decay", "share of the iterations, at the end, over which the learning rates (in ADP the student's) fall to zero", type=share, default=0.0)
     parser.add("--ema", "decay of the student's moving average, which is what is saved; 0 is none", type=share, default=0.0)
     parser.add("--no-checkpointing", "keep activations instead of computing them twice", dest="checkpointing", action="store_false")
     # not the teacher: hooks read its blocks

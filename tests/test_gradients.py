@@ -133,3 +133,11 @@ def test_students_times_all_come_up(adm_arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(common.Run, "save", lambda *_: None)
     adm.main([*adm_arguments, "--out", str(tmp_path), "--loss", "dmd", "--steps", "4", "--iterations", "16", "--batch", "1"])
     assert len(seen) == 16 and {t.item() for t in seen} == {1000, 750, 500, 250}
+
+
+def test_adm_decays_every_learning_rate(adm_arguments, tmp_path):
+    """G's step size falls with those of what follows it, so that they end closer to it, not further away."""
+    adm.main([*adm_arguments, "--out", str(tmp_path), "--decay", "0.8", "--lr", "1e-4", "--fake-lr", "2e-4", "--head-lr", "4e-4"])
+    state = helpers.state(tmp_path / "step_000002")
+    rates = {name: state[name]["param_groups"][0]["lr"] for name in ("opt_G", "opt_f", "opt_heads")}
+    assert rates == pytest.approx({"opt_G": 1e-4 / 1.6, "opt_f": 2e-4 / 1.6, "opt_heads": 4e-4 / 1.6})
