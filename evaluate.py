@@ -76,23 +76,6 @@ def repository(args, repo, *files):
     return found
 
 
-def fetched(args, url):
-    """The path of a file that is published at a URL, by the same rules."""
-    file, folders = os.path.basename(url), [os.path.join(torch.hub.get_dir(), "checkpoints")]
-    folders = [args.weights_dir, *folders] if args.weights_dir else folders
-    paths = [os.path.join(folder, file) for folder in folders]
-    for path in paths:
-        if os.path.exists(path):
-            return path
-    try:
-        os.makedirs(folders[-1], exist_ok=True)
-        torch.hub.download_url_to_file(url, paths[-1], progress=common.is_main())
-    except OSError as error:
-        raise UserError(f"the file {file} is wanted; it is not at {' nor at '.join(paths)} and could not be fetched ({error}): "
-                        f"fetch {url} by hand and give --weights-dir DIR with it") from error
-    return paths[-1]
-
-
 def tensors(path):
     """A checkpoint's state_dict. UserError for a file that is more than tensors, or less."""
     try:
@@ -391,7 +374,7 @@ class Lpips(Scorer):
             torch.manual_seed(0)
             self.model = lpips.LPIPS(net="alex" if random else args.lpips_net, pnet_rand=True, lpips=not random, verbose=False)
         if not random:
-            path = fetched(args, self.URL[args.lpips_net])
+            path = common.fetched(self.URL[args.lpips_net], "give --weights-dir DIR with it", args.weights_dir)
             # lpips calls layer i of torchvision's network sliceN.i
             names = {re.sub(r"slice\d+", "features", name): name for name, _ in self.model.net.named_parameters()}
             fill(self.model.net, {names.get(name, name): w for name, w in tensors(path).items()}, path)
@@ -424,7 +407,7 @@ class Fid(Scorer):
         common.needed("torch_fidelity", "torchmetrics[image]", "has FID's Inception")
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        path, self.device = fetched(args, self.URL), common.own_device()
+        path, self.device = common.fetched(self.URL, "give --weights-dir DIR with it", args.weights_dir), common.own_device()
         tensors(path)  # the library unpickles it: only after it has been read as tensors alone
         try:
             self.model = NoTrainInceptionV3("inception-v3-compat", ["2048"], path).to(self.device)
@@ -739,7 +722,7 @@ def save_sheet(pictures, name, values, prompts, path):
     for i, p in enumerate([*order[:n], *order[::-1][:n]]):
         axes = figure.add_subplot(2, n, i + 1)
         axes.imshow(pictures.picture(p)[0])
-        axes.set_title(f"{name} {values[p]:.3f}\n" + textwrap.shorten(prompts[p], 90).replace("$", r"\$"), fontsize=7, wrap=True)
+        axes.set_title(f"{name} {values[p]:.3f}\n" + textwrap.fill(textwrap.shorten(prompts[p], 90), 26).replace("$", r"\$"), fontsize=7)
         axes.axis("off")
     common.save_figure(figure, path)
 
