@@ -115,14 +115,14 @@ def build_sd3(t5_encoder=False):
 
 
 def build_cogvideox(rotary=False):
-    """A CogVideoXPipeline of the size of a thumbnail, weights random: 8x3x8x8 latents of 9x32x32 videos; positions and SNR shift
+    """A CogVideoXPipeline of the size of a thumbnail, weights random: 4x3x8x8 latents of 9x32x32 videos; positions and SNR shift
     are as CogVideoX-2b's or, with `rotary`, as CogVideoX-5b's."""
     tokenizer = build_t5_tokenizer()
     vae = AutoencoderKLCogVideoX(
-        latent_channels=8, sample_height=shapes.SIDE, sample_width=shapes.SIDE, block_out_channels=(16, 32, 32), norm_num_groups=16,
+        latent_channels=4, sample_height=shapes.SIDE, sample_width=shapes.SIDE, block_out_channels=(16, 32, 32), norm_num_groups=16,
         down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3, layers_per_block=1, scaling_factor=0.5)
     transformer = CogVideoXTransformer3DModel(
-        sample_width=8, sample_height=8, sample_frames=shapes.FRAMES, patch_size=2, in_channels=8, out_channels=8, num_layers=4,
+        sample_width=8, sample_height=8, sample_frames=shapes.FRAMES, patch_size=2, in_channels=4, out_channels=4, num_layers=4,
         num_attention_heads=4, attention_head_dim=32, time_embed_dim=128, text_embed_dim=64, max_text_seq_length=TOKENS,
         spatial_interpolation_scale=1.0, use_rotary_positional_embeddings=rotary)
     scheduler = CogVideoXDDIMScheduler(
@@ -247,8 +247,7 @@ def borrow(vae):
 def inflate(vae):
     """Starts an autoencoder of videos as the shipped one of pictures, frame by frame: a kernel becomes the last of three in time.
 
-    The quantising convolutions join their neighbours, attention is left out, norms that look at the latents start blind to them;
-    the other half of the latents starts random."""
+    The quantising convolutions join their neighbours, attention is left out, norms that look at the latents start blind to them."""
     old = shipped_vae().state_dict()
     quant, post = old["quant_conv.weight"][..., 0, 0], old["post_quant_conv.weight"][..., 0, 0]
     old["encoder.conv_out.bias"] = quant @ old["encoder.conv_out.bias"] + old["quant_conv.bias"]
@@ -270,7 +269,7 @@ def inflate(vae):
 
 @torch.no_grad()
 def encode(vae, attributes, centre):
-    """A scene's latents, unscaled [n, 4, 8, 8] or [n, 8, 3, 8, 8]: the posterior's mean."""
+    """A scene's latents, unscaled [n, 4, 8, 8] or [n, 4, 3, 8, 8]: the posterior's mean."""
     parts = [slice(i, i + 256) for i in range(0, len(centre), 256)]
     return torch.cat([vae.encode(scenes_of({name: v[part] for name, v in attributes.items()}, centre[part])).latent_dist.mean for part in parts])
 
@@ -295,13 +294,14 @@ class CountLastToken:
         return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
 
 
-def diffuse(scheduler, x_0, noise):
-    """Clean latents and noise -> (noisy latents, the network's timestep [n], the network's target), at uniform times or noise levels."""
+def diffuse(scheduler, x_0, noise, power=1.0):
+    """Clean latents and noise -> (noisy latents, the network's timestep [n], the network's target). Times (for flow matching: noise levels) are
+    u^power, u uniform in [0, 1)."""
     shape = (-1,) + (1,) * (x_0.ndim - 1)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        sigma = torch.rand(len(x_0))
+        sigma = torch.rand(len(x_0)) ** power
         return torch.lerp(x_0, noise, sigma.view(shape)), 1000 * sigma, noise - x_0
-    t = torch.randint(1000, (len(x_0),))
+    t = (1000 * torch.rand(len(x_0)) ** power).long()
     alpha, sigma = (abar.sqrt().float().view(shape) for abar in (scheduler.alphas_cumprod[t], 1 - scheduler.alphas_cumprod[t]))
     return alpha * x_0 + sigma * noise, t, noise if scheduler.config.prediction_type == "epsilon" else alpha * noise - sigma * x_0
 
@@ -326,9 +326,11 @@ def call_cogvideox(pipe, x_t, timestep, prompts):
     return pipe.transformer(x_t, embeds, timestep).sample
 
 
-def train_denoiser(pipe, call, world, steps, seed, lr, batch, scenes, prompt_dropout=0.1):
-    """The denoiser and the text encoders on the scheduler's own target at uniform times; a prompt is empty with probability `prompt_dropout`."""
-    if not steps:
+def train_denoiser(pipe, call, world, stages, scenes, seed, lr, prompt_dropout=0.1):
+    """The denoiser and the text encoders on the scheduler's own target; a prompt is empty with probability `prompt_dropout`. A stage has "steps",
+    "batch" and, where it differs from the rest, "power" (see diffuse) and "frames" of the latents: of videos the first alone is a picture."""
+    stages = [stage for stage in stages if stage["steps"]]
+    if not stages:
         return
     rng = np.random.default_rng(seed + 1)
     attributes, centre = shapes.draw(rng, scenes, world)
@@ -336,26 +338,30 @@ def train_denoiser(pipe, call, world, steps, seed, lr, batch, scenes, prompt_dro
     if latents.ndim == 5:
         latents = latents.transpose(1, 2).contiguous()  # CogVideoX's transformer takes frames before channels
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-
-    def loss(step):
-        rows = rng.integers(scenes, size=batch)
-        prompts = shapes.prompts_of({name: values[rows] for name, values in attributes.items()}, rng)
-        prompts = [prompt if kept else "" for prompt, kept in zip(prompts, rng.random(batch) >= prompt_dropout)]
-        x_t, timestep, target = diffuse(pipe.scheduler, latents[rows], torch.randn(batch, *latents.shape[1:]))
-        return F.mse_loss(call(pipe, x_t, timestep, prompts), target)
-
     modules = (denoiser, *(module for name, module in pipe.components.items() if name.startswith("text_encoder") and module))
     matrices = [p for p in denoiser.transformer_blocks.parameters() if p.ndim == 2] if hasattr(denoiser, "transformer_blocks") else []
-    fit([p for module in modules for p in module.parameters() if p.requires_grad], loss, steps, lr=lr, matrices=matrices, name="denoiser")
+
+    for stage in stages:
+        batch, x_0 = stage["batch"], latents[:, : stage.get("frames")]
+
+        def loss(step):
+            rows = rng.integers(scenes, size=batch)
+            prompts = shapes.prompts_of({name: values[rows] for name, values in attributes.items()}, rng)
+            prompts = [prompt if kept else "" for prompt, kept in zip(prompts, rng.random(batch) >= prompt_dropout)]
+            x_t, timestep, target = diffuse(pipe.scheduler, x_0[rows], torch.randn(batch, *x_0.shape[1:]), stage.get("power", 1.0))
+            return F.mse_loss(call(pipe, x_t, timestep, prompts), target)
+
+        fit([p for module in modules for p in module.parameters() if p.requires_grad], loss, stage["steps"], lr=lr, matrices=matrices, name="denoiser")
 
 
 FAMILIES = {
-    "sdxl": {"build": build_sdxl, "call": call_sdxl, "world": shapes.ATTRIBUTES, "vae_steps": 3500, "steps": 8000, "lr": 2e-3, "batch": 64,
-             "scenes": 40000},
-    "sd3": {"build": build_sd3, "call": call_sd3, "world": shapes.ATTRIBUTES, "vae_steps": 0, "steps": 11000, "lr": 2e-3, "batch": 64,
-            "scenes": 40000},
-    "cogvideox": {"build": build_cogvideox, "call": call_cogvideox, "world": shapes.VIDEO, "vae_steps": 1200, "steps": 7000, "lr": 2e-3, "batch": 32,
-                  "scenes": 20000},
+    "sdxl": {"build": build_sdxl, "call": call_sdxl, "world": shapes.ATTRIBUTES, "vae_steps": 3500, "lr": 2e-3, "scenes": 40000,
+             "stages": [{"steps": 8000, "batch": 64}]},
+    "sd3": {"build": build_sd3, "call": call_sd3, "world": shapes.ATTRIBUTES, "vae_steps": 0, "lr": 2e-3, "scenes": 40000,
+            "stages": [{"steps": 11000, "batch": 64}]},
+    # first pictures, as the real one: on videos alone 9,000 steps do not find out that the words for shapes mean something
+    "cogvideox": {"build": build_cogvideox, "call": call_cogvideox, "world": shapes.VIDEO, "vae_steps": 1400, "lr": 2e-3, "scenes": 16000,
+                  "stages": [{"steps": 4500, "batch": 64, "frames": 1, "power": 2.0}, {"steps": 4500, "batch": 32, "power": 1.5}]},
 }
 
 
@@ -388,7 +394,7 @@ if __name__ == "__main__":
     parser.add_argument("--rotary", action="store_true", help="cogvideox, random: positions as CogVideoX-5b's")
     parser.add_argument("--init", help="go on from this pipeline folder: keep its autoencoder, train its denoiser further")
     parser.add_argument("--vae-steps", type=int, help="of the autoencoder; with --init, of its decoder alone (none by default)")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="of the denoiser: of its last stage, without the others")
     parser.add_argument("--lr", type=float, help="of the denoiser")
     parser.add_argument("--sam-steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -397,6 +403,9 @@ if __name__ == "__main__":
         parser.error("--t5 and --rotary are for --random: nothing is trained with them")
     family = FAMILIES[args.family]
     family = family | {name: value for name, value in vars(args).items() if name in family and value is not None}
+    if args.init or args.steps is not None:
+        last = family["stages"][-1]
+        family["stages"] = [last | {"steps": last["steps"] if args.steps is None else args.steps}]
     torch.manual_seed(args.seed)
     start = time.time()
     if args.part == "sam":
@@ -417,7 +426,7 @@ if __name__ == "__main__":
             logging.set_verbosity_error()  # of prompts cut to one token of T5's
             if args.family == "sd3":
                 pipe.transformer.set_attn_processor(CountLastToken(ZEROS))
-            train_denoiser(pipe, family["call"], family["world"], family["steps"], args.seed, family["lr"], family["batch"], family["scenes"])
+            train_denoiser(pipe, family["call"], family["world"], family["stages"], family["scenes"], args.seed, family["lr"])
         for part in (pipe, *pipe.components.values()):
             if hasattr(part, "register_to_config"):
                 part.register_to_config(_name_or_path="")  # no path of this machine
