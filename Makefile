@@ -31,7 +31,7 @@ demo: setup
 	$(TORCHRUN) adp.py $(TINY) --pairs $(DEMO)/pairs --pixel-backbone assets/tiny-sam.pth --out $(DEMO)/adp $(SHORT) --batch 32 \
 		--warmup 1600 --warmup-lr 1.2e-3 --mse 1 --iterations 1700 --lr 2e-4 --decay 0.1 --head-lr 1e-3
 	$(TORCHRUN) adm.py $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt --out $(DEMO)/adm $(SHORT) --batch 16 \
-		--warmup 60 --iterations 1300 --lr 3e-5 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 1.75 --dt 0.125 --r1 8 --r2 8
+		--warmup 60 --iterations 600 --lr 3e-5 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 1.75 --dt 0.125 --r1 8 --r2 8
 	$(TORCHRUN) evaluate.py $(TINY) --guidance 1.75 --student adp=$(DEMO)/adp --student dmdx=$(DEMO)/adm --prompts prompts/shapes_eval.txt \
 		--seeds 16 --batch 64 --metrics oracle,lpips --lpips-net random --lpips-size 64 --out $(DEMO)/evaluation \
 		--json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
