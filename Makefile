@@ -45,7 +45,7 @@ demo-sd3: PROMPTS := shapes
 demo-sd3: LENGTH := --warmup 60 --iterations 200 --lr 1.5e-5
 demo-video: FAMILY := cogvideox
 demo-video: PROMPTS := motion
-demo-video: LENGTH := --warmup 20 --iterations 300 --lr 5e-5
+demo-video: LENGTH := --warmup 60 --iterations 300 --lr 2e-5
 demo-sd3 demo-video: DEMO = runs/$@
 demo-sd3 demo-video: TINY = --teacher assets/tiny-$(FAMILY) --seed $(SEED)
 demo-sd3 demo-video: setup
