@@ -2,7 +2,7 @@
 
     python tiny/train.py --out assets/tiny-sdxl                              # the shipped StableDiffusionXLPipeline, 60 minutes on 2 cores
     python tiny/train.py --family sd3 --out assets/tiny-sd3                  # StableDiffusion3Pipeline, 45 minutes of one core
-    python tiny/train.py --family cogvideox --out assets/tiny-cogvideox      # CogVideoXPipeline: videos, 51 minutes of one core
+    python tiny/train.py --family cogvideox --out assets/tiny-cogvideox      # CogVideoXPipeline: videos, 65 minutes of one core
     python tiny/train.py --out random --random                               # a family's pipeline with random weights, in a second (tests)
     python tiny/train.py --part sam --out assets/tiny-sam.pth                # the image encoder of ADP's pixel discriminator, 3 minutes
 
