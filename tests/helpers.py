@@ -66,3 +66,22 @@ def snapshot(folder):
         found |= {os.path.join(place, name): None for name in folders}
         found |= {os.path.join(place, name): hashlib.sha256(open(os.path.join(place, name), "rb").read()).hexdigest() for name in files}
     return found
+
+
+def steady(adamw):
+    """common.adamw with a larger epsilon: with Adam's own the first steps follow a gradient's sign, and entries that are zero but for
+    rounding move by the whole learning rate."""
+
+    def made(*arguments):
+        optimizer = adamw(*arguments)
+        optimizer.param_groups[0]["eps"] = 1e-3
+        return optimizer
+
+    return made
+
+
+def adam(state):
+    """An optimiser's state_dict -> (its averages of the gradients [N], about the largest step that it took last)."""
+    parts, group = state["state"].values(), state["param_groups"][0]
+    mean, square = (torch.cat([part[name].flatten() for part in parts]) for name in ("exp_avg", "exp_avg_sq"))
+    return mean, (group["lr"] * mean / (square.sqrt() + group["eps"])).abs().max().item()
