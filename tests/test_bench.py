@@ -17,3 +17,11 @@ def test_passes_of_an_iteration(tmp_path):
                       ("adm", ""): (5, 2, 1, 1, 1, 1), ("adm", "--batch 2 --accumulate 2"): (12, 4, 2, 2, 2, 2)}
     assert all(row["overhead"] == pytest.approx(row["seconds_iteration"] / row["seconds_passes"] - 1) for row in rows.values() if not row["options"])
     assert result.stdout.count("\n") == 6 and "| 1.00 |" in result.stdout
+
+
+def test_two_processes_are_compared_with_two_that_exchange_nothing(tmp_path):
+    result = helpers.command("tiny/bench.py", "--stages", "dmd", "--processes", "1", "2", "--batch", "2", "--iterations", "1", "--json", str(tmp_path / "bench.json"))
+    assert result.returncode == 0, result.stderr
+    one, two = json.load(open(tmp_path / "bench.json"))
+    assert (one["processes"], two["processes"]) == (1, 2) and one["forward_full"] == two["forward_full"] == 5 and one["rows"] == two["rows"] == 2
+    assert two["overhead"] == two["seconds_iteration"] / two["seconds_apart"] - 1 and "seconds_passes" not in two and "seconds_apart" not in one

@@ -2,14 +2,15 @@
 
     python tiny/bench.py                                        # the tiny teacher with random weights, 2 minutes on a core
     python tiny/bench.py --teacher assets/tiny-sdxl --pixel-backbone assets/tiny-sam.pth --json bench.json
-    python tiny/bench.py --stages adm --options "" "--no-checkpointing" "--lora 16" "--batch 8 --accumulate 4"
+    python tiny/bench.py --stages adm --options "" "--no-checkpointing" "--lora 16" "--accumulate 2"
     python tiny/bench.py --stages adm --options "" "--shard zero1" "--shard fsdp" --processes 1 2
     python tiny/bench.py --teacher sdxl --random-weights --batch 1 --stages adp adm     # the real size, for a GPU
 
 The loops are those of adp.py and adm.py, each in processes of its own, for every stage, number of processes, and set of --options. A
 pass that classifier-free guidance makes of twice the batch counts as two; "partial" ends at the discriminator's deepest tap. After each
 iteration its passes are done again, one by one on the same networks: what the loop takes beyond them (optimisers, random numbers,
-text encoding, logging, other processes) is overhead. On a GPU it also prints TFLOP/s of the passes of the loop, counted by torch, and their share of --peak.
+text encoding, logging) is overhead. That of several processes is what they take beyond as many at the same time that exchange nothing
+("apart"), which share the machine as they do. On a GPU it also prints TFLOP/s of the passes of the loop, counted by torch, and their share of --peak.
 Exit code 1 where a stage makes more passes than its budget; the overhead, which should stay under 10 per cent, is only printed.
 
 With one thread on a CPU (the default) and one process, seconds are the process's own, which others disturb little; else the wall's.
@@ -50,10 +51,10 @@ STAGES = {
 }
 
 
-def clock():
+def clock(processes):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1 and common.world_size() == 1:
+    elif torch.get_num_threads() == 1 and processes == 1:
         return time.process_time()
     return time.perf_counter()
 
@@ -135,8 +136,8 @@ def excesses(stage, result):
             for name, n in found.items() if n > budget.get(name, 0)]
 
 
-def measure(stage, options, extra, teacher, folder):
-    """Runs a stage's own loop -> (what --json writes of it, a list of complaints). In processes of their own, so peak memory is the stage's."""
+def measure(stage, processes, extra, options, teacher, folder):
+    """Runs a stage's own loop, in one of so many processes -> (what --json writes of it, a list of complaints)."""
     torch.set_num_threads(options.threads)
     main, arguments, *_ = STAGES[stage]
     arguments = [*arguments, "--teacher", teacher, "--out", os.path.join(folder, "run"), "--batch", str(options.batch), "--log-every", "1",
@@ -173,18 +174,17 @@ def measure(stage, options, extra, teacher, folder):
     def log(run, step, values):
         nonlocal began, passes
         original_log(run, step, values)
-        took, of_loop = clock() - began, summary(run)
-        alone_makes_sense = not extra and common.world_size() == 1
+        took, of_loop = clock(processes) - began, summary(run)
         if step == WARM_UP:
-            result.update(of_loop, peak_mb=common.peak_mb())
-            passes = passes_of(stage, run, options.pixel_backbone) if alone_makes_sense else []
+            result.update(of_loop, rows=run.args.batch * run.args.accumulate, peak_mb=common.peak_mb())
+            passes = passes_of(stage, run, options.pixel_backbone) if not extra and processes == 1 else []
         if step >= WARM_UP and passes:
             counts.clear()
-            began = clock()
+            began = clock(processes)
             with flops if step == WARM_UP else contextlib.nullcontext():
                 for run_pass in passes:
                     run_pass()
-            alone, of_passes = clock() - began, summary(run)
+            alone, of_passes = clock(processes) - began, summary(run)
             if step == WARM_UP:
                 stale = f"{stage}: the passes timed alone are not the loop's, bring passes_of up to date: {of_passes}"
                 complaints.extend(excesses(stage, of_loop) or [stale] * (of_passes != of_loop))
@@ -195,7 +195,7 @@ def measure(stage, options, extra, teacher, folder):
                 seconds_passes.append(alone)
         if step > WARM_UP:
             seconds_iteration.append(took)
-        began = clock()
+        began = clock(processes)
 
     with patches, mock.patch.object(common.Run, "iterations", iterations), mock.patch.object(common.Run, "log", log), \
             mock.patch.object(common.Run, "save", lambda *_: None):
@@ -207,14 +207,32 @@ def measure(stage, options, extra, teacher, folder):
     return result, complaints
 
 
-def worker(rank, environment, queue, *arguments):
-    """One of the processes of a measurement; the main one hands over what it measured."""
-    os.environ |= environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if environment else {})
+def worker(rank, port, queue, *arguments):
+    """One of the processes of a measurement; the first hands over what it measured."""
+    stage, processes, *_ = arguments
+    os.environ["LOCAL_RANK"] = str(rank)
+    if port:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     found = measure(*arguments)
     if rank == 0:
         queue.put(found)
     if common.dist.is_initialized():
         common.dist.destroy_process_group()
+
+
+def together(port, stage, processes, extra, options, teacher, folder):
+    """`measure` in `processes` processes of their own at the same time, joined if a port is given -> what the first measured."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    folders = [os.path.join(folder, "joined" if port else str(rank)) for rank in range(processes)]
+    workers = [context.Process(target=worker, args=(rank, port, queue, stage, processes, extra, options, teacher, folders[rank])) for rank in range(processes)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join()
+    if any(process.exitcode for process in workers):
+        raise common.UserError(f"{stage} {extra} did not run")
+    return queue.get()
 
 
 def main():
@@ -237,7 +255,7 @@ def main():
 
     if args.json:
         os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
-    rows, complaints, context = [], [], multiprocessing.get_context("spawn")
+    rows, complaints = [], []
     with tempfile.TemporaryDirectory() as folder:
         teacher = args.teacher if args.teacher and not args.random_weights else os.path.join(folder, "teacher")
         if args.random_weights:
@@ -245,17 +263,12 @@ def main():
         elif not args.teacher:
             train.build_sdxl().to(dtype=torch.float16).save_pretrained(teacher)
         for i, (stage, processes, extra) in enumerate(itertools.product(args.stages, args.processes, args.options)):
-            environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + i)} if processes > 1 else {}
-            queue = context.SimpleQueue()
-            arguments = (environment, queue, stage, args, extra, teacher, os.path.join(folder, str(i)))
-            workers = [context.Process(target=worker, args=(rank, *arguments)) for rank in range(processes)]
-            for process in workers:
-                process.start()
-            for process in workers:
-                process.join()
-            if any(process.exitcode for process in workers):
-                raise common.UserError(f"{stage} {extra} did not run")
-            result, found = queue.get()
+            arguments = (stage, processes, extra, args, teacher, os.path.join(folder, str(i)))
+            result, found = together(None, *arguments)
+            if processes > 1:
+                apart = result["seconds_iteration"]
+                result, found = together(29600 + i, *arguments)
+                result |= {"seconds_apart": apart, "overhead": result["seconds_iteration"] / apart - 1}
             rows.append({"stage": stage, "processes": processes, "options": extra, **result})
             complaints += found
 
@@ -268,18 +281,20 @@ def main():
 
 
 def table(rows, peak):
-    """Rows -> a Markdown table; "ratio" is seconds an iteration over those of the stage's first row."""
-    names = ["stage", "processes", "options", "full", "partial", "backward " + ", ".join(BACKWARD), "s/iteration", "ratio", "s/passes", "overhead", "peak MB"]
+    """Rows -> a Markdown table; "ratio" is seconds a row of a process's batch over those of the stage's first line."""
+    names = ["stage", "processes", "options", "full", "partial", "backward " + ", ".join(BACKWARD), "s/iteration", "ratio", "s/passes", "s/apart",
+             "overhead", "peak MB"]
     names += ["TFLOP/s", "of peak"] if torch.cuda.is_available() else []
     lines = [names, ["---"] * len(names)]
     for r in rows:
         first = next(row for row in rows if row["stage"] == r["stage"])
-        seconds, passes = r["seconds_iteration"], "seconds_passes" in r
+        seconds = r["seconds_iteration"]
+        ratio = seconds / r["rows"] / (first["seconds_iteration"] / first["rows"])
         line = [r["stage"], r["processes"], r["options"], r["forward_full"], r["forward_partial"], ", ".join(map(str, r["backward"].values())),
-                f"{seconds:.3f}", f"{seconds / first['seconds_iteration']:.2f}", f"{r['seconds_passes']:.3f}" if passes else "",
-                f"{r['overhead']:.1%}" if passes else "", f"{r['peak_mb']:.0f}"]
+                f"{seconds:.3f}", f"{ratio:.2f}", *(f"{r[name]:.3f}" if name in r else "" for name in ("seconds_passes", "seconds_apart")),
+                f"{r['overhead']:.1%}" if "overhead" in r else "", f"{r['peak_mb']:.0f}"]
         if torch.cuda.is_available():
-            line += [f"{r['tflop'] / seconds:.0f}", f"{r['tflop'] / seconds / peak:.0%}"] if passes else ["", ""]
+            line += [f"{r['tflop'] / seconds:.0f}", f"{r['tflop'] / seconds / peak:.0%}"] if "tflop" in r else ["", ""]
         lines.append(line)
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
