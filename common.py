@@ -22,6 +22,7 @@ import sys
 import time
 import types
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -1220,7 +1221,9 @@ def fetched(url, advice, *folders):
             return path
     try:
         os.makedirs(folders[-1], exist_ok=True)
-        torch.hub.download_url_to_file(url, paths[-1], progress=is_main())
+        with filelock.FileLock(f"{paths[-1]}.lock"):  # a machine's processes fetch it once
+            if not os.path.exists(paths[-1]):
+                torch.hub.download_url_to_file(url, paths[-1], progress=is_main())
     except OSError as error:
         raise UserError(f"the file {os.path.basename(url)} is wanted; it is not at {' nor at '.join(paths)} and could not be fetched ({error}): "
                         f"fetch {url} by hand and {advice}") from error

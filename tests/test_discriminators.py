@@ -1,4 +1,7 @@
 """Heads, taps and backbones of the discriminators, up to the sizes of the real SDXL and SAM."""
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -209,3 +212,20 @@ def test_missing_backbones_are_refused(tmp_path):
             common.PixelBackbone(str(tmp_path / f"nowhere.{suffix}"), CPU, torch.float32)
     with pytest.raises(common.UserError, match="could not be loaded"):
         common.PixelBackbone(str(tmp_path), CPU, torch.float32)  # a folder without a model
+
+
+def test_a_published_file_is_fetched_once(tmp_path, monkeypatch):
+    """By whoever comes first; the others wait for it."""
+    fetched = []
+
+    def fetch(url, path, progress):
+        fetched.append(url)
+        time.sleep(0.2)
+        open(path, "w").write("weights")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with ThreadPoolExecutor(4) as pool:
+        paths = [*pool.map(lambda _: common.fetched("https://example.org/sam.pth", "give --pixel-backbone PATH"), range(4))]
+    assert paths == [str(tmp_path / "checkpoints/sam.pth")] * 4 and fetched == ["https://example.org/sam.pth"]
+    assert open(paths[0]).read() == "weights"
