@@ -1,4 +1,4 @@
-# make demo    the whole method on the tiny teacher, 13 minutes on two cores: runs/demo/report.json, runs/demo/grid.png
+# make demo    the whole method on the tiny teacher, 10 to 13 minutes on two cores: runs/demo/report.json, runs/demo/grid.png
 # make seeds   three of them, and the mean
 # make demo-sd3, make demo-video    four- and eight-step students of the other tiny teachers, 6 minutes each: report.json and samples/ in runs/
 # make test    every test

@@ -1,6 +1,6 @@
 """The mean and spread over seeds of reports of evaluate.py, as a Markdown table.
 
-    make seeds                                              # three demos and this table, 45 minutes
+    make seeds                                              # three demos and this table, 35 minutes
     python tiny/reproduce.py runs/demo-*/report.json
 """
 import json
