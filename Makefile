@@ -18,6 +18,7 @@ export HF_HUB_OFFLINE ?= 1
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is older than 3.11, which the packages need")'
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -r requirements.txt

@@ -20,7 +20,7 @@ def main(argv=None):
     common.add_training_arguments(parser)
     parser.add("--prompts", "text file, a prompt a line", default=common.PROMPTS)
     parser.add("--init", "checkpoint of adp.py or adm.py to start from (default the teacher)")
-    parser.add("--steps", f"of the student (default those of --init, else the paper's: {common.family_default('student_steps')})", type=common.positive)
+    parser.add("--steps", f"of the student (default those of --init, else the paper's: {common.family_default('student_steps')})", type=common.steps)
     parser.add("--loss", "what moves the student", choices=("adm", "dmd"), default="adm")
     parser.add("--guidance", f"the teacher's classifier-free guidance scale ({common.family_default('adm_guidance')})", type=common.non_negative)
     parser.add("--dt", "length of the ODE step, in units of T", type=common.number(float, "between 0 and 1", lambda value: 0 < value < 1), default=1 / 64)  # peers
@@ -98,19 +98,22 @@ def main(argv=None):
                 metrics.add(loss_f=loss_f)
 
             # 3. Generator. The student's sample at t ~ U(dt, T], and what both scores make of it. Only G_theta learns from this.
+            parts = common.updating(opt_G, G_train, batch, args.clip, metrics, "norm_G") if generator_turn else batch
             with common.frozen(f, heads), torch.set_grad_enabled(generator_turn):
-                for b in common.updating(opt_G, G_train, batch, args.clip, metrics, "norm_G") if generator_turn else batch:
-                    x0_hat = student.x0(G_train, b.x_t_prime, t_prime, b.cond) if generator_turn and len(batch) > 1 else b.x0_hat
+                for b in parts:
+                    if generator_turn and len(batch) > 1:  # step 1 kept no graph
+                        b.x0_hat = student.x0(G_train, b.x_t_prime, t_prime, b.cond)
                     t = T - b.rows.uniform() * (T - dt)
-                    x_t = teacher.diffuse(x0_hat, b.rows.normal(*teacher.latent_shape), t)
+                    x_t = teacher.diffuse(b.x0_hat, b.rows.normal(*teacher.latent_shape), t)
+                    # the DMD loss takes both scores as they are: nothing goes back through f
                     fake = teacher.predict(f, x_t if args.loss == "adm" else x_t.detach(), t, b.cond)
                     with torch.no_grad():
                         real = teacher.guided(x_t, t, b.cond, args.guidance)
                         # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
-                        direction = (fake[0] - real[0]) / (x0_hat - real[0]).abs().mean(tuple(range(1, x_t.ndim)), keepdim=True)
+                        direction = (fake[0] - real[0]) / (b.x0_hat - real[0]).abs().mean(tuple(range(1, x_t.ndim)), keepdim=True)
                         metrics.add(dmd_loss=0.5 * direction.square().mean())
                     if args.loss == "dmd":
-                        loss_G = 0.5 * F.mse_loss(x0_hat, (x0_hat - direction).detach())
+                        loss_G = 0.5 * F.mse_loss(b.x0_hat, (b.x0_hat - direction).detach())
                     else:
                         # L(theta) = -E D_tau(x_fake, t - dt, c), through D's backbone, f_psi and the diffusion into G_theta
                         b.s = t - dt
@@ -118,10 +121,10 @@ def main(argv=None):
                         maps_fake = teacher.features(x_fake, b.s, b.cond)
                         loss_G = hinge_generator(heads(maps_fake))
                         b.x_fake, b.maps_fake = x_fake.detach(), [m.detach() for m in maps_fake]
-                    if generator_turn:
-                        if args.loss == "adm":  # a gauge of D's health
+                        if generator_turn:  # a gauge of D's health: does its gradient point from x_fake to x_real?
                             toward = (b.x_real - b.x_fake).flatten(1)
                             x_fake.register_hook(lambda grad: metrics.add(cosine=F.cosine_similarity(-grad.flatten(1), toward).mean()))
+                    if generator_turn:
                         (loss_G / len(batch)).backward()
                         metrics.add(loss_G=loss_G)
             if generator_turn:

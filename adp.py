@@ -23,7 +23,7 @@ def main(argv=None):
     parser.add("--pixel-backbone", "a SAM checkpoint file; sam_vit_b, sam_vit_l, sam_vit_h; dinov2 or a folder of one", default="sam_vit_b")
     parser.add("--lambda-latent", "weight of the latent discriminator", type=common.non_negative, default=0.85)  # paper
     parser.add("--lambda-pixel", "weight of the pixel discriminator; 0 leaves it out", type=common.non_negative, default=0.15)  # paper
-    parser.add("--warmup", "first iterations on the velocity's squared error alone; with all of them this is rectified flow (default 500, and 0 for a teacher "
+    parser.add("--warmup", "first iterations on the velocity's squared error alone; with all of them, and --lambda-pixel 0, this is rectified flow (default 500, and 0 for a teacher "
                "that predicts velocity)", type=common.whole)
     parser.add("--warmup-lr", "of the student in the warm-up (default --lr)", type=common.non_negative)
     parser.add("--mse", "weight of the velocity's squared error after the warm-up", type=common.non_negative, default=0.0)
@@ -36,7 +36,7 @@ def main(argv=None):
     device = common.start_processes(args.seed)
     teacher = common.load_training_teacher(args, device)
     if teacher.video and args.lambda_pixel:
-        raise common.UserError("the pixel discriminator sees single pictures, not video: give --lambda-pixel 0 --lambda-latent 1")
+        raise common.UserError(common.PixelBackbone.NO_VIDEO)
     pairs = Pairs(args.pairs or os.path.join("pairs", common.short_name(args.teacher)), teacher)
     backbone = common.PixelBackbone(args.pixel_backbone, device, teacher.dtype) if args.lambda_pixel else None
 
@@ -97,7 +97,8 @@ def main(argv=None):
         ema.update()
 
         # Discriminators: hinge on the pairs' x_0 and on the same x~_0, whose maps are at hand
-        for b in common.updating(opt_heads, heads_train, batch, args.clip, metrics, "norm_heads") if not warming_up else ():
+        judged = [] if warming_up else common.updating(opt_heads, heads_train, batch, args.clip, metrics, "norm_heads")
+        for b in judged:
             with torch.no_grad():
                 x_real = teacher.diffuse(b.x_0, b.rows.normal(*teacher.latent_shape), b.t_prime)
                 maps_real = discriminator_maps(b.x_0, x_real, b.t_prime, b.cond)

@@ -24,9 +24,9 @@ class Pairs:
     UserError where the folder is not there, not complete, or of another teacher."""
 
     def __init__(self, folder, teacher=None):
-        self.index = common.read_json(os.path.join(folder, "index.json"))
-        if not self.index:
-            raise UserError(f"there are no ODE pairs in {folder!r}: run collect_ode.py --out {folder} first")
+        self.index = common.read_json(os.path.join(folder, "index.json")) or {}
+        if not {"teacher", "fingerprint", "latent_shape", "count", "shard", "prompts"} <= set(self.index):
+            raise UserError(f"there are no ODE pairs in {folder!r}: run collect_ode.py --teacher ... --out {folder} first")
         if teacher and self.index["fingerprint"] != teacher.fingerprint:
             raise UserError(f"the pairs in {folder} come from the teacher {self.index['teacher']}, not from {teacher.path}")
         if teacher and tuple(self.index["latent_shape"]) != teacher.latent_shape:
@@ -73,10 +73,10 @@ def main(argv=None):
     parser.add("--prompts", "text file, a prompt a line; pair i takes a random one", default=common.PROMPTS)
     parser.add("--out", "folder for the shards (default pairs/TEACHER)")
     parser.add("--count", "number of pairs", type=common.positive, default=4096)
-    parser.add("--steps", f"of the teacher's sampler ({common.family_default('sampler_steps')})", type=common.positive)
+    parser.add("--steps", f"of the teacher's sampler ({common.family_default('sampler_steps')})", type=common.steps)
     parser.add("--guidance", f"classifier-free guidance scale ({common.family_default('guidance')})", type=common.non_negative)
     parser.add("--shard", "pairs in a file", type=common.positive, default=512)
-    parser.add("--seed", "of noise and prompts", type=common.whole, default=0)
+    parser.add("--seed", "of noise and prompts", type=common.seed, default=0)
     args = parser.parse_args(argv)
 
     prompts = common.read_prompts(args.prompts)
@@ -108,7 +108,8 @@ def main(argv=None):
                 parts.append((x_T.half().cpu(), x_0.half().cpu(), torch.tensor(prompt)))
                 bar.update(len(prompt))
             with common.replacing(os.path.join(out, f"{k:05d}.safetensors")) as temporary:
-                save_file(dict(zip(("x_T", "x_0", "prompt"), map(torch.cat, zip(*parts)))), temporary)
+                x_T, x_0, prompt = map(torch.cat, zip(*parts))
+                save_file({"x_T": x_T, "x_0": x_0, "prompt": prompt}, temporary)
 
 
 if __name__ == "__main__":

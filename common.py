@@ -8,6 +8,7 @@ everything between them in float32.
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import hashlib
 import importlib.util
@@ -261,7 +262,7 @@ class Teacher:
             net = Adapted(self.denoiser, adapter, args.lora)
             if folder:
                 try:
-                    net.load_state_dict(torch.load(os.path.join(folder, "state", "G.pt"), weights_only=True))
+                    net.load_state_dict(torch.load(os.path.join(folder, "state", "G.pt"), map_location="cpu", weights_only=True))
                 except (RuntimeError, OSError) as error:
                     raise UserError(f"--lora {args.lora} starts from the teacher, or from a student of the same --lora; {folder} is none") from error
             return net
@@ -270,8 +271,10 @@ class Teacher:
         if args.checkpointing:
             net.enable_gradient_checkpointing()
         net = sharded(net, args, self.dtype).to(self.device)
-        for block in blocks_of(net) if args.compile else ():
-            block.compile()
+        if args.compile:
+            torch._dynamo.config.recompile_limit = 64  # blocks of a class share their code, and SDXL's are of many shapes
+            for block in blocks_of(net):
+                block.compile()
         return net
 
     def features(self, x_t, t, cond):
@@ -655,9 +658,10 @@ class Adapted(nn.Module):
     def merged(self):
         """The state dictionary of a plain network with the same outputs, on the main process."""
         state = {n.replace(".base_layer", ""): gathered(w) for n, w in self.backbone.state_dict().items() if "lora_" not in n}
-        for n, layer in self.layers.items() if is_main() else ():
-            delta = layer.get_delta_weight(self.name)
-            state[f"{n}.weight"] = state[f"{n}.weight"].to(delta) + delta
+        if is_main():
+            state = {n: w.cpu() for n, w in state.items()}  # in float32 it would not fit beside the backbone
+            for n, layer in self.layers.items():
+                state[f"{n}.weight"] = state[f"{n}.weight"].float() + layer.get_delta_weight(self.name).cpu()
         return state
 
 
@@ -704,6 +708,7 @@ class PixelBackbone:
     `name` is a SAM checkpoint (.pth or .safetensors, official or of the same layout), the name of an official one (sam_vit_b, _l, _h:
     fetched to torch's cache), or DINOv2 as a transformers folder, hub id, or "dinov2"."""
 
+    NO_VIDEO = "the pixel discriminator sees single pictures, not video: give --lambda-pixel 0 --lambda-latent 1"
     SAM = {"sam_vit_b": "sam_vit_b_01ec64.pth", "sam_vit_l": "sam_vit_l_0b3195.pth", "sam_vit_h": "sam_vit_h_4b8939.pth"}
 
     def __init__(self, name, device, dtype, encoder=None):
@@ -818,7 +823,9 @@ def start_processes(seed):
     torch.manual_seed(seed)
     device = own_device()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **({"device_id": device} if device.type == "cuda" else {}))
+        # the others wait that long for the main process, which fetches a teacher and writes checkpoints of up to 260 GB
+        options = {"timeout": datetime.timedelta(hours=2), **({"device_id": device} if device.type == "cuda" else {})}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
     return device
 
 
@@ -838,7 +845,7 @@ def distributed(module):
     if not dist.is_initialized() or isinstance(module, FSDPModule):
         return module
     ids = [torch.cuda.current_device()] if next(module.parameters()).is_cuda else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False)  # they are constants
 
 
 def sharded(net, args, dtype):
@@ -873,6 +880,22 @@ def gathered(state):
         return x
 
     return tree_map(whole, state)
+
+
+def zero1_state(optimizer):
+    """A ZeroRedundancyOptimizer of AdamW -> its whole state_dict, on the main process and its CPU. All processes call it. Its own
+    `consolidate_state_dict` pickles every share byte by byte: hours for SDXL."""
+    state = {}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        own = optimizer.optim.state.get(p)  # on one process
+        values = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for name, value in values.items():
+            if own:
+                value.copy_(own[name])
+            dist.reduce(value.data, 0)
+        if is_main() and values["step"]:
+            state[i] = {name: value.detach().cpu() for name, value in values.items()}
+    return {"state": state, "param_groups": torch.optim.Optimizer.state_dict(optimizer)["param_groups"]}
 
 
 def laid_out(value, like):
@@ -991,9 +1014,13 @@ def read_lines(path):
 
 
 def read_tensors(path):
-    """A checkpoint file, safetensors or torch's -> what it holds, on the CPU; nothing is unpickled. Raises what the libraries do."""
+    """A checkpoint file, safetensors or torch's -> what it holds, on the CPU; nothing is unpickled. Raises what the libraries do, and
+    ValueError where torch would advise to unpickle."""
     if not path.endswith(".safetensors"):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError("it holds more than tensors, or no tensors") from error
     from safetensors.torch import load_file
 
     return load_file(path)
@@ -1035,10 +1062,10 @@ def open_student(path, teacher, steps=None):
     return folder, Student(teacher, meta["parametrisation"], steps or meta["steps"]), meta
 
 
-def load_student(path, teacher, device):
-    """A checkpoint -> (network to sample with, Student, meta). UserError for a student of another teacher."""
+def load_student(path, teacher):
+    """A checkpoint -> (network to sample with, in the teacher's precision, Student, meta). UserError for a student of another teacher."""
     folder, student, meta = open_student(path, teacher)
-    return teacher.network(folder, "student").to(device), student, meta
+    return teacher.network(folder, "student").requires_grad_(False).to(teacher.device, teacher.dtype), student, meta
 
 
 class Run:
@@ -1059,7 +1086,8 @@ class Run:
             self._restore()
         elif args.resume and os.path.isdir(self.folder) and any(name.startswith("step_") for name in os.listdir(self.folder)):
             raise UserError(f"{self.folder} has no complete checkpoint to resume from; give another --out")
-        barrier()  # every process has looked before the main one writes
+        if means({"start": self.start})["start"] != self.start:  # also: every process has looked before the main one writes
+            raise UserError(f"{self.folder} is not the same on all nodes: give an --out that they share")
         make_folder(os.path.join(self.folder, "samples"))
         self.metrics, self.stopping = os.path.join(self.folder, "metrics.jsonl"), False
         if is_main():
@@ -1084,6 +1112,10 @@ class Run:
                     parameters = [p for group in part.param_groups for p in group["params"]]
                     state["state"] = {i: {key: laid_out(v, parameters[i]) if v.ndim else v for key, v in values.items()} for i, values in state["state"].items()}
                     part.load_state_dict(state)
+                    if isinstance(part, ZeroRedundancyOptimizer):
+                        part.state.clear()  # a second copy of this process's share
+                        for p, values in part.optim.state.items():
+                            values["step"] = values["step"].to(p.device)  # left on the CPU, where AdamW's fused kernel does not want it
                 else:
                     part.load_state_dict(tree_map(laid_out, state, part.state_dict()))
         except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
@@ -1091,12 +1123,13 @@ class Run:
         self.start = meta["step"]
 
     def iterations(self, prompts_of):
-        """The numbers of the iterations that are left; prompts_of(step) are what an iteration will need encoded. SIGTERM and SIGINT end them after the present one and its checkpoint, so that a
-        preempted job goes on with --resume; a second signal ends the process."""
+        """The numbers of the iterations that are left; prompts_of(step) are what an iteration will need encoded. SIGTERM and SIGINT end them
+        after the present one and its checkpoint, so that a preempted job goes on with --resume; a second Ctrl-C ends the process."""
 
         def stop(number, frame):
             self.stopping = True
-            signal.signal(number, before[number])
+            if number == signal.SIGINT:  # schedulers repeat SIGTERM, which must not end the save
+                signal.signal(number, before[number])
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -1136,13 +1169,10 @@ class Run:
             if is_main():
                 os.makedirs(os.path.join(temporary, "state"))
             for name, part in self.parts.items():
-                if isinstance(part, ZeroRedundancyOptimizer):
-                    part.consolidate_state_dict()  # every process's share to the main one
-                    state = part.state_dict() if is_main() else None
-                else:
-                    state = gathered(part.state_dict())
+                state = zero1_state(part) if isinstance(part, ZeroRedundancyOptimizer) else gathered(part.state_dict())
                 if is_main():
                     torch.save(state, os.path.join(temporary, "state", f"{name}.pt"))
+                    del state  # before the next part's
             with ema.instead():
                 state = net.merged() if isinstance(net, Adapted) else gathered(net.state_dict())
                 if is_main():
@@ -1284,17 +1314,20 @@ def micro_batches(args, key, device):
     return [types.SimpleNamespace(rows=Rows(range(i, i + args.batch), key, device)) for i in first]
 
 
-def updating(optimizer, module, batch, clip, metrics, norm):
+def updating(optimizer, module, parts, clip, metrics, norm_name):
     """`for part in updating(...)`: one step of the optimiser after the bodies have called backward, each on its share of the loss.
-    DDP exchanges gradients in the last one only. Logs the gradient's norm before clipping as `norm`."""
-    optimizer.zero_grad(set_to_none=True)
-    for part in batch:
-        wait = isinstance(module, nn.parallel.DistributedDataParallel) and part is not batch[-1]
+    DDP exchanges gradients in the last one only. Adds the gradient's norm before clipping to `metrics` as `norm_name`; where it is not
+    finite, as one bad batch can make it, there is no step."""
+    for part in parts:
+        wait = isinstance(module, nn.parallel.DistributedDataParallel) and part is not parts[-1]
         with module.no_sync() if wait else contextlib.nullcontext():
             yield part
-    length = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-    metrics.add(**{norm: length.full_tensor() if isinstance(length, DTensor) else length})
-    optimizer.step()
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    metrics.add(**{norm_name: norm})
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # now: gradients of two networks are never alive together
 
 
 class Means:
@@ -1436,7 +1469,7 @@ def add_training_arguments(parser):
     parser.add("--log-every", "iterations", type=positive, default=10)
     parser.add("--save-every", "iterations", type=positive, default=500)
     parser.add("--keep", "newest checkpoints", type=positive, default=3)
-    parser.add("--seed", "of everything random", type=whole, default=0)
+    parser.add("--seed", "of everything random", type=seed, default=0)
     parser.add("--plan", "say what each of so many GPUs (8 where no number is given) would hold, and stop; without weights, GPU or network",
                type=positive, nargs="?", const=8)
     parser.add("--gpu-gb", "memory of a GPU that --plan compares with, in 1e9 bytes", type=above_zero, default=80)
@@ -1464,6 +1497,8 @@ def resolution(text):
 
 
 positive = number(int, "at least 1", lambda value: value >= 1)
+steps = number(int, f"from 1 to {T:.0f}", lambda value: 1 <= value <= T)
+seed = number(int, "from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 whole = number(int, "at least 0", lambda value: value >= 0)
 width = number(int, "a multiple of 32", lambda value: value > 0 and value % 32 == 0)
 non_negative = number(float, "at least 0", lambda value: 0 <= value < math.inf)

@@ -810,7 +810,7 @@ def parse(argv):
                action="append", default=[])
     parser.add("--prompts", "text file, a prompt a line; or VBench_full_info.json", required=True)
     parser.add("--seeds", "samples of every prompt", type=common.positive, default=8)
-    parser.add("--seed", "first of the seeds", type=common.whole, default=0)
+    parser.add("--seed", "first of the seeds", type=common.seed, default=0)
     parser.add("--metrics", "comma-separated: " + ", ".join((*SCORERS, "vbench")), default="oracle")
     parser.add("--reference", "the system that others are compared with; for FID also a folder of any pictures (default the first system)")
     parser.add("--weights-dir", "folder with the scorers' weights, for machines without network: DIR/OWNER/REPOSITORY/FILE, DIR/FILE")

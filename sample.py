@@ -25,7 +25,7 @@ class System:
         self.teacher, self.student = teacher, None
         self.steps, self.guidance = steps or teacher.sampler_steps, teacher.guidance if guidance is None else guidance
         if student:
-            self.net, self.student, _ = common.load_student(student, teacher, teacher.device)
+            self.net, self.student, _ = common.load_student(student, teacher)
             self.steps = self.student.steps
         self.nfe = self.steps if student or self.guidance == 1 else 2 * self.steps
 
@@ -45,7 +45,7 @@ class System:
     def export(self, folder):
         """Writes the student as a complete diffusers pipeline: DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=
         self.steps, guidance_scale=1) samples as it does. UserError where diffusers has no such scheduler."""
-        components = self.teacher.pipe.components | {self.teacher.denoiser_name: self.net.to(self.teacher.dtype), "scheduler": self.student.scheduler()}
+        components = self.teacher.pipe.components | {self.teacher.denoiser_name: self.net, "scheduler": self.student.scheduler()}
         optional = {name: value for name, value in self.teacher.pipe.config.items() if isinstance(value, bool)}
         with common.replacing(folder) as temporary:
             type(self.teacher.pipe)(**components, **optional).save_pretrained(temporary)
@@ -63,7 +63,7 @@ def load_teacher(args, students):
 
 def add_system_arguments(parser):
     common.add_teacher_arguments(parser, required=False)
-    parser.add("--steps", f"of the teacher's sampler ({common.family_default('sampler_steps')})", type=common.positive)
+    parser.add("--steps", f"of the teacher's sampler ({common.family_default('sampler_steps')})", type=common.steps)
     parser.add("--guidance", f"classifier-free guidance scale of the teacher ({common.family_default('guidance')})", type=common.non_negative)
 
 
@@ -73,7 +73,7 @@ def main(argv=None):
     parser.add("--student", "a run folder of adp.py or adm.py, or one of its checkpoints (default: the teacher draws)")
     parser.add("--prompt", "prompts", nargs="+")
     parser.add("--prompts", "text file, a prompt a line")
-    parser.add("--seeds", "a picture of every prompt for each", type=common.whole, nargs="+", default=[0])
+    parser.add("--seeds", "a picture of every prompt for each", type=common.seed, nargs="+", default=[0])
     parser.add("--side-by-side", "the teacher's sample of the same noise on the left of the student's", action="store_true")
     parser.add("--fps", "frames a second of a video (default the teacher's: CogVideoX 8)", type=common.positive)
     parser.add("--out", "folder for the pictures", default="samples")

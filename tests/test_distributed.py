@@ -18,20 +18,16 @@ SAVE = common.Run.save
 STEPS = 5
 # A long step dt, because the gap of two almost equal samples is mostly rounding. The learning rates are those of QUICK.
 ADP, ADM = f"--warmup 1 --iterations {STEPS}", f"--dt 0.25 --iterations {STEPS}"
+OPTIONS = {(stage, family): options for stage, options in (("adp", ADP), ("adm", ADM)) for family in ("sdxl", "sd3", "cogvideox")}
+OPTIONS["adp", "cogvideox"] += " --lambda-latent 1 --lambda-pixel 0"
 RUNS = {  # name: (script, teacher, options, those of several processes alone)
-    "adp": ("adp", "sdxl", ADP, ""),
-    "adp fsdp": ("adp", "sdxl", ADP, "--shard fsdp"),
-    "adp sd3 zero1": ("adp", "sd3", ADP, "--shard zero1"),
-    "adp video fsdp": ("adp", "cogvideox", f"--lambda-latent 1 --lambda-pixel 0 {ADP}", "--shard fsdp"),
-    "adm": ("adm", "sdxl", ADM, ""),
+    **{f"{stage} {family} {shard}": (stage, family, options, f"--shard {shard}") for (stage, family), options in OPTIONS.items()
+       for shard in ("ddp", "zero1", "fsdp")},
     "adm --ttur 2 --steps 2": ("adm", "sdxl", f"--ttur 2 --steps 2 {ADM}", ""),
     "dmd": ("adm", "sdxl", f"--loss dmd {ADM}", ""),
-    "adm zero1": ("adm", "sdxl", ADM, "--shard zero1"),
-    "adm fsdp": ("adm", "sdxl", f"--ema 0.5 {ADM}", "--shard fsdp"),
-    "adm fsdp, accumulated": ("adm", "sd3", ADM, "--shard fsdp --batch 1 --accumulate 2"),
+    "adm fsdp, averaged and accumulated": ("adm", "sd3", f"--ema 0.5 {ADM}", "--shard fsdp --batch 1 --accumulate 2"),
     "adm lora": ("adm", "sd3", f"--lora 4 {ADM}", ""),
     "adm lora fsdp": ("adm", "cogvideox", f"--lora 4 {ADM} --lr 1e-3", "--shard fsdp"),
-    "adm video fsdp": ("adm", "cogvideox", f"--ema 0.5 {ADM}", "--shard fsdp"),
 }
 
 
@@ -90,22 +86,35 @@ def two_processes(processes):
     return processes(2, *RUNS)
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, arguments):
+    """A function: the name of a run -> its folder, made by one process; --shard says nothing to it, so that three runs are one."""
+    folders = {}
+
+    def run(name):
+        key = RUNS[name][:3]
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("one")
+            main, words = arguments(name)
+            main([*words, "--out", str(folders[key]), "--batch", "4"])
+        return folders[key]
+
+    return run
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_lose_what_one_does(two_processes, arguments, tmp_path, name):
-    main, words = arguments(name)
-    main([*words, "--out", str(tmp_path), "--batch", "4"])
-    compare(tmp_path, two_processes / name)
+def test_two_processes_lose_what_one_does(two_processes, one_process, name):
+    compare(one_process(name), two_processes / name)
 
 
-def test_four_processes_lose_what_one_does(processes, arguments, tmp_path):
-    folder = processes(4, "adm", "adm fsdp")
-    for name in ("adm", "adm fsdp"):
-        main, words = arguments(name)
-        main([*words, "--out", str(tmp_path / name), "--batch", "4"])
-        compare(tmp_path / name, folder / name)
+def test_four_processes_lose_what_one_does(processes, one_process):
+    names = ("adm sdxl ddp", "adm sdxl fsdp")
+    folder = processes(4, *names)
+    for name in names:
+        compare(one_process(name), folder / name)
 
 
-@pytest.mark.parametrize("name", ("adp", "adm", "adm --ttur 2 --steps 2", "dmd", "adm lora"))
+@pytest.mark.parametrize("name", ("adp sdxl ddp", "adm sdxl ddp", "adm --ttur 2 --steps 2", "dmd", "adm lora"))
 def test_micro_batches_lose_what_one_batch_does(arguments, tmp_path, name):
     main, words = arguments(name)
     for folder, split in (("whole", "--batch 4"), ("parts", "--batch 1 --accumulate 4")):
@@ -134,7 +143,7 @@ def test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains(arguments, 
     fresh = common.load_teacher(teacher.path, teacher.device)
     ours = {name.replace(".base_layer", ""): weight for name, weight in teacher.denoiser.state_dict().items() if "lora_" not in name}
     assert ours.keys() == fresh.denoiser.state_dict().keys() and all(weight.equal(ours[name]) for name, weight in fresh.denoiser.state_dict().items())
-    net, *_ = common.load_student(str(tmp_path), fresh, teacher.device)
+    net, *_ = common.load_student(str(tmp_path), fresh)
     x, t, cond = torch.randn(2, *teacher.latent_shape), torch.tensor([300.0, 900.0]), teacher.encode(["a red circle", "a square"])
     ours, theirs, before = (teacher.call(network, x, t, cond) for network in (G, net, teacher.denoiser))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -152,7 +161,7 @@ def test_lora_goes_on_from_lora_alone(arguments, tmp_path):
             main([*words, "--out", str(tmp_path / "refused"), *options])
 
 
-@pytest.mark.parametrize("name", ("adp", "adm --ttur 2 --steps 2"))
+@pytest.mark.parametrize("name", ("adp sdxl ddp", "adm --ttur 2 --steps 2"))
 def test_offloading_changes_where_prompts_are_encoded_and_nothing_else(arguments, tmp_path, name, monkeypatch):
     main, words = arguments(name)
     encoded, encode = [], common.SDXL._encode
@@ -202,12 +211,19 @@ adm.main({[*words, "--out", str(tmp_path / "run"), "--iterations", "1000"]!r})
     assert result.returncode == 1 and "ValueError: the second process is out of luck" in result.stderr
 
 
-def test_a_sharded_run_goes_on_unsharded(two_processes, arguments, tmp_path):
-    """Two processes with fsdp, then one without: as if it had been one from the start."""
-    main, words = arguments("adm fsdp")
-    shutil.copytree(two_processes / "adm fsdp", tmp_path / "parts")
-    for folder, resume in (("parts", ["--resume"]), ("whole", [])):
-        main([*words, "--out", str(tmp_path / folder), "--batch", "4", "--iterations", str(STEPS + 1), *resume])
+@pytest.mark.parametrize("shard, count", (("fsdp", 1), ("zero1", 2)))
+def test_a_sharded_run_goes_on_in_any_number_of_processes(two_processes, arguments, tmp_path, shard, count):
+    """Two processes, then `count`: as if it had been one from the start."""
+    name = f"adm sdxl {shard}"
+    main, words = arguments(name)
+    shutil.copytree(two_processes / name, tmp_path / "parts")
+    words = [*words, "--iterations", str(STEPS + 1)]
+    main([*words, "--out", str(tmp_path / "whole"), "--batch", "4"])
+    on = [*words, "--out", str(tmp_path / "parts"), "--batch", str(4 // count), "--resume", *(["--shard", shard] if count > 1 else [])]
+    script = tmp_path / "on.py"
+    script.write_text(f"{STEADY}\nadm.main({on!r})")
+    result = helpers.command(str(script), processes=count if count > 1 else None)
+    assert result.returncode == 0, result.stderr
     compare(tmp_path / "whole", tmp_path / "parts", step=STEPS + 1)
 
 

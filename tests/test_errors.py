@@ -10,8 +10,9 @@ import adp
 import collect_ode
 import common
 import helpers
+import sample
 
-MAIN = {"collect_ode.py": collect_ode.main, "adp.py": adp.main, "adm.py": adm.main}
+MAIN = {"collect_ode.py": collect_ode.main, "adp.py": adp.main, "adm.py": adm.main, "sample.py": sample.main}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,11 @@ def place(tmp_path_factory, teacher_folder, prompts_file, pairs_folder):
     (place / "zeros.txt").write_bytes(bytes(100))
     (place / "unknown.txt").write_text("a small red circle\na small pink hexagon\n")
     (place / "text.pth").write_text("not a checkpoint\n")
+    (place / "pairs-bare").mkdir()
+    (place / "pairs-bare/index.json").write_text('{"count": 1}')
     (place / "not-a-teacher").mkdir()
+    (place / "half-a-teacher").mkdir()
+    shutil.copy(place / "teacher/model_index.json", place / "half-a-teacher")
     return place
 
 
@@ -69,7 +74,17 @@ CASES = (
     (f"adp.py {TEACHER} --out {{0}}/run-half --pairs {{0}}/pairs --lambda-pixel 0 --resume", "is not a complete checkpoint"),
     (f"adm.py {TEACHER} --out {{0}}/run {PROMPTS} --resume", "{0}/run/step_000001 cannot be resumed: its stage is adp, not adm"),
     (f"{ADM} {PROMPTS} --resolution 33", "--resolution 33x33 is not a multiple of 8"),
-    (f"{ADM} {PROMPTS} --steps 0", "argument --steps: must be at least 1, not 0"),
+    (f"{ADM} {PROMPTS} --steps 0", "argument --steps: must be from 1 to 1000, not 0"),
+    (f"{ADM} {PROMPTS} --seed 99999999999999999999", "argument --seed: must be from 0 to 2^63 - 1"),
+    (f"collect_ode.py {TEACHER} {PROMPTS} {OUT} --steps 1001", "argument --steps: must be from 1 to 1000, not 1001"),
+    (f"{ADP} --pairs {{0}}/pairs-bare", "there are no ODE pairs in '{0}/pairs-bare'"),
+    (f"{ADM} --plan --teacher {{0}}/half-a-teacher", "{0}/half-a-teacher is not a complete pipeline folder: unet/config.json is missing"),
+    (f"adp.py {TEACHER} --plan --pixel-backbone {{0}}/nowhere.pth", "there is no SAM checkpoint at '{0}/nowhere.pth'"),
+    ("adp.py --teacher cogvideox --plan", "the pixel discriminator sees single pictures, not video"),
+    (f"sample.py --student {{0}}/nowhere --prompt circle {OUT}", "there is no checkpoint '{0}/nowhere'"),
+    (f"sample.py --student {{0}}/run {OUT}", "give prompts: either --prompt TEXT ... or --prompts FILE"),
+    (f"sample.py {TEACHER} --prompt circle --side-by-side {OUT}", "--side-by-side compares a --student with its teacher"),
+    (f"sample.py --student {{0}}/run --export {{0}}/pairs", "{0}/pairs is there already"),
     (f"{ADM} {PROMPTS} --batch 0", "argument --batch: must be at least 1, not 0"),
     (f"{ADP} --pairs {{0}}/pairs --batch -1", "argument --batch: must be at least 1, not -1"),
     (f"collect_ode.py {TEACHER} {PROMPTS} {OUT} --count 0", "argument --count: must be at least 1, not 0"),

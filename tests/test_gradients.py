@@ -24,14 +24,17 @@ def updates(monkeypatch):
         backbone_init(self, *arguments)
         networks["pixel backbone"] = self.encoder
 
-    def watched(optimizer, module, batch, clip, metrics, norm):
-        for net in networks.values():
-            net.zero_grad(set_to_none=True)
-        before = {name: [p.detach().clone() for p in net.parameters()] for name, net in networks.items()}
-        yield from update(optimizer, module, batch, clip, metrics, norm)
-        learned = {name for name, net in networks.items() if any(p.grad is not None for p in net.parameters())}
-        for name in learned:
-            assert metrics.values[norm][0] > 1e-6 and all(p.grad is not None for p in networks[name].parameters()), name
+    def watched(optimizer, module, parts, clip, metrics, norm_name):
+        def look(*_):
+            learned.update(name for name, net in networks.items() if any(p.grad is not None for p in net.parameters()))
+            for name in learned:
+                assert metrics.values[norm_name][0] > 1e-6 and all(p.grad is not None for p in networks[name].parameters()), name
+
+        assert not any(p.grad is not None for net in networks.values() for p in net.parameters())  # the last update left none
+        before, learned = {name: [p.detach().clone() for p in net.parameters()] for name, net in networks.items()}, set()
+        handle = optimizer.register_step_pre_hook(look)
+        yield from update(optimizer, module, parts, clip, metrics, norm_name)
+        handle.remove()
         changed = {name for name, net in networks.items() if not all(p.equal(old) for p, old in zip(net.parameters(), before[name]))}
         record.append((learned, changed))
 
@@ -141,3 +144,13 @@ def test_adm_decays_every_learning_rate(adm_arguments, tmp_path):
     state = helpers.state(tmp_path / "step_000002")
     rates = {name: state[name]["param_groups"][0]["lr"] for name in ("opt_G", "opt_f", "opt_heads")}
     assert rates == pytest.approx({"opt_G": 1e-4 / 1.6, "opt_f": 2e-4 / 1.6, "opt_heads": 4e-4 / 1.6})
+
+
+@pytest.mark.parametrize("factor, moves", ((1.0, True), (float("nan"), False), (float("inf"), False)))
+def test_a_gradient_that_is_not_finite_makes_no_step(factor, moves):
+    net, metrics = nn.Linear(3, 1), common.Means()
+    optimizer, before = torch.optim.AdamW(net.parameters(), 0.1, weight_decay=0.0), net.weight.detach().clone()
+    for _ in common.updating(optimizer, net, [None], 1.0, metrics, "norm"):
+        (factor * net(torch.ones(1, 3))).sum().backward()
+    assert net.weight.equal(before) != moves and bool(metrics.means()["norm"].isfinite()) == moves
+    assert all(p.grad is None for p in net.parameters())

@@ -114,3 +114,11 @@ def test_the_plan_is_what_a_tiny_run_of_adp_takes(tmp_path, adp_arguments):
     found = measured_peak(adp.main, [*words, "--out", str(tmp_path / "run"), "--warmup", "0"])
     *_, total = planned(arguments(adp.main, *words, "--plan", "1"))
     assert total == pytest.approx(found, rel=0.15)
+
+
+def test_the_plan_is_what_a_tiny_checkpoint_takes(tmp_path, adm_arguments):
+    words = [*adm_arguments, "--ema", "0.5", "--iterations", "1"]
+    adm.main([*words, "--out", str(tmp_path / "run")])
+    found = sum(path.stat().st_size for path in (tmp_path / "run/step_000001").rglob("*") if path.is_file())
+    args = arguments(adm.main, *words)
+    assert plan.checkpoint_bytes(args, planned(args)[0]) == pytest.approx(found, rel=0.05)

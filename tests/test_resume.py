@@ -74,7 +74,7 @@ def test_student_is_a_plain_model_folder(finished, teacher):
 
 def test_checkpoint_says_what_it_holds(finished, teacher):
     for path in (finished, finished / "step_000002"):
-        net, student, meta = common.load_student(str(path), teacher, torch.device("cpu"))
+        net, student, meta = common.load_student(str(path), teacher)
         assert (student.parametrisation, student.times, meta["step"], meta["arguments"]["loss"]) == ("teacher", [1000, 500], 2, "dmd")
     assert sorted(os.listdir(finished)) == ["curves.png", "latest", "metrics.jsonl", "samples", "step_000001", "step_000002"]
     assert sorted(os.listdir(finished / "samples")) == ["step_000001.png", "step_000002.png"]
@@ -86,7 +86,7 @@ def test_half_a_checkpoint_is_refused(finished, teacher, adm_arguments, tmp_path
     common.remove(half / "step_000002" / missing)
     before = helpers.snapshot(half)
     with pytest.raises(common.UserError, match="not a complete checkpoint"):
-        common.load_student(str(half), teacher, torch.device("cpu"))
+        common.load_student(str(half), teacher)
     with pytest.raises(common.UserError, match="not a complete checkpoint"):
         adm.main([*adm_arguments, "--out", str(half), "--loss", "dmd", "--steps", "2", "--resume"])
     assert helpers.snapshot(half) == before
@@ -155,3 +155,12 @@ def test_only_the_newest_checkpoints_are_kept(adm_arguments, tmp_path):
     (run / "step_000001.tmp123").mkdir(parents=True)  # a killed process's
     adm.main([*adm_arguments, "--loss", "dmd", "--out", str(run), "--iterations", "4", "--save-every", "1", "--keep", "2"])
     assert sorted(name for name in os.listdir(run) if name.startswith("step_")) == ["step_000003", "step_000004"]
+
+
+def test_nodes_that_find_different_checkpoints_are_refused(adm_arguments, tmp_path, monkeypatch):
+    """The main process's mean of all starts is not its own where another node's --out is another disk's."""
+    means = common.means
+    monkeypatch.setattr(common, "means", lambda values: {"start": 250.0} if "start" in values else means(values))
+    with pytest.raises(common.UserError, match="not the same on all nodes"):
+        adm.main([*adm_arguments, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

@@ -26,6 +26,11 @@ META = torch.device("meta")  # shapes without numbers
 GB = 1e9
 
 
+def count(module):
+    """Parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def flat(values):
     """What is in nested lists and tuples, in one list."""
     return [x for value in values for x in (flat(value) if isinstance(value, (list, tuple)) else [value])]
@@ -122,7 +127,13 @@ def read_configs(name):
     index = read_json(os.path.join(path, "model_index.json")) or {}
     if index.get("_class_name") not in FAMILIES:
         raise UserError(f"--plan knows {', '.join(TEACHERS)}, and pipeline folders with a model_index.json; {name!r} is none of them")
-    config = lambda part, file="config.json": read_json(os.path.join(path, part, file))
+
+    def config(part, file="config.json"):
+        found = read_json(os.path.join(path, part, file))
+        if found is None:
+            raise UserError(f"{path} is not a complete pipeline folder: {part}/{file} is missing or damaged")
+        return found
+
     configs = {"pipeline": index["_class_name"], "denoiser": config(FAMILIES[index["_class_name"]].denoiser_name), "vae": config("vae"), "text_encoders": {},
                "scheduler": config("scheduler", "scheduler_config.json"), "text_length": config("tokenizer", "tokenizer_config.json")["model_max_length"]}
     for part, kind in index.items():
@@ -167,10 +178,10 @@ def teacher_on_meta(args, configs):
 
 
 def pixel_backbone_on_meta(name, dtype):
-    """ADP's pixel backbone. Of an official SAM nothing but its sizes; a file is read; DINOv2 counts as vit_b, which is as large."""
+    """ADP's pixel backbone. Of an official SAM nothing but its sizes; a file is read; DINOv2's base counts as vit_b, which is as large."""
     from segment_anything.modeling import ImageEncoderViT
 
-    if os.path.isfile(name):
+    if os.path.exists(name) or name not in PixelBackbone.SAM and not name.startswith(("dinov2", "facebook/dinov2")):
         return PixelBackbone(name, META, dtype)
     dim, depth, heads = {"sam_vit_l": (1024, 24, 16), "sam_vit_h": (1280, 32, 16)}.get(name, (768, 12, 12))
     with META:
@@ -252,9 +263,9 @@ def memory_rows(args, parts, processes, limit=float("inf")):
     """What is alive at the peak of an iteration, on each of so many GPUs: {part: bytes of (weights, gradients, optimiser)}. Activations,
     which take seconds, are left out where the rest is over `limit` bytes already.
 
-    Gradients stay until the same optimiser's next step begins (common.updating), so those of student and fake score are alive together."""
+    Gradients go with their optimiser's step (common.updating), so one process never has those of student and fake score together; of
+    several, DDP's buckets stay, and FSDP's shards are counted as if they did."""
     teacher, adm, size = parts.teacher, hasattr(args, "fake_lr"), parts.teacher.dtype.itemsize
-    count = lambda module: sum(p.numel() for p in module.parameters())
     n = full = count(teacher.denoiser)
     buffers = tables = sum(b.numel() for b in teacher.denoiser.buffers())
     shared, states_shared = processes if args.shard == "fsdp" else 1, processes if args.shard != "ddp" else 1
@@ -263,7 +274,10 @@ def memory_rows(args, parts, processes, limit=float("inf")):
 
     trained = (4 * n / shared + 4 * tables, 4 * n / shared, 8 * n / states_shared)
     kind = f"rank-{args.lora} adapters" if args.lora else "fp32"
-    rows = {f"student, {kind}": trained} | ({f"fake score, {kind}": trained} if adm else {})
+    rows = {f"student, {kind}": trained}
+    if adm:
+        weights, gradients, optimiser = trained
+        rows[f"fake score, {kind}"] = (weights, gradients if processes > 1 else 0, optimiser)
     rows["teacher, frozen"] = (size * (full / shared + buffers), 0, 0)
     if args.ema:
         rows["EMA of the student"] = (4 * n / shared, 0, 0)
@@ -290,6 +304,14 @@ def memory_rows(args, parts, processes, limit=float("inf")):
     return rows
 
 
+def checkpoint_bytes(args, parts):
+    """What a checkpoint takes on the disk: all that trains and its optimisers' states, and the student once more, in float32."""
+    student = sum(w.numel() for w in parts.teacher.denoiser.state_dict().values())
+    networks = 2 if hasattr(args, "fake_lr") else 1
+    trained = student if not args.lora else sum(args.lora * (m.in_features + m.out_features) for m in inner_layers(parts.teacher.denoiser).values())
+    return 4 * (student + trained * (3 * networks + bool(args.ema)) + (3 * count(parts.heads) if parts.heads else 0))
+
+
 def smaller_options(args):
     """Options that take less memory than these arguments, gentlest first: (text, {name: value})."""
     smaller = [(b, args.accumulate * args.batch // b) for b in range(args.batch - 1, 0, -1) if args.batch % b == 0]  # the same global batch
@@ -303,6 +325,8 @@ def print_plan(args):
     """--plan: what each of args.plan GPUs will hold, part by part, whether it fits args.gpu_gb, and if not, what would. Without weights,
     GPU or network. A GB is 1e9 bytes; an "80 GB" card has 85 of them, which leaves 5 to CUDA and to fragmentation."""
     configs, limit = read_configs(args.teacher), args.gpu_gb * GB
+    if FAMILIES[configs["pipeline"]].video and getattr(args, "lambda_pixel", 0):
+        raise UserError(PixelBackbone.NO_VIDEO)
     args.batch = args.batch or FAMILIES[configs["pipeline"]].batch
     parts = memory_parts(args, configs)
     rows = memory_rows(args, parts, args.plan)
@@ -310,6 +334,7 @@ def print_plan(args):
     print(f"{args.teacher}, --shard {args.shard}, GB on each of {args.plan} GPUs\n{'':42}{'weights':>10}{'gradients':>10}{'optimiser':>10}{'sum':>10}")
     for name, row in (rows | {"sum": [sum(column) for column in zip(*rows.values())]}).items():
         print(f"{name:42}" + "".join(f"{value / GB:10.2f}" if value else f"{'':10}" for value in (*row, sum(row))))
+    print(f"a checkpoint takes {checkpoint_bytes(args, parts) / GB:.1f} GB of disk; --keep {args.keep} has {args.keep + 1} of them while one is written")
     if total <= limit:
         print(f"fits {args.gpu_gb:g} GB, with {(limit - total) / GB:.1f} to spare")
         return

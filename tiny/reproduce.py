@@ -3,9 +3,12 @@
     make seeds                                              # three demos and this table, 35 minutes
     python tiny/reproduce.py runs/demo-*/report.json
 """
-import json
+import os
 import statistics
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common
 
 
 def flatten(row):
@@ -17,7 +20,10 @@ def flatten(row):
 
 
 def main(paths):
-    reports = [json.load(open(path)) for path in paths]
+    reports = [common.read_json(path) for path in paths]
+    if not reports or not all(reports):
+        missing = [path for path, report in zip(paths, reports) if not report]
+        raise common.UserError(f"give report.json files of evaluate.py{f'; {missing[0]} is none' if missing else ''}")
     names = [name for name in flatten(reports[0]["rows"][0]) if not name.startswith(("tv_uniform", "accuracy_of", "prompts", "samples"))]
     print("| system | " + " | ".join(names) + " |")
     print("|" + "---|" * (len(names) + 1))
@@ -30,7 +36,4 @@ def main(paths):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        print("reproduce.py: give report.json files of evaluate.py", file=sys.stderr)
-        raise SystemExit(2)
-    main(sys.argv[1:])
+    common.launch(lambda: main(sys.argv[1:]))

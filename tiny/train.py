@@ -400,6 +400,8 @@ if __name__ == "__main__":
     parser.add_argument("--sam-steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.init and not os.path.isfile(os.path.join(args.init, "model_index.json")):
+        parser.error(f"there is no pipeline folder {args.init!r} to go on from")
     if (args.t5 or args.rotary) and not args.random:
         parser.error("--t5 and --rotary are for --random: nothing is trained with them")
     family = FAMILIES[args.family]
