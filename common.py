@@ -232,7 +232,7 @@ class Teacher:
         for prompt in dict.fromkeys(prompts):
             unknown = [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word).input_ids]
             if unknown:
-                raise UserError(f"the prompt {prompt!r} has words that this teacher's tokenizer does not know: {', '.join(unknown)}")
+                raise UserError(f"the prompt {prompt!r} has words that this teacher's tokenizer does not know: {', '.join(unknown)}; give it other prompts")
 
     def null(self, n):
         """The unconditional condition, n rows: the empty prompt."""
@@ -1172,11 +1172,16 @@ class Run:
                 state = zero1_state(part) if isinstance(part, ZeroRedundancyOptimizer) else gathered(part.state_dict())
                 if is_main():
                     torch.save(state, os.path.join(temporary, "state", f"{name}.pt"))
-                    del state  # before the next part's
+                if part is net:
+                    weights = state
+                del state  # before the next part's
             with ema.instead():
-                state = net.merged() if isinstance(net, Adapted) else gathered(net.state_dict())
+                if isinstance(net, Adapted):
+                    weights = net.merged()
+                elif ema.decay:
+                    weights = gathered(net.state_dict())
                 if is_main():
-                    save_network(self.student.teacher.denoiser, state, os.path.join(temporary, "student"))
+                    save_network(self.student.teacher.denoiser, weights, os.path.join(temporary, "student"))
                     write_json(os.path.join(temporary, "meta.json"), {"step": step, **self.meta})
             if is_main():
                 remove(folder)

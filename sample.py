@@ -87,6 +87,8 @@ def main(argv=None):
         raise UserError("--side-by-side compares a --student with its teacher")
     if args.export and os.path.exists(args.export):
         raise UserError(f"{args.export} is there already; give another folder")
+    if not all(map(str.strip, args.prompt or ())):
+        raise UserError("a --prompt is empty")
     prompts = args.prompt or (common.read_prompts(args.prompts) if args.prompts else [])
 
     teacher = load_teacher(args, [args.student] if args.student else [])

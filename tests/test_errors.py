@@ -83,6 +83,7 @@ CASES = (
     ("adp.py --teacher cogvideox --plan", "the pixel discriminator sees single pictures, not video"),
     (f"sample.py --student {{0}}/nowhere --prompt circle {OUT}", "there is no checkpoint '{0}/nowhere'"),
     (f"sample.py --student {{0}}/run {OUT}", "give prompts: either --prompt TEXT ... or --prompts FILE"),
+    (f"sample.py {TEACHER} --prompt= {OUT}", "a --prompt is empty"),
     (f"sample.py {TEACHER} --prompt circle --side-by-side {OUT}", "--side-by-side compares a --student with its teacher"),
     (f"sample.py --student {{0}}/run --export {{0}}/pairs", "{0}/pairs is there already"),
     (f"{ADM} {PROMPTS} --batch 0", "argument --batch: must be at least 1, not 0"),

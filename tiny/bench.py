@@ -22,6 +22,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import socket
 import statistics
 import sys
 import tempfile
@@ -213,11 +214,13 @@ def worker(rank, port, queue, *arguments):
     os.environ["LOCAL_RANK"] = str(rank)
     if port:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    found = measure(*arguments)
-    if rank == 0:
-        queue.put(found)
-    if common.dist.is_initialized():
-        common.dist.destroy_process_group()
+
+    def run():
+        found = measure(*arguments)
+        if rank == 0:
+            queue.put(found)
+
+    common.launch(run)
 
 
 def together(port, stage, processes, extra, options, teacher, folder):
@@ -231,7 +234,7 @@ def together(port, stage, processes, extra, options, teacher, folder):
     for process in workers:
         process.join()
     if any(process.exitcode for process in workers):
-        raise common.UserError(f"{stage} {extra} did not run")
+        raise common.UserError(f"{stage} {extra} did not run, as is said above".replace("  ", " "))
     return queue.get()
 
 
@@ -267,7 +270,10 @@ def main():
             result, found = together(None, *arguments)
             if processes > 1:
                 apart = result["seconds_iteration"]
-                result, found = together(29600 + i, *arguments)
+                with socket.socket() as free:
+                    free.bind(("127.0.0.1", 0))
+                    port = free.getsockname()[1]
+                result, found = together(port, *arguments)
                 result |= {"seconds_apart": apart, "overhead": result["seconds_iteration"] / apart - 1}
             rows.append({"stage": stage, "processes": processes, "options": extra, **result})
             complaints += found
