@@ -61,5 +61,6 @@ demo-sd3 demo-video: setup
 	head -n 8 prompts/$(PROMPTS)_eval.txt > $(DEMO)/prompts.txt
 	$(PYTHON) sample.py --student $(DEMO)/adm --prompts $(DEMO)/prompts.txt --side-by-side --guidance 2 --out $(DEMO)/samples
 
+# files in their own order: by their number of tests the longest would come last, and one core would wait
 test: setup
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -883,18 +883,18 @@ def gathered(state):
 
 
 def zero1_state(optimizer):
-    """A ZeroRedundancyOptimizer of AdamW -> its whole state_dict, on the main process and its CPU. All processes call it. Its own
-    `consolidate_state_dict` pickles every share byte by byte: hours for SDXL."""
+    """A ZeroRedundancyOptimizer of AdamW -> its whole state_dict, on the main process and its CPU; all processes call it. A state is the sum
+    of what the processes have of it, zero but for one. Its own `consolidate_state_dict` pickles every share byte by byte: hours for SDXL."""
     state = {}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        own = optimizer.optim.state.get(p)  # on one process
+        own = optimizer.optim.state.get(p)
         values = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         for name, value in values.items():
             if own:
                 value.copy_(own[name])
-            dist.reduce(value.data, 0)
+            dist.reduce(value, 0)
         if is_main() and values["step"]:
-            state[i] = {name: value.detach().cpu() for name, value in values.items()}
+            state[i] = {name: value.cpu() for name, value in values.items()}
     return {"state": state, "param_groups": torch.optim.Optimizer.state_dict(optimizer)["param_groups"]}
 
 
