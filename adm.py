@@ -20,9 +20,9 @@ def main(argv=None):
     common.add_training_arguments(parser)
     parser.add("--prompts", "text file, a prompt a line", default=common.PROMPTS)
     parser.add("--init", "checkpoint of adp.py or adm.py to start from (default the teacher)")
-    parser.add("--steps", f"of the student (those of --init, else the paper's: {common.family_default('student_steps').removeprefix('default ')})", type=common.steps)
+    parser.add("--steps", f"of the student (those of --init, else the paper's: {common.family_default('student_steps')})", type=common.steps)
     parser.add("--loss", "what moves the student", choices=("adm", "dmd"), default="adm")
-    parser.add("--guidance", f"the teacher's classifier-free guidance scale ({common.family_default('adm_guidance')})", type=common.non_negative)
+    parser.add("--guidance", f"the teacher's classifier-free guidance scale (default {common.family_default('adm_guidance')})", type=common.non_negative)
     parser.add("--dt", "length of the ODE step, in units of T", type=common.number(float, "between 0 and 1", lambda value: 0 < value < 1), default=1 / 64)  # peers
     parser.add("--ttur", "updates of fake score and discriminator for each of the generator", type=common.positive, default=1)  # paper
     parser.add("--fake-lr", "of the fake score", type=common.non_negative, default=5e-7)

@@ -23,8 +23,8 @@ def main(argv=None):
     parser.add("--pixel-backbone", "a SAM checkpoint file; sam_vit_b, sam_vit_l, sam_vit_h; dinov2 or a folder of one", default="sam_vit_b")
     parser.add("--lambda-latent", "weight of the latent discriminator", type=common.non_negative, default=0.85)  # paper
     parser.add("--lambda-pixel", "weight of the pixel discriminator; 0 leaves it out", type=common.non_negative, default=0.15)  # paper
-    parser.add("--warmup", "first iterations on the velocity's squared error alone; with all of them, and --lambda-pixel 0, this is rectified flow (default 500, and 0 for a teacher "
-               "that predicts velocity)", type=common.whole)
+    parser.add("--warmup", "first iterations on the velocity's squared error alone; with all of them, and --lambda-pixel 0, this is rectified flow "
+               "(default 500, and 0 for a teacher that predicts velocity)", type=common.whole)
     parser.add("--warmup-lr", "of the student in the warm-up (default --lr)", type=common.non_negative)
     parser.add("--mse", "weight of the velocity's squared error after the warm-up", type=common.non_negative, default=0.0)
     args = parser.parse_args(argv)

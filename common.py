@@ -262,8 +262,8 @@ class Teacher:
             net = Adapted(self.denoiser, adapter, args.lora)
             if folder:
                 try:
-                    net.load_state_dict(torch.load(os.path.join(folder, "state", "G.pt"), map_location="cpu", weights_only=True))
-                except (RuntimeError, OSError) as error:
+                    net.load_state_dict(read_tensors(os.path.join(folder, "state", "G.pt")))
+                except (RuntimeError, OSError, ValueError) as error:
                     raise UserError(f"--lora {args.lora} starts from the teacher, or from a student of the same --lora; {folder} is none") from error
             return net
         net = self.network(folder, "student") if folder else self.network(self.path, self.denoiser_name)
@@ -481,7 +481,7 @@ def flow_scheduler(sigmas):
 
 def family_default(name):
     """What each family's default is, for --help."""
-    return "default " + ", ".join(f"{family.__name__} {getattr(family, name):g}" for family in FAMILIES.values())
+    return ", ".join(f"{family.__name__} {getattr(family, name):g}" for family in FAMILIES.values())
 
 
 def short_name(teacher):
@@ -1421,7 +1421,7 @@ def add_teacher_arguments(parser, required=True):
     parser.add("--teacher", f"{', '.join(TEACHERS)}, a pipeline folder, or a hub id" + ("" if required else " (default the student's own)"), required=required)
     parser.add("--resolution", "pixels: a side, or HEIGHTxWIDTH (default the teacher's: SDXL and SD3 1024, CogVideoX 480x720)", type=resolution)
     parser.add("--frames", "of a video, a multiple of 8 plus 1 (default the teacher's: CogVideoX 49)", type=positive)
-    parser.add("--batch", f"rows at a time in each process ({family_default('batch')})", type=positive)
+    parser.add("--batch", f"rows at a time in each process (default {family_default('batch')})", type=positive)
     parser.add("--precision", "of the networks' passes; weights that train are fp32 (default bf16 on a GPU, else fp32)", choices=("fp32", "bf16"))
 
 

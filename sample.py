@@ -63,8 +63,8 @@ def load_teacher(args, students):
 
 def add_system_arguments(parser):
     common.add_teacher_arguments(parser, required=False)
-    parser.add("--steps", f"of the teacher's sampler ({common.family_default('sampler_steps')})", type=common.steps)
-    parser.add("--guidance", f"classifier-free guidance scale of the teacher ({common.family_default('guidance')})", type=common.non_negative)
+    parser.add("--steps", f"of the teacher's sampler (default {common.family_default('sampler_steps')})", type=common.steps)
+    parser.add("--guidance", f"classifier-free guidance scale of the teacher (default {common.family_default('guidance')})", type=common.non_negative)
 
 
 def main(argv=None):

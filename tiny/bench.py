@@ -208,6 +208,13 @@ def measure(stage, processes, extra, options, teacher, folder):
     return result, complaints
 
 
+def free_port():
+    """A port of this machine that nobody has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def worker(rank, port, queue, *arguments):
     """One of the processes of a measurement; the first hands over what it measured."""
     stage, processes, *_ = arguments
@@ -234,7 +241,7 @@ def together(port, stage, processes, extra, options, teacher, folder):
     for process in workers:
         process.join()
     if any(process.exitcode for process in workers):
-        raise common.UserError(f"{stage} {extra} did not run, as is said above".replace("  ", " "))
+        raise common.UserError(f"{f'{stage} {extra}'.strip()} did not run, as is said above")
     return queue.get()
 
 
@@ -270,10 +277,7 @@ def main():
             result, found = together(None, *arguments)
             if processes > 1:
                 apart = result["seconds_iteration"]
-                with socket.socket() as free:
-                    free.bind(("127.0.0.1", 0))
-                    port = free.getsockname()[1]
-                result, found = together(port, *arguments)
+                result, found = together(free_port(), *arguments)
                 result |= {"seconds_apart": apart, "overhead": result["seconds_iteration"] / apart - 1}
             rows.append({"stage": stage, "processes": processes, "options": extra, **result})
             complaints += found

@@ -31,6 +31,11 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def adapter_parameters(args, teacher):
+    """Parameters of one network's --lora adapters."""
+    return sum(args.lora * (m.in_features + m.out_features) for m in inner_layers(teacher.denoiser).values())
+
+
 def flat(values):
     """What is in nested lists and tuples, in one list."""
     return [x for value in values for x in (flat(value) if isinstance(value, (list, tuple)) else [value])]
@@ -270,7 +275,7 @@ def memory_rows(args, parts, processes, limit=float("inf")):
     buffers = tables = sum(b.numel() for b in teacher.denoiser.buffers())
     shared, states_shared = processes if args.shard == "fsdp" else 1, processes if args.shard != "ddp" else 1
     if args.lora:
-        n, tables = sum(args.lora * (m.in_features + m.out_features) for m in inner_layers(teacher.denoiser).values()), 0
+        n, tables = adapter_parameters(args, teacher), 0
 
     trained = (4 * n / shared + 4 * tables, 4 * n / shared, 8 * n / states_shared)
     kind = f"rank-{args.lora} adapters" if args.lora else "fp32"
@@ -308,7 +313,7 @@ def checkpoint_bytes(args, parts):
     """What a checkpoint takes on the disk: all that trains and its optimisers' states, and the student once more, in float32."""
     student = sum(w.numel() for w in parts.teacher.denoiser.state_dict().values())
     networks = 2 if hasattr(args, "fake_lr") else 1
-    trained = student if not args.lora else sum(args.lora * (m.in_features + m.out_features) for m in inner_layers(parts.teacher.denoiser).values())
+    trained = adapter_parameters(args, parts.teacher) if args.lora else student
     return 4 * (student + trained * (3 * networks + bool(args.ema)) + (3 * count(parts.heads) if parts.heads else 0))
 
 
