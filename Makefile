@@ -1,8 +1,9 @@
-# make demo    the whole method on the tiny teacher, 10 to 13 minutes on two cores: runs/demo/report.json, runs/demo/grid.png
-# make seeds   three of them, and the mean
-# make demo-sd3, make demo-video    four- and eight-step students of the other tiny teachers, 6 minutes each: report.json and samples/ in runs/
-# make test    every test
-# make setup   the virtual environment that all use; make sets it up by itself
+# make demo        the whole method on a tiny teacher, 10 to 13 minutes on two cores; results in runs/demo
+# make seeds       three of them, and the mean
+# make demo-sd3    a four-step student of tiny-sd3, 6 minutes: report.json and samples/ in runs/demo-sd3
+# make demo-video  an eight-step student of tiny-cogvideox, 6 minutes: runs/demo-video
+# make test        ruff, and every test
+# make setup       the virtual environment that all use; make sets it up by itself
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -12,13 +13,15 @@ SEED ?= 0
 DEMO ?= runs/demo
 TINY := --teacher assets/tiny-sdxl --seed $(SEED)
 SHORT := --no-checkpointing --head-width 128 --betas 0.5 0.99 --clip 1 --ema 0.99
+# ADM on teachers of this size: a long step, a penalty to match, all else faster than the student
+DISTIL := --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/8 --r1 0.03 --r2 0.03
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: setup demo seeds demo-sd3 demo-video test
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is older than 3.11, which the packages need")'
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the packages need python3 3.11 or newer")'
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
 	$(PYTHON) -m pip install --quiet -r requirements.txt
@@ -28,18 +31,21 @@ demo: setup
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
 	date +%s > $(DEMO)/since
-	$(TORCHRUN) collect_ode.py $(TINY) --prompts prompts/shapes_train.txt --out $(DEMO)/pairs --count 6144 --steps 12 --shard 256 --batch 64 --guidance 1.75
-	$(TORCHRUN) adp.py $(TINY) --pairs $(DEMO)/pairs --pixel-backbone assets/tiny-sam.pth --out $(DEMO)/adp $(SHORT) --batch 32 \
-		--warmup 1600 --warmup-lr 1.2e-3 --mse 1 --iterations 1700 --lr 2e-4 --decay 0.1 --head-lr 1e-3
-	$(TORCHRUN) adm.py $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt --out $(DEMO)/adm $(SHORT) --batch 16 \
-		--warmup 60 --iterations 600 --lr 3e-5 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 1.75 --dt 0.125 --r1 8 --r2 8
-	$(TORCHRUN) evaluate.py $(TINY) --guidance 1.75 --student adp=$(DEMO)/adp --student dmdx=$(DEMO)/adm --prompts prompts/shapes_eval.txt \
-		--seeds 16 --batch 64 --metrics oracle,lpips --lpips-net random --lpips-size 64 --out $(DEMO)/evaluation \
+	$(TORCHRUN) collect_ode.py $(TINY) --prompts prompts/shapes_train.txt --out $(DEMO)/pairs \
+		--count 6144 --steps 12 --shard 256 --batch 64 --guidance 1.75
+	$(TORCHRUN) adp.py $(TINY) --pairs $(DEMO)/pairs --pixel-backbone assets/tiny-sam.pth --out $(DEMO)/adp \
+		$(SHORT) --batch 32 --iterations 1700 --warmup 1600 --warmup-lr 1.2e-3 --mse 1 \
+		--lr 2e-4 --decay 0.1 --head-lr 1e-3
+	$(TORCHRUN) adm.py $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt --out $(DEMO)/adm \
+		$(SHORT) --batch 16 --iterations 600 --warmup 60 --guidance 1.75 $(DISTIL) --lr 3e-5
+	$(TORCHRUN) evaluate.py $(TINY) --guidance 1.75 --student adp=$(DEMO)/adp --student dmdx=$(DEMO)/adm \
+		--prompts prompts/shapes_eval.txt --seeds 16 --batch 64 --metrics oracle,lpips \
+		--lpips-net random --lpips-size 64 --out $(DEMO)/evaluation \
 		--json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 
 seeds: setup
 	for seed in 0 1 2; do $(MAKE) demo SEED=$$seed DEMO=runs/demo-$$seed || exit 1; done
-	$(PYTHON) tiny/reproduce.py runs/demo-*/report.json
+	$(PYTHON) tools/seeds.py runs/demo-*/report.json
 
 demo-sd3: FAMILY := sd3
 demo-sd3: PROMPTS := shapes
@@ -53,14 +59,19 @@ demo-sd3 demo-video: setup
 	rm -rf $(DEMO)
 	mkdir -p $(DEMO)
 	date +%s > $(DEMO)/since
-	$(PYTHON) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/start --iterations 1 --warmup 1 --batch 8
-	$(TORCHRUN) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/adm $(SHORT) --batch 8 \
-		$(LENGTH) --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --guidance 2 --dt 0.125 --r1 8 --r2 8
-	$(TORCHRUN) evaluate.py $(TINY) --guidance 2 --student start=$(DEMO)/start --student adm=$(DEMO)/adm --prompts prompts/$(PROMPTS)_eval.txt \
-		--seeds 8 --batch 32 --out $(DEMO)/evaluation --json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
+	$(PYTHON) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/start \
+		--iterations 1 --warmup 1 --batch 8
+	$(TORCHRUN) adm.py $(TINY) --prompts prompts/$(PROMPTS)_train.txt --out $(DEMO)/adm \
+		$(SHORT) --batch 8 $(LENGTH) --guidance 2 $(DISTIL)
+	$(TORCHRUN) evaluate.py $(TINY) --guidance 2 --student start=$(DEMO)/start --student adm=$(DEMO)/adm \
+		--prompts prompts/$(PROMPTS)_eval.txt --seeds 8 --batch 32 --metrics oracle --out $(DEMO)/evaluation \
+		--json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 	head -n 8 prompts/$(PROMPTS)_eval.txt > $(DEMO)/prompts.txt
-	$(PYTHON) sample.py --student $(DEMO)/adm --prompts $(DEMO)/prompts.txt --side-by-side --guidance 2 --out $(DEMO)/samples
+	$(PYTHON) sample.py --student $(DEMO)/adm --prompts $(DEMO)/prompts.txt --side-by-side --guidance 2 \
+		--out $(DEMO)/samples
 
 # files in their own order: by their number of tests the longest would come last, and one core would wait
 test: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

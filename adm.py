@@ -1,156 +1,220 @@
 """Stage 2: adversarial distribution matching (ADM), the paper's Algorithm 1.
 
-    torchrun --nproc_per_node=8 adm.py --teacher sdxl --init runs/adp-sdxl --prompts prompts.txt   # one step, after ADP: DMDX
-    torchrun --nproc_per_node=8 adm.py --teacher sd3-medium --prompts prompts.txt                  # four steps, from the teacher
-    torchrun adm.py --teacher cogvideox --steps 8                                                  # video
-    python adm.py --teacher assets/tiny-sdxl --init runs/adp --prompts prompts/shapes_train.txt --loss dmd   # the baseline
+    torchrun --nproc_per_node=8 adm.py --teacher sdxl --init runs/adp-sdxl --prompts prompts.txt  # one step
+    torchrun adm.py --teacher cogvideox --steps 8 --prompts prompts.txt  # several; --loss dmd is the baseline
 
-F_phi is the frozen teacher: the real score, and the backbone of the discriminator D_tau. f_psi is the fake score, which follows the
-student G_theta. No pictures are needed, only prompts. `--loss dmd` replaces the discriminator by the DMD loss.
+F_phi is the frozen teacher: the real score, and the backbone of the discriminator D_tau. f_psi is the fake
+score, which follows the student G_theta. Algorithm 1, and its methods of class ADM:
+
+1. x0_hat = G_theta(x_t', t', c) for prompts c, one of G's times t', x_t' by backward simulation.  generate
+2. Update psi by f_psi's denoising loss at x_t = alpha_t x0_hat + sigma_t eps, t ~ U[0, T].  fake_score_loss
+3. x_t again, t ~ U(dt, T]; x_fake, x_real: one ODE step from there to t - dt by f_psi, by the guided F_phi.
+   Update theta by L(theta) = -E D_tau(x_fake, t - dt, c).                                generator_loss
+4. Update tau by L(tau) = E relu(1 + D_tau(x_fake, t - dt, c))
+                        + E relu(1 - D_tau(x_real, t - dt, c)).                           discriminator_loss
 """
+
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import common
 from common import T, hinge_discriminator, hinge_generator
+from support.arguments import parse_adm_arguments
+from support.checkpoints import Run
+from support.errors import launch
+from support.files import read_training_prompts
+from support.parallel import freeze, start_processes, sync_gradients
+from support.rows import Rows, draw_integer, draw_rows
+from support.tensors import detach, mean_of_rows
+from support.training import Means, MovingAverage, clip_gradient, log_cosine, prepare, set_lr
+from tools.plan import print_plan
+
+
+@dataclass
+class MicroBatch:
+    """What B samples carry from one line of the algorithm to the next; latents are [B, C, (F,) H, W]."""
+
+    rows: Rows  # their random numbers
+    prompts: list  # B strings
+    k: int  # t' is the student's k-th time
+    cond: dict = None  # c: {name: [B, ...]}
+    x_t_prime: Tensor = None  # latents, the student's input
+    x0_hat: Tensor = None  # latents, the student's sample
+    s: Tensor = None  # [B], t - dt
+    x_fake: Tensor = None  # latents at time s, detached
+    x_real: Tensor = None  # latents at time s
+    maps_fake: list = None  # D's maps of x_fake, detached: [B, C_i, (F,) H_i, W_i] each
+
+
+class ADM:
+    """The networks of Algorithm 1, and a method for each of its lines."""
+
+    student_losses = {"adm": "generator_loss", "dmd": "dmd_loss"}  # --loss: its method
+
+    def __init__(self, args, teacher, prompts):
+        self.args = args
+        self.teacher = teacher
+        self.prompts = prompts
+        self.log = Means()
+        self.dt = args.dt * T
+        self.student, folder = common.start_student(args.init, teacher, args.steps)
+        self.G = teacher.trainable(args, "student", folder)
+        self.f = teacher.trainable(args, "fake")
+        self.heads = teacher.make_heads(args.head_width) if args.loss == "adm" else None
+        self.ema = MovingAverage(self.G, args.ema)
+        self.G_train, self.opt_G = prepare(self.G, args.lr, args)  # in DDP, for updates; frozen ones are bare
+        self.f_train, self.opt_f = prepare(self.f, args.fake_lr, args)
+        self.heads_train, self.opt_heads = prepare(self.heads, args.head_lr, args)
+
+    def draw(self, step, update):
+        """The micro-batches of an update. The time t' is the same in all of them and on every rank."""
+        k = draw_integer(self.student.steps, "t_prime", self.args.seed, step, update)
+        parts = draw_rows(self.args, self.teacher.device, "adm", step, update)
+        return [MicroBatch(rows, rows.choose(self.prompts), k) for rows in parts]
+
+    def generate(self, b):
+        """Line 1: x0_hat = G_theta(x_t', t', c), x_t' by backward simulation from pure noise."""
+        if b.x_t_prime is None:
+            b.cond = self.teacher.encode(b.prompts)
+            b.x_t_prime = self.student.simulate(self.G, b.rows, b.cond, b.k)
+        b.x0_hat = self.student.denoise(self.G_train, b.x_t_prime, b.k, b.cond)
+
+    def fake_score_loss(self, b):
+        """Line 2: L(psi) = E |f_psi(x_t, t, c) - target|^2, x_t = alpha_t x0_hat + sigma_t eps."""
+        x_0 = b.x0_hat.detach()
+        t = b.rows.uniform() * T
+        eps = b.rows.normal_like(x_0)
+        x_t = self.teacher.diffuse(x_0, eps, t)
+        raw = self.teacher.raw(self.f_train, x_t, t, b.cond)
+        loss = F.mse_loss(raw, self.teacher.target(x_0, eps, t))
+        return self.log(loss_f=loss)
+
+    def diffuse_sample(self, b):
+        """Line 3: x_t = alpha_t x0_hat + sigma_t eps, t ~ U(dt, T] -> (x_t, t), differentiable in theta."""
+        if torch.is_grad_enabled() and not b.x0_hat.requires_grad:
+            self.generate(b)  # line 1 kept no graph of it
+        t = T - b.rows.uniform() * (T - self.dt)  # paper silent: shared sample: new times and noise alone
+        eps = b.rows.normal_like(b.x0_hat)
+        return self.teacher.diffuse(b.x0_hat, eps, t), t
+
+    def generator_loss(self, b):
+        """Line 3: L(theta) = -E D_tau(x_fake, t - dt, c); the way to theta is D's backbone, f_psi, x_t."""
+        x_t, t = self.diffuse_sample(b)
+        b.s = t - self.dt
+        x0_fake, eps_fake = self.teacher.predict(self.f, x_t, t, b.cond)
+        x_fake = self.teacher.step(x0_fake, eps_fake, b.s)
+        with torch.no_grad():
+            x0_real, eps_real = self.teacher.guided(x_t, t, b.cond, self.args.guidance)
+            b.x_real = self.teacher.step(x0_real, eps_real, b.s)
+            self.dmd_direction(b.x0_hat, x0_fake, x0_real)  # only logged
+        maps_fake = self.teacher.features(x_fake, b.s, b.cond)
+        b.x_fake = x_fake.detach()
+        b.maps_fake = detach(maps_fake)
+        log_cosine(self.log, x_fake, b.x_real - b.x_fake)
+        loss = hinge_generator(self.heads(maps_fake))
+        return self.log(loss_G=loss)
+
+    def dmd_loss(self, b):
+        """The baseline in line 3's place (DMD): a loss whose gradient in x0_hat is DMD's direction."""
+        x_t, t = self.diffuse_sample(b)
+        with torch.no_grad():
+            x0_fake, _ = self.teacher.predict(self.f, x_t, t, b.cond)
+            x0_real, _ = self.teacher.guided(x_t, t, b.cond, self.args.guidance)
+            goal = b.x0_hat - self.dmd_direction(b.x0_hat, x0_fake, x0_real)
+        loss = 0.5 * F.mse_loss(b.x0_hat, goal)
+        return self.log(loss_G=loss)
+
+    def dmd_direction(self, x0_hat, x0_fake, x0_real):
+        """(x0_fake - x0_real) / mean |x0_hat - x0_real| of the row; half its square is the paper's Fig. 3."""
+        size = mean_of_rows((x0_hat - x0_real).abs())
+        direction = (x0_fake - x0_real) / size
+        self.log(dmd_loss=0.5 * direction.square().mean())
+        return direction
+
+    def discriminator_loss(self, b):
+        """Line 4: L(tau) = E relu(1 + D_tau(x_fake, t - dt, c)) + E relu(1 - D_tau(x_real, t - dt, c))."""
+        with torch.no_grad():
+            maps_real = self.teacher.features(b.x_real, b.s, b.cond)
+        D_real, D_fake = self.heads_train(maps_real, b.maps_fake)
+        self.log(D_gap=(D_real - D_fake).mean(), D_abs=torch.cat([D_real, D_fake]).abs().mean())
+        r1 = self.penalty(b.x_real, D_real, b, self.args.r1)
+        r2 = self.penalty(b.x_fake, D_fake, b, self.args.r2)
+        loss = hinge_discriminator(D_real, D_fake) + r1 + r2
+        return self.log(loss_D=loss)
+
+    def penalty(self, x, D, b, weight):
+        """R1 of x_real, R2 of x_fake: weight N dt E (D(x) - D(x + r n))^2 / r^2, n noise, N numbers in x."""
+        # paper silent: penalties: grad D then points along the difference of the scores; else D drifts
+        if not weight:
+            return 0
+        with torch.no_grad():
+            noise = b.rows.normal_like(x)
+            x_near = x + self.args.r_noise * noise
+            maps = self.teacher.features(x_near, b.s, b.cond)
+        change = (D - self.heads_train(maps)).mean(1)
+        slope = change.square().mean() / self.args.r_noise**2
+        return weight * x[0].numel() * self.args.dt * slope
+
+
+def iterate(adm, step, minimise):
+    """One iteration of Algorithm 1: --ttur updates of f_psi and D_tau, and one of G_theta."""
+    args = adm.args
+    student_loss = getattr(adm, adm.student_losses[args.loss])
+    for update in range(args.ttur):
+        student_learns = step >= args.warmup and update == args.ttur - 1
+        batch = adm.draw(step, update)
+        with torch.set_grad_enabled(student_learns and len(batch) == 1):  # more graphs would not fit
+            for b in batch:
+                adm.generate(b)
+        norm_f = minimise(adm.fake_score_loss, batch, adm.f_train, adm.opt_f, args.clip)
+        adm.log(norm_f=norm_f)
+        if student_learns:
+            with freeze(adm.f, adm.heads):  # only theta learns from line 3
+                norm_G = minimise(student_loss, batch, adm.G_train, adm.opt_G, args.clip)
+            adm.log(norm_G=norm_G)
+            adm.ema.step()
+        else:
+            with torch.no_grad():
+                for b in batch:
+                    student_loss(b)
+        if adm.heads:
+            norm_D = minimise(adm.discriminator_loss, batch, adm.heads_train, adm.opt_heads, args.clip)
+            adm.log(norm_D=norm_D)
+
+
+def minimise(loss_of, batch, net, optimizer, clip):
+    """One update of `net` by the mean of the micro-batches' losses -> the gradient's norm, unclipped."""
+    for b in batch:
+        with sync_gradients(net, now=b is batch[-1]):
+            loss = loss_of(b) / len(batch)
+            loss.backward()
+    norm = clip_gradient(optimizer, clip)
+    if norm.isfinite():  # one bad batch must not end a run
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def main(argv=None):
-    parser = common.Parser(__doc__)
-    common.add_training_arguments(parser)
-    parser.add("--prompts", "text file, a prompt a line", default=common.PROMPTS)
-    parser.add("--init", "checkpoint of adp.py or adm.py to start from (default the teacher)")
-    parser.add("--steps", f"of the student (those of --init, else the paper's: {common.family_default('student_steps')})", type=common.steps)
-    parser.add("--loss", "what moves the student", choices=("adm", "dmd"), default="adm")
-    parser.add("--guidance", f"the teacher's classifier-free guidance scale (default {common.family_default('adm_guidance')})", type=common.non_negative)
-    parser.add("--dt", "length of the ODE step, in units of T", type=common.number(float, "between 0 and 1", lambda value: 0 < value < 1), default=1 / 64)  # peers
-    parser.add("--ttur", "updates of fake score and discriminator for each of the generator", type=common.positive, default=1)  # paper
-    parser.add("--fake-lr", "of the fake score", type=common.non_negative, default=5e-7)
-    parser.add("--warmup", "first iterations, in which only the fake score and the heads learn", type=common.whole, default=0)
-    # paper silent: without a penalty D drifts, and takes the student along (README, "What the paper leaves open"); 0 turns it off
-    parser.add("--r1", "weight of D's gradient penalty on real samples, times dt", type=common.non_negative, default=1.0)
-    parser.add("--r2", "the same on fake samples", type=common.non_negative, default=1.0)
-    parser.add("--r-noise", "standard deviation of the noise that the penalties take their differences with", type=common.above_zero, default=0.1)
-    args = parser.parse_args(argv)
+    args = parse_adm_arguments(__doc__, argv, common.TEACHERS, common.FAMILIES, ADM.student_losses)
     if args.plan:
-        from tiny.plan import print_plan
-
-        return print_plan(args)
-
-    prompts = common.read_prompts(args.prompts)
-    device = common.start_processes(args.seed)
-    teacher = common.load_training_teacher(args, device)
+        return print_plan(args, ADM, iterate)
+    prompts = read_training_prompts(args.prompts)
+    teacher = common.load_training_teacher(args, start_processes(args.seed))
     teacher.check(prompts)
-    args.guidance = teacher.adm_guidance if args.guidance is None else args.guidance
-
-    # G_theta starts from ADP or the teacher, f_psi from the teacher; D_tau is the teacher's backbone with new heads.
-    folder, student = None, common.Student(teacher, "teacher", args.steps or teacher.student_steps)
-    if args.init:
-        folder, student, _ = common.open_student(args.init, teacher, args.steps)
-    G, f = teacher.trainable(args, "student", folder), teacher.trainable(args, "fake")
-    ema = common.EMA(G, args.ema)
-    opt_G, opt_f = common.adamw(G.parameters(), args.lr, args), common.adamw(f.parameters(), args.fake_lr, args)
-    parts = {"G": G, "ema": ema, "f": f, "opt_G": opt_G, "opt_f": opt_f}
-    rates, heads = [(opt_G, args.lr), (opt_f, args.fake_lr)], None
-    if args.loss == "adm":
-        with torch.no_grad():
-            maps = teacher.features(torch.zeros(1, *teacher.latent_shape, device=device), torch.ones(1, device=device), teacher.null(1))
-        heads = common.Heads(maps, args.head_width).to(device)
-        opt_heads = common.adamw(heads.parameters(), args.head_lr, args)
-        parts |= {"heads": heads, "opt_heads": opt_heads}
-        rates.append((opt_heads, args.head_lr))
-    run = common.Run("adm", args, student, parts)
-    G_train, f_train = common.distributed(G), common.distributed(f)
-    heads_train = common.distributed(heads) if args.loss == "adm" else None
-    dt = args.dt * T
-
-    def prompts_of(rows):
-        return [prompts[i] for i in rows.integers(len(prompts))]  # a row's first random number
-
-    def all_prompts_of(step):
-        batches = (common.micro_batches(args, (args.seed, step, inner), device) for inner in range(args.ttur))
-        return [prompt for batch in batches for b in batch for prompt in prompts_of(b.rows)]
-
-    for step in run.iterations(all_prompts_of):
-        for optimizer, lr in rates:
-            common.set_lr(optimizer, lr, step, args)
-        for inner in range(args.ttur):
-            generator_turn = inner == args.ttur - 1 and step >= args.warmup
-            batch = common.micro_batches(args, (args.seed, step, inner), device)
-            metrics = common.Means()
-
-            # 1. Generate: x0_hat = G_theta(x_t', t', c), x_t' by backward simulation from pure noise. t' is the same on every process.
-            k = int(torch.randint(student.steps, (1,), generator=common.generator(args.seed, step, inner)))
-            t_prime = torch.full((args.batch,), student.times[k], dtype=torch.float64, device=device)
-            for b in batch:
-                b.cond = teacher.encode(prompts_of(b.rows))
-                b.x_t_prime = student.simulate(G, b.rows, b.cond, k)
-                # of several micro-batches the graphs would not fit together: step 3 makes them again, one by one
-                with torch.set_grad_enabled(generator_turn and len(batch) == 1):
-                    b.x0_hat = student.x0(G_train, b.x_t_prime, t_prime, b.cond)
-
-            # 2. Fake score: denoise the student's samples, as the teacher was trained to
-            for b in common.updating(opt_f, f_train, batch, args.clip, metrics, "norm_f"):
-                x_0, t, eps = b.x0_hat.detach(), b.rows.uniform() * T, b.rows.normal(*teacher.latent_shape)
-                x_t = teacher.diffuse(x_0, eps, t)
-                loss_f = F.mse_loss(teacher.call(f_train, x_t, teacher.timestep(t), b.cond), teacher.target(x_0, eps, t))
-                (loss_f / len(batch)).backward()
-                metrics.add(loss_f=loss_f)
-
-            # 3. Generator. The student's sample at t ~ U(dt, T], and what both scores make of it. Only G_theta learns from this.
-            parts = common.updating(opt_G, G_train, batch, args.clip, metrics, "norm_G") if generator_turn else batch
-            with common.frozen(f, heads), torch.set_grad_enabled(generator_turn):
-                for b in parts:
-                    if generator_turn and len(batch) > 1:  # step 1 kept no graph
-                        b.x0_hat = student.x0(G_train, b.x_t_prime, t_prime, b.cond)
-                    t = T - b.rows.uniform() * (T - dt)
-                    x_t = teacher.diffuse(b.x0_hat, b.rows.normal(*teacher.latent_shape), t)
-                    # the DMD loss takes both scores as they are: nothing goes back through f
-                    fake = teacher.predict(f, x_t if args.loss == "adm" else x_t.detach(), t, b.cond)
-                    with torch.no_grad():
-                        real = teacher.guided(x_t, t, b.cond, args.guidance)
-                        # DMD's direction: the baseline's gradient; for ADM its size is only logged (paper, Fig. 3)
-                        direction = (fake[0] - real[0]) / (b.x0_hat - real[0]).abs().mean(tuple(range(1, x_t.ndim)), keepdim=True)
-                        metrics.add(dmd_loss=0.5 * direction.square().mean())
-                    if args.loss == "dmd":
-                        loss_G = 0.5 * F.mse_loss(b.x0_hat, (b.x0_hat - direction).detach())
-                    else:
-                        # L(theta) = -E D_tau(x_fake, t - dt, c), through D's backbone, f_psi and the diffusion into G_theta
-                        b.s = t - dt
-                        x_fake, b.x_real = teacher.step(*fake, b.s), teacher.step(*real, b.s)
-                        maps_fake = teacher.features(x_fake, b.s, b.cond)
-                        loss_G = hinge_generator(heads(maps_fake))
-                        b.x_fake, b.maps_fake = x_fake.detach(), [m.detach() for m in maps_fake]
-                        if generator_turn:  # a gauge of D's health: does its gradient point from x_fake to x_real?
-                            toward = (b.x_real - b.x_fake).flatten(1)
-                            x_fake.register_hook(lambda grad: metrics.add(cosine=F.cosine_similarity(-grad.flatten(1), toward).mean()))
-                    if generator_turn:
-                        (loss_G / len(batch)).backward()
-                        metrics.add(loss_G=loss_G)
-            if generator_turn:
-                ema.update()
-            if args.loss == "dmd":
-                continue
-
-            # 4. Discriminator: L(tau) = E relu(1 + D(x_fake)) + E relu(1 - D(x_real)); D's maps of x_fake are at hand from step 3
-            for b in common.updating(opt_heads, heads_train, batch, args.clip, metrics, "norm_D"):
-                with torch.no_grad():
-                    groups = [teacher.features(b.x_real, b.s, b.cond), b.maps_fake]
-                    # R1, R2: lambda E (D(x) - D(x + n))^2 / |n|^2, so that grad D points along the difference of the scores
-                    groups += [teacher.features(x + args.r_noise * b.rows.normal(*teacher.latent_shape), b.s, b.cond)
-                               for x, weight in ((b.x_real, args.r1), (b.x_fake, args.r2)) if weight]
-                D_real, D_fake, *perturbed = heads_train([torch.cat(maps) for maps in zip(*groups)]).chunk(len(groups))
-                loss_D = hinge_discriminator(D_real, D_fake)
-                for D, weight in ((D_real, args.r1), (D_fake, args.r2)):
-                    if weight:
-                        loss_D = loss_D + weight * args.dt * (D - perturbed.pop(0)).mean(1).square().mean() / args.r_noise**2
-                (loss_D / len(batch)).backward()
-                metrics.add(loss_D=loss_D, D_abs=torch.cat([D_real, D_fake]).abs().mean(), D_gap=D_real.mean() - D_fake.mean())
-
-        run.log(step + 1, metrics)
-        if run.due(step + 1):
-            run.save(step + 1, G, ema, prompts)
+    adm = ADM(args, teacher, prompts)
+    rates = {adm.opt_G: args.lr, adm.opt_f: args.fake_lr, adm.opt_heads: args.head_lr}
+    run = Run("adm", args, adm)
+    for step in run.iterations():
+        set_lr(args, step, rates)
+        iterate(adm, step, minimise)
+        run.log(step + 1)
+        if run.is_due(step + 1):
+            run.save(step + 1, prompts)
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

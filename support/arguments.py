@@ -1,0 +1,269 @@
+"""Command lines: types that refuse what cannot work, defaults in --help, and the arguments of the stages."""
+
+import argparse
+import functools
+import math
+import re
+import sys
+from fractions import Fraction
+
+from support.files import PROMPTS
+from support.parallel import is_main
+
+
+class Parser(argparse.ArgumentParser):
+    """Groups its arguments, shows their defaults in --help, and says what is wrong once, not once a rank."""
+
+    def __init__(self, doc, teachers, families):
+        """teachers: the known names; families: the kinds of teacher, which have defaults of their own."""
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.teachers = teachers
+        self.families = families
+        self.titles = {}
+
+    def group(self, title):
+        """A function that adds an argument to the group of this title."""
+        if title not in self.titles:
+            self.titles[title] = self.add_argument_group(title)
+        return functools.partial(self._add, self.titles[title])
+
+    @staticmethod
+    def _add(group, name, help, shown=None, **options):
+        """shown: the default in words, where its value says little."""
+        default = options.get("default") if shown is None else shown
+        if default is not None and default is not False:
+            help += f" (default {default})".replace("%", "%%")
+        group.add_argument(name, help=help, **options)
+
+    def default_of(self, name):
+        """What each family's default is, in words."""
+        words = [f"{family.__name__} {getattr(family, name):g}" for family in self.families.values()]
+        return ", ".join(words)
+
+    def error(self, message):
+        if is_main():
+            print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Types: text -> value; argparse turns their errors into sentences
+# ----------------------------------------------------------------------------------------------------------
+
+
+def number(kind, wanted, allowed):
+    """An argument's type: a number of this kind (int or float) that is as wanted."""
+
+    def parse(text):
+        value = kind(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+
+    # argparse says "invalid number value: 'x'"
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def resolution(text):
+    """ "1024" or "480x720" -> (height, width)."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match or "0" in match.groups():
+        raise argparse.ArgumentTypeError(f"must be a number of pixels or HEIGHTxWIDTH, not {text}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def fraction(text):
+    """ "0.125" or "1/8" -> 0.125, strictly between 0 and 1."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = None
+    if value is None or not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
+    return value
+
+
+positive = number(int, "at least 1", lambda value: value >= 1)
+whole = number(int, "at least 0", lambda value: value >= 0)
+sampler_steps = number(int, "from 1 to 1000", lambda value: 1 <= value <= 1000)
+seed_number = number(int, "from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+head_width = number(int, "a multiple of 32", lambda value: value > 0 and value % 32 == 0)
+non_negative = number(float, "at least 0", lambda value: 0 <= value < math.inf)
+above_zero = number(float, "above 0", lambda value: 0 < value < math.inf)
+share = number(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Arguments of several scripts
+# ----------------------------------------------------------------------------------------------------------
+
+
+def add_teacher_arguments(parser, required=True):
+    """Which teacher, and what it draws; common.load_teacher_from reads them."""
+    add = parser.group("teacher")
+    names = ", ".join(parser.teachers)
+    shown = None if required else "the student's own"
+    add("--teacher", f"{names}, a pipeline folder, or a hub id", required=required, shown=shown)
+    shown = "the teacher's: SDXL and SD3 1024, CogVideoX 480x720"
+    add("--resolution", "pixels: a side, or HEIGHTxWIDTH", type=resolution, shown=shown)
+    shown = "the teacher's: CogVideoX 49"
+    add("--frames", "frames of a video, a multiple of 8 plus 1", type=positive, shown=shown)
+    add("--batch", "samples at a time on each rank", type=positive, shown=parser.default_of("batch"))
+    precision = "precision of the networks' passes; weights that train are fp32"
+    add("--precision", precision, choices=("fp32", "bf16"), shown="bf16 on a GPU, else fp32")
+
+
+def add_sampler_arguments(parser):
+    """How the teacher itself samples."""
+    add = parser.group("teacher")
+    shown = parser.default_of("sampler_steps")
+    add("--steps", "steps of the teacher's sampler", type=sampler_steps, shown=shown)
+    shown = parser.default_of("guidance")
+    add("--guidance", "the teacher's classifier-free guidance scale", type=non_negative, shown=shown)
+
+
+def add_prompts_argument(parser):
+    add = parser.group("method")
+    shown = "prompts/general.txt, 64 of our own to try things with"
+    add("--prompts", "text file, a prompt a line", default=PROMPTS, shown=shown)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The training stages
+# ----------------------------------------------------------------------------------------------------------
+
+# paper silent: learning rates: DMD2's for SDXL: 5e-7 for student and fake score, 1e-5 where it pre-trains
+# on ODE pairs, 5e-5 for LoRA; heads ten times as fast as a student that trains whole. None was tried at
+# full size.
+ADM_RATES = {  # name: (of what, all weights, --lora)
+    "--lr": ("the student", 5e-7, 5e-5),
+    "--fake-lr": ("the fake score", 5e-7, 5e-5),
+    "--head-lr": ("the discriminator's heads", 5e-6, 5e-6),
+}
+ADP_RATES = {
+    "--lr": ("the student", 1e-5, 5e-5),
+    "--warmup-lr": ("the student in the warm-up", 1e-5, 5e-5),
+    "--head-lr": ("the discriminators' heads", 1e-4, 1e-4),
+}
+
+
+def parse_adm_arguments(doc, argv, teachers, families, losses):
+    """The arguments of adm.py. losses: the names that --loss may have."""
+    parser = Parser(doc, teachers, families)
+    add_teacher_arguments(parser)
+    add_prompts_argument(parser)
+    add = parser.group("method")
+    add("--init", "checkpoint of adp.py or adm.py to start from", shown="the teacher")
+    shown = f"those of --init, else the paper's: {parser.default_of('student_steps')}"
+    add("--steps", "steps of the student", type=sampler_steps, shown=shown)
+    add("--loss", "what moves the student", choices=list(losses), default="adm")
+    # paper silent: guidance: DMD2's 8 for SDXL, the pipelines' own defaults for the others
+    shown = parser.default_of("adm_guidance")
+    add("--guidance", "the teacher's classifier-free guidance scale", type=non_negative, shown=shown)
+    # paper silent: dt: what peers take; the two classes of the discriminator differ by about dt
+    add("--dt", "length of the ODE step, in units of T", type=fraction, default="1/64")
+    ttur = "updates of fake score and discriminator for one of the student"
+    add("--ttur", ttur, type=positive, default=1)  # paper
+    r1 = "weight of D's gradient penalty on real samples, times dt and the size of a latent"
+    add("--r1", r1, type=non_negative, default=0.004)
+    add("--r2", "weight of the same on fake samples", type=non_negative, default=0.004)
+    r_noise = "standard deviation of the noise that the penalties take their differences with"
+    add("--r-noise", r_noise, type=above_zero, default=0.1)
+    warmup = "first iterations, in which only the fake score and the heads learn"
+    add("--warmup", warmup, type=whole, default=0)
+    add_training_arguments(parser)
+    add_learning_rates(parser, ADM_RATES)
+    return fill_learning_rates(parser.parse_args(argv), ADM_RATES)
+
+
+def parse_adp_arguments(doc, argv, teachers, families):
+    """The arguments of adp.py."""
+    parser = Parser(doc, teachers, families)
+    add_teacher_arguments(parser)
+    add = parser.group("method")
+    add("--pairs", "folder of collect_ode.py", shown="pairs/TEACHER")
+    backbone = "a SAM checkpoint file; sam_vit_b, sam_vit_l, sam_vit_h; dinov2 or a folder of one"
+    add("--pixel-backbone", backbone, default="sam_vit_b")
+    latent = "weight of the latent discriminator"
+    add("--lambda-latent", latent, type=non_negative, default=0.85)  # paper
+    pixel = "weight of the pixel discriminator; 0 leaves it out"
+    add("--lambda-pixel", pixel, type=non_negative, default=0.15)  # paper
+    warmup = (
+        "first iterations on the velocity's squared error alone; with all of them, and --lambda-pixel 0, "
+        "this is rectified flow"
+    )
+    shown = "500, and 0 for a teacher that predicts velocity"
+    add("--warmup", warmup, type=whole, shown=shown)
+    mse = "weight of the velocity's squared error after the warm-up"
+    add("--mse", mse, type=non_negative, default=0.0)
+    add_training_arguments(parser)
+    add_learning_rates(parser, ADP_RATES)
+    return fill_learning_rates(parser.parse_args(argv), ADP_RATES)
+
+
+def add_learning_rates(parser, rates):
+    add = parser.group("optimisation")
+    for name, (what, full, lora) in rates.items():
+        shown = f"{full:g}; with --lora {lora:g}"
+        add(name, f"learning rate of {what}", type=non_negative, shown=shown)
+
+
+def fill_learning_rates(args, rates):
+    """The defaults where the command line has none."""
+    for name, (_, full, lora) in rates.items():
+        key = name.removeprefix("--").replace("-", "_")
+        if getattr(args, key) is None:
+            setattr(args, key, lora if args.lora else full)
+    return args
+
+
+def add_training_arguments(parser):
+    """What both have."""
+    add = parser.group("method")
+    # paper: 256
+    add("--head-width", "hidden channels of the heads, a multiple of 32", type=head_width, default=256)
+
+    add = parser.group("optimisation")
+    add("--iterations", "updates of the student", type=positive, default=10000)
+    add("--betas", "of AdamW", type=share, nargs=2, default=(0.9, 0.999), shown="0.9 0.999")
+    add("--weight-decay", "of AdamW", type=non_negative, default=0.01)
+    add("--clip", "norm that gradients are clipped to", type=above_zero, default=10.0)
+    decay = (
+        "share of the iterations, at the end, over which the learning rates (in ADP the student's) fall to 0"
+    )
+    add("--decay", decay, type=share, default=0.0)
+    ema = "decay of the student's moving average, which is what is saved; 0 is none"
+    add("--ema", ema, type=share, default=0.0)
+    accumulate = "micro-batches of --batch samples on each rank for one update"
+    add("--accumulate", accumulate, type=positive, default=1)
+
+    add = parser.group("memory")
+    shard = (
+        "what the ranks share: nothing (ddp); the optimisers' states (zero1: 9 bytes a parameter that trains "
+        "on 8 GPUs, instead of 16); all states and weights, the teacher's too (fsdp: 2 bytes)"
+    )
+    add("--shard", shard, choices=("ddp", "zero1", "fsdp"), default="ddp")
+    lora = "rank of adapters on the frozen teacher, which are all that trains; 0 trains every weight"
+    add("--lora", lora, type=whole, default=0)
+    offload = "keep text encoders and VAE on the CPU but while used; prompts are encoded 64 iterations ahead"
+    add("--offload", offload, action="store_true")
+    checkpointing = "keep activations instead of computing them twice"
+    add("--no-checkpointing", checkpointing, dest="checkpointing", action="store_false")
+    # not the teacher: hooks read its blocks
+    add("--compile", "torch.compile the blocks of student and fake score", action="store_true")
+    plan = (
+        "say what each of so many GPUs (8 where no number is given) would hold, and stop; without weights, "
+        "GPU or network"
+    )
+    add("--plan", plan, type=positive, nargs="?", const=8)
+    gpu_gb = "memory of a GPU that --plan compares with, in 1e9 bytes"
+    add("--gpu-gb", gpu_gb, type=above_zero, default=80)
+
+    add = parser.group("run")
+    add("--out", "the run's folder", shown="runs/STAGE-TEACHER")
+    add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
+    add("--log-every", "iterations between two lines of metrics", type=positive, default=10)
+    add("--save-every", "iterations between two checkpoints", type=positive, default=500)
+    add("--keep", "newest checkpoints that are kept", type=positive, default=3)
+    add("--seed", "seed of everything random", type=seed_number, default=0)

@@ -1,0 +1,109 @@
+"""LoRA: several networks that are one frozen backbone, each with its own adapter switched on (--lora)."""
+
+import contextlib
+import os
+
+import torch
+from torch import nn
+
+from support.errors import UserError, require
+from support.files import read_tensors
+from support.parallel import find_linear_layers, gather, is_main
+
+
+class Adapted(nn.Module):
+    """A frozen backbone with one of its LoRA adapters switched on: as many networks as adapters, for the
+    memory of one.
+
+    Its parameters are the adapter's alone, float32. The backbone itself, called as ever, has all adapters
+    off."""
+
+    def __init__(self, backbone, name, rank):
+        super().__init__()
+        peft = require("peft", "peft", "adds LoRA adapters")
+        names = [n.removesuffix(".base_layer") for n in find_linear_layers(backbone)]
+        targets = [n for n in names if "lora_" not in n]
+        # paper silent: lora targets: every linear layer of the blocks; alpha = rank, so that the learning
+        # rate means the same for all ranks
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+        backbone.add_adapter(config, name)
+        self.name = name
+        self.__dict__["backbone"] = backbone  # not a submodule: its weights are not this network's to train
+        self._share_switch(peft.tuners.lora.LoraLayer)
+        self.weights = nn.ParameterList()
+        for n, weight in backbone.named_parameters():
+            if "lora_" in n:
+                weight.data = weight.data.float()
+                weight.requires_grad_(True)
+            if f".{name}." in n:
+                self.weights.append(weight)
+        if backbone.is_gradient_checkpointing:
+            backbone.enable_gradient_checkpointing(self.checkpoint)
+
+    def _share_switch(self, kind):
+        """All layers read one list of the adapters that are on, so that to switch is to change that list.
+        (peft's own set_adapter and disable_adapters also set requires_grad, which here says what a loss may
+        train.)"""
+        modules = self.backbone.named_modules()
+        self.layers = {n: module for n, module in modules if isinstance(module, kind)}
+        if not hasattr(self.backbone, "switched_on"):
+            self.backbone.switched_on = []
+        for layer in self.layers.values():
+            layer._active_adapter = self.backbone.switched_on
+
+    @contextlib.contextmanager
+    def switch_on(self, names):
+        before = list(self.backbone.switched_on)
+        self.backbone.switched_on[:] = names
+        try:
+            yield
+        finally:
+            self.backbone.switched_on[:] = before
+
+    def forward(self, *args, **kwargs):
+        with self.switch_on([self.name]):
+            return self.backbone(*args, **kwargs)
+
+    def checkpoint(self, function, *args):
+        """Gradient checkpointing that computes a block again with the adapter of its first time, whatever
+        is on."""
+        names = list(self.backbone.switched_on)
+
+        def run_again(*args):
+            with self.switch_on(names):
+                return function(*args)
+
+        return torch.utils.checkpoint.checkpoint(run_again, *args, use_reentrant=False)
+
+    def merge(self):
+        """The state dictionary of a plain network with the same outputs, on the main rank."""
+        state = {}
+        for n, weight in self.backbone.state_dict().items():
+            if "lora_" not in n:
+                state[n.replace(".base_layer", "")] = gather(weight)
+        if not is_main():
+            return state
+        state = {
+            n: weight.cpu() for n, weight in state.items()
+        }  # in float32 it would not fit beside the backbone
+        for n, layer in self.layers.items():
+            delta = layer.get_delta_weight(self.name).cpu()
+            state[f"{n}.weight"] = state[f"{n}.weight"].float() + delta
+        return state
+
+
+def make_adapted(backbone, name, args, folder=None):
+    """The backbone with an adapter of this name, zero or that of the student in the checkpoint `folder`.
+    UserError where that student is of another kind."""
+    if args.compile:
+        raise UserError("--compile is for networks that train whole; --lora has none")
+    net = Adapted(backbone, name, args.lora)
+    if folder:
+        try:
+            net.load_state_dict(read_tensors(os.path.join(folder, "state", "G.pt")))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(
+                f"--lora {args.lora} starts from the teacher, or from a student of the same --lora; "
+                f"{folder} is none"
+            ) from error
+    return net

@@ -1,0 +1,57 @@
+"""--offload: modules that wait on the CPU but for the moments of their use, and conditions that are
+remembered."""
+
+import contextlib
+
+import torch
+
+TOGETHER = 64  # prompts that are encoded in one pass
+
+
+class Offload:
+    """Components of a pipeline that wait on the CPU: text encoders, whose conditions are kept for the next
+    iterations, and the VAE."""
+
+    def __init__(self, pipe, names, encode, device):
+        """names: of the components; encode: n prompts -> condition {name: [n, ...]}, on the device."""
+        modules = {name: getattr(pipe, name) for name in names}
+        self.modules = {name: module.to("cpu") for name, module in modules.items() if module is not None}
+        self.encoders = [name for name in self.modules if name != "vae"]
+        self.encode = encode
+        self.device = device
+        self.conditions = {}  # {prompt: its condition, on the CPU}
+
+    @contextlib.contextmanager
+    def resident(self, *names):
+        """Inside, these components are on the device."""
+        moved = [self.modules[name] for name in names if name in self.modules]
+        for module in moved:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in moved:
+                module.to("cpu")
+
+    def encode_ahead(self, prompts):
+        """Encodes all that the next iterations need and forgets the rest: the encoders come to the device
+        once."""
+        self.conditions = {}
+        self._remember(prompts)
+
+    def look_up(self, prompts):
+        """n prompts -> condition, on the device."""
+        self._remember(prompts)
+        rows = [self.conditions[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+    def _remember(self, prompts):
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.conditions]
+        if not new:
+            return
+        with self.resident(*self.encoders):
+            for first in range(0, len(new), TOGETHER):
+                part = new[first : first + TOGETHER]
+                cond = {name: value.cpu() for name, value in self.encode(part).items()}
+                for i, prompt in enumerate(part):
+                    self.conditions[prompt] = {name: value[i] for name, value in cond.items()}

@@ -1,0 +1,206 @@
+"""Ranks: how processes start, what each of them holds, and how their shares become whole tensors again."""
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+# The other ranks wait that long for the main one, which fetches a teacher and writes checkpoints of up to
+# 260 GB.
+PATIENCE = datetime.timedelta(hours=2)
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main():
+    return rank() == 0
+
+
+def own_device():
+    """This rank's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_processes(seed):
+    """Joins the processes that torchrun started, if it did -> this rank's device. The seed is for initial
+    weights."""
+    torch.manual_seed(seed)
+    device = own_device()
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=PATIENCE)
+    return device
+
+
+def choose_dtype(precision, device):
+    """ "fp32", "bf16" or None (bf16 on a GPU, else fp32) -> the dtype that networks run in."""
+    if precision is None:
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def average(values):
+    """{name: scalar tensor or float} -> {name: float}, averaged over the ranks."""
+    scalars = [torch.as_tensor(value, dtype=torch.float32).detach().cpu() for value in values.values()]
+    packed = torch.stack(scalars)
+    if dist.is_initialized():
+        if dist.get_backend() == "nccl":
+            packed = packed.cuda()
+        dist.all_reduce(packed)
+        packed = packed / world_size()
+    return dict(zip(values, packed.tolist()))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Networks on several ranks
+# ----------------------------------------------------------------------------------------------------------
+
+
+def wrap_ddp(module):
+    """`module` in DDP if there are several ranks and it is not sharded. The bare module stays usable beside
+    it."""
+    if not dist.is_initialized() or isinstance(module, FSDPModule):
+        return module
+    on_gpu = next(module.parameters()).is_cuda
+    return nn.parallel.DistributedDataParallel(
+        module,
+        device_ids=[torch.cuda.current_device()] if on_gpu else None,
+        gradient_as_bucket_view=True,
+        forward_sync_buffers=False,  # they are constants
+    )
+
+
+def shard(net, args, dtype):
+    """With --shard fsdp each rank keeps its share of the weights of `net`, gradients and optimiser states
+    alike (FSDP2), and a block is put together, in `dtype`, while it is used. In place."""
+    if args.shard == "fsdp" and dist.is_initialized():
+        # inputs stay as they are: a timestep of 999 is 1000 in bf16
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        for module in (*reversed(find_blocks(net)), net):
+            fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+    return net
+
+
+def find_blocks(net):
+    """The modules of a diffusers network that should stay in one piece, outer ones before inner ones."""
+
+    def stays_whole(module):
+        return any(kind.__name__ in net._no_split_modules for kind in type(module).__mro__)
+
+    return [module for module in net.modules() if stays_whole(module)]
+
+
+def find_linear_layers(net):
+    """{name: linear layer} of all that are in blocks."""
+    inside = {part for block in find_blocks(net) for part in block.modules()}
+    linear = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in linear.items() if module in inside}
+
+
+def compile_blocks(net):
+    """torch.compile, block by block, in place."""
+    torch._dynamo.config.recompile_limit = (
+        64  # blocks of a class share their code, and SDXL's are of many shapes
+    )
+    for block in find_blocks(net):
+        block.compile()
+
+
+@contextlib.contextmanager
+def freeze(*modules):
+    """Inside, the modules' parameters get no gradient (and DDP's hooks stay quiet). None is passed over."""
+    present = [module for module in modules if module is not None]
+    parameters = [p for module in present for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def sync_gradients(net, now):
+    """Inside, a backward pass of `net` exchanges gradients over the ranks if `now`, else it only adds them
+    up."""
+    waits = isinstance(net, nn.parallel.DistributedDataParallel) and not now
+    with net.no_sync() if waits else contextlib.nullcontext():
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shares and whole tensors
+# ----------------------------------------------------------------------------------------------------------
+
+
+def gather(state):
+    """Tensors in any nesting, of which each rank may have a share -> the whole ones, on the main rank and
+    its CPU. All ranks call it.
+
+    torch.distributed.checkpoint.state_dict does not fit: it names optimiser states by the network's
+    parameters, which ZeroRedundancyOptimizer and the adapters of --lora do not have, and a checkpoint is to
+    be one file a part, the same for every --shard."""
+
+    def make_whole(x):
+        if isinstance(x, DTensor):
+            x = x.full_tensor()
+            return x.cpu() if is_main() else None
+        return x
+
+    return tree_map(make_whole, state)
+
+
+def gather_zero1(optimizer):
+    """A ZeroRedundancyOptimizer of AdamW -> its whole state_dict, on the main rank and its CPU; all ranks
+    call it. A state is the sum of what the ranks have of it, zero but for one. Its own
+    `consolidate_state_dict` pickles every share byte by byte: hours for SDXL."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {}
+    for i, p in enumerate(parameters):
+        own = optimizer.optim.state.get(p)
+        whole = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+        for name, value in whole.items():
+            if own:
+                value.copy_(own[name])
+            dist.reduce(value, 0)
+        if is_main() and whole["step"]:
+            states[i] = {name: value.cpu() for name, value in whole.items()}
+    groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+    return {"state": states, "param_groups": groups}
+
+
+def lay_out(value, like):
+    """A whole tensor -> laid out over the ranks as `like` is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

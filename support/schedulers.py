@@ -1,0 +1,62 @@
+"""diffusers schedulers with which a teacher's pipeline samples as a student does: to x0_hat, and with new
+noise on."""
+
+import math
+
+EXACT = 1e6  # LCMScheduler's timestep_scaling, with which its step is x0_hat exactly, not nearly
+
+
+def make_lcm_scheduler(alphas_cumprod, prediction):
+    """For students of a variance-preserving teacher: abar at t = 0, 1, ..., T, and the teacher's prediction
+    type."""
+    from diffusers import LCMScheduler
+
+    betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
+    return LCMScheduler(
+        trained_betas=betas.tolist(),
+        prediction_type=prediction,
+        clip_sample=False,
+        original_inference_steps=len(betas),
+        timestep_scaling=EXACT,
+    )
+
+
+def make_flow_scheduler(sigmas):
+    """For students that step through these noise levels (1 first; 0 follows the last).
+
+    Given a number of steps n, diffusers takes u = 1 ... 0.001 in n equal steps, shifts them to a u / (1 +
+    (a - 1) u), and stretches the result to end at `shift_terminal`. Both maps are fractional linear and
+    keep 1, as the student's own levels are such a map of 1 - i/n: two of them fix a and the end, and all
+    agree."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if len(sigmas) == 1:
+        return FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    a = 1.0
+    if len(sigmas) > 2:
+        end = 1e-3
+        d = (1 - end) / (len(sigmas) - 1)
+        ratio = (1 - end) * (1 - sigmas[1]) / (1 - sigmas[-1])
+        a = 1 + (d - ratio) / (ratio * (1 - d) - d * end)
+    # with dynamic shifting the range of u stays as it is; base = max makes it the same at every resolution
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=math.log(a),
+        max_shift=math.log(a),
+        shift_terminal=sigmas[-1],
+        stochastic_sampling=True,
+    )
+
+
+def make_velocity_scheduler():
+    """For one-step velocity students of a variance-preserving teacher: one step of flow from noise level 1,
+    the network's timestep 1000, x_0 = x_T - v. A shift without end makes the first level exactly 1."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=1e30,
+        solver_order=1,
+        final_sigmas_type="zero",
+    )

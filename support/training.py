@@ -1,0 +1,143 @@
+"""What both training stages do beside the method: optimisers, learning rates, gradients, averages, gauges."""
+
+import contextlib
+import resource
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+
+from support.offload import Offload
+from support.parallel import shard, wrap_ddp
+
+
+def set_up_for_training(teacher, args):
+    """Gradients run through a frozen teacher as D's backbone, and through its decoder: they are
+    checkpointed, and with --shard fsdp the teacher is sharded, too."""
+    if args.checkpointing:
+        teacher.denoiser.enable_gradient_checkpointing()
+        if not teacher.video:
+            teacher.pipe.vae.enable_gradient_checkpointing()
+    if teacher.video:
+        teacher.pipe.vae.enable_tiling()  # only previews are decoded: whole, one of CogVideoX takes 23 GB
+    if args.offload:
+        names = [name for name in teacher.pipe.components if name.startswith("text_encoder")]
+        if not getattr(args, "lambda_pixel", 0):  # the pixel discriminator decodes in every iteration
+            names.append("vae")
+        teacher.offload = Offload(teacher.pipe, names, teacher._encode, teacher.device)
+    teacher.fingerprint  # noqa: B018  read it while its weights are whole
+    shard(teacher.denoiser, args, None)
+
+
+def prepare(net, lr, args):
+    """A network that trains -> (what its updates go through: DDP, or itself if there is one rank or it is
+    sharded; its AdamW). With --shard zero1 each rank keeps the state of its share of the parameters only.
+    None -> twice None."""
+    if net is None:
+        return None, None
+    options = {"lr": lr, "betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
+    if args.shard == "zero1" and dist.is_initialized():
+        optimizer = ZeroRedundancyOptimizer(list(net.parameters()), torch.optim.AdamW, **options)
+    else:
+        optimizer = torch.optim.AdamW(net.parameters(), **options)
+    return wrap_ddp(net), optimizer
+
+
+def set_lr(args, step, rates):
+    """Sets the learning rates of an iteration, {optimiser (None is passed over): rate}: constant, then
+    linearly to zero over the last `args.decay` of the iterations.
+
+    (LambdaLR does not fit: it counts the optimiser's own steps, of which a student in the warm-up makes
+    none.)"""
+    decaying = max(1, args.decay * args.iterations)
+    factor = min(1.0, (args.iterations - step) / decaying)
+    for optimizer, rate in rates.items():
+        if optimizer:
+            optimizer.param_groups[0]["lr"] = rate * factor
+
+
+def clip_gradient(optimizer, clip):
+    """Clips the gradient of all that the optimiser trains to this norm -> the norm before."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class Means:
+    """The metrics of an iteration, each the mean of all that was added under its name."""
+
+    def __init__(self):
+        self.values = {}
+
+    def __call__(self, **values):
+        """Scalar tensors by name -> the last one, so that a loss can be noted as it is returned."""
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach())
+        return value
+
+    def take(self):
+        """{name: mean}; the next ones begin anew."""
+        means = {name: torch.stack(values).mean() for name, values in self.values.items()}
+        self.values = {}
+        return means
+
+
+def log_cosine(log, x_fake, toward):
+    """A gauge of a discriminator's health: once its gradient comes to x_fake [B, ...], the cosine of the
+    way that it would move x_fake with `toward` [B, ...]."""
+
+    def measure(gradient):
+        cosine = F.cosine_similarity(-gradient.flatten(1), toward.flatten(1))
+        log(cosine=cosine.mean())
+
+    if x_fake.requires_grad:
+        x_fake.register_hook(measure)
+
+
+class MovingAverage:
+    """The moving average of a network's weights, to sample and to save; with decay 0 the weights
+    themselves. Short runs forget their start: the decay grows to `decay` as (1 + n) / (10 + n) with the
+    number n of updates."""
+
+    def __init__(self, net, decay):
+        from diffusers.training_utils import EMAModel
+
+        self.net = net
+        self.average = EMAModel(net.parameters(), decay=decay) if decay else None
+
+    def step(self):
+        if self.average:
+            self.average.step(self.net.parameters())
+
+    @contextlib.contextmanager
+    def use(self):
+        """Inside, the network has the average's weights."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.net.parameters())
+        self.average.copy_to(self.net.parameters())
+        try:
+            yield
+        finally:
+            self.average.restore(self.net.parameters())
+
+    def state_dict(self):
+        return self.average.state_dict() if self.average else {}
+
+    def load_state_dict(self, state):
+        if bool(state) != bool(self.average):
+            raise ValueError("--ema is not what it was")
+        if self.average:
+            self.average.load_state_dict(state)
+            self.average.to(next(self.net.parameters()).device)
+
+
+def peak_memory_mb():
+    """The most memory that this rank has used, in MiB: the GPU's if there is one, else the process's own."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
