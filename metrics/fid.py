@@ -1,0 +1,56 @@
+"""FID, the Fréchet distance to the images of a reference."""
+
+import numpy as np
+import torch
+
+from metrics.scorer import Scorer
+from metrics.weights import read_weights, report_mismatch
+from support.errors import require
+from support.files import fetch
+from support.parallel import own_device
+
+
+class Fid(Scorer):
+    """Fréchet distance in features of the Inception of 2015 (torchmetrics), of images that Pillow resizes."""
+
+    URL = (
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+        "weights-inception-2015-12-05-6726825d.pth"
+    )
+    description = "Inception of 2015"
+
+    def __init__(self, args, prompts, video):
+        require("torchmetrics", "torchmetrics[image]", "computes FID")
+        require("torch_fidelity", "torchmetrics[image]", "has FID's Inception")
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        self.device = own_device()
+        path = fetch(self.URL, "give --weights-dir DIR with it", args.weights_dir)
+        read_weights(path)  # the library unpickles it: only after it has been read as tensors alone
+        try:
+            self.model = NoTrainInceptionV3("inception-v3-compat", ["2048"], path).to(self.device)
+        except RuntimeError as error:
+            raise report_mismatch(path, error) from error
+
+    def prepare(self, image):
+        from PIL import Image
+
+        resized = image.convert("RGB").resize((299, 299), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+    @torch.no_grad()
+    def score(self, images, prompts):
+        features = self.model(images.flatten(0, 1).to(self.device))
+        return {"features": features.cpu().numpy()}
+
+    def result(self, scores, reference):
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        identity = torch.nn.Identity()  # what torchmetrics gets are features already
+        identity.num_features = scores[0]["features"].shape[1]
+        distance = FrechetInceptionDistance(identity)
+        for part in scores:
+            distance.update(torch.from_numpy(part["features"]), real=False)
+        for part in reference:
+            distance.update(torch.from_numpy(part["features"]), real=True)
+        return {"fid": distance.compute().item()}

@@ -1,0 +1,169 @@
+"""The images of a system: drawn, scored and read, every rank its share."""
+
+import hashlib
+import json
+import os
+import re
+import time
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from support.errors import UserError
+from support.files import make_folder, read_json, write_atomically, write_json
+from support.media import save_grid, save_video
+from support.parallel import is_main, rank, world_size
+
+# Images that are scored at a time: a constant, so that scores do not depend on the number of ranks
+CHUNK = 64
+
+
+class Images:
+    """A system's images: files[p][k] is sample k of prompt p. A video's frames are below one another in it.
+
+    `system` draws them; None where they were found. `index` says what they are of, and is kept with them."""
+
+    def __init__(self, name, folder, files, index, system=None):
+        self.name = name
+        self.folder = folder
+        self.files = files
+        self.index = index
+        self.system = system
+        self.frames = 1
+        self.fps = None
+        if system:
+            self.frames = system.teacher.frames or 1
+            self.fps = system.teacher.fps
+
+    def check(self):
+        """UserError where the folder has another system's images, or the same with other settings."""
+        index = read_json(os.path.join(self.folder, "index.json"))
+        if index and index != self.index:
+            raise UserError(
+                f"{self.folder} holds results of other images, prompts or settings; give another --out, or "
+                "delete it"
+            )
+
+    def prepare_folder(self):
+        make_folder(os.path.join(self.folder, "pictures") if self.system else self.folder)
+        if is_main():
+            write_json(os.path.join(self.folder, "index.json"), self.index)
+
+    def draw(self, prompts, seeds, batch):
+        """Draws what is missing of this rank's share -> mean seconds an image; None where nothing was."""
+        if not self.system:
+            return None
+        batches = [(first, k) for first in range(0, len(prompts), batch) for k in range(len(seeds))]
+        share = batches[rank() :: world_size()]
+        left = [part for part in share if not self.has_drawn(*part, batch)]
+        seconds = []
+        for first, k in tqdm(left, desc=self.name, unit="batch", disable=not is_main()):
+            numbers = range(first, min(first + batch, len(prompts)))
+            start = time.perf_counter()
+            pixels = self.system.images([prompts[i] for i in numbers], numbers, [seeds[k]])[:, 0]
+            seconds.append((time.perf_counter() - start) / len(numbers))
+            for i, image in zip(numbers, pixels):
+                rows = image.flatten(1, -2)  # [3, (F x) H, W]
+                save_grid(rows[None], self.files[i][k], padding=0)
+        return np.mean(seconds) if seconds else None
+
+    def has_drawn(self, first, k, batch):
+        return all(os.path.exists(row[k]) for row in self.files[first : first + batch])
+
+    def score(self, metric, scorer, prompts, workers):
+        """Scores what has no scores of this rank's share -> the paths of all ranks' scores, in order."""
+        chunk = max(1, CHUNK // len(self.files[0]))
+        digest = hashlib.sha256(json.dumps([scorer.description, chunk]).encode()).hexdigest()[:8]
+        folder = os.path.join(self.folder, "scores", f"{metric}-{digest}")
+        make_folder(folder)
+        firsts = range(0, len(prompts), chunk)
+        paths = [os.path.join(folder, f"{first:06d}.safetensors") for first in firsts]
+        share = list(zip(firsts, paths))[rank() :: world_size()]
+        left = [(first, path) for first, path in share if not os.path.exists(path)]
+
+        chunks = [self.files[first : first + chunk] for first, _ in left]
+        loader = load_chunks(chunks, scorer.prepare, workers)
+        bar = tqdm(left, desc=f"{self.name}, {metric}", unit="batch", disable=not is_main())
+        try:
+            for (first, path), prepared in zip(bar, loader):
+                columns = scorer.score(prepared, prompts[first : first + chunk])
+                with write_atomically(path) as temporary:
+                    save_file(columns, temporary)
+        except OSError as error:
+            reason = str(error).splitlines()[-1]
+            raise UserError(f"an image of {self.name} cannot be read: {reason}") from error
+        return paths
+
+    def read_frames(self, p, k=0):
+        """Sample k of prompt p as PIL images: one, or a video's frames."""
+        from PIL import Image
+
+        with Image.open(self.files[p][k]) as image:
+            image = image.convert("RGB")
+        height = image.height // self.frames
+        tops = [i * height for i in range(self.frames)]
+        return [image.crop((0, top, image.width, top + height)) for top in tops]
+
+    def read_pixels(self, p, k=0, size=None):
+        """The same as [3, (F,) H, W] in [-1, 1], resized to `size` (width, height)."""
+        frames = [frame.resize(size or frame.size) for frame in self.read_frames(p, k)]
+        pixels = torch.from_numpy(np.stack([np.array(frame) for frame in frames]))
+        pixels = pixels.permute(3, 0, 1, 2) / 127.5 - 1
+        return pixels if self.frames > 1 else pixels[:, 0]
+
+    def write_videos(self):
+        """Every sample as an mp4 file beside its image -> paths [P][K]."""
+        paths = []
+        for p, row in enumerate(self.files):
+            paths.append([re.sub("png$", "mp4", file) for file in row])
+            for k, path in enumerate(paths[p]):
+                if not os.path.exists(path):
+                    save_video(self.read_pixels(p, k), path, self.fps)
+        return paths
+
+
+class Prepared(torch.utils.data.Dataset):
+    """Files [P][K] of each chunk -> what a scorer wants, [P, K, ...]."""
+
+    def __init__(self, chunks, prepare):
+        self.chunks = chunks
+        self.prepare = prepare
+
+    def __len__(self):
+        return len(self.chunks)
+
+    def __getitem__(self, i):
+        prompts = []
+        for row in self.chunks[i]:
+            prompts.append(torch.stack([self.read(path) for path in row]))
+        return torch.stack(prompts)
+
+    def read(self, path):
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                return self.prepare(image)
+        except OSError as error:
+            raise OSError(f"{path}: {error}") from error
+
+
+def load_chunks(chunks, prepare, workers):
+    """An iterable over prepared chunks; worker processes decode them while others are scored."""
+    workers = min(workers, len(chunks))
+    return torch.utils.data.DataLoader(
+        Prepared(chunks, prepare),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )
+
+
+def wait_for_files(paths):
+    """Returns when the other ranks, too, have written their files. They share nothing else: no group, no
+    timeout; torchrun ends all of them when one fails."""
+    for path in paths:
+        while not os.path.exists(path):
+            time.sleep(0.2)

@@ -1,0 +1,74 @@
+"""The files of a report: numbers, table, plots, sheets of images, the HTML page."""
+
+import json
+import os
+import subprocess
+import time
+
+from metrics.page import save_page
+from metrics.plots import save_bars, save_differences, save_examples, save_sheet
+from metrics.rows import round_values
+from support.files import ROOT, write_atomically, write_json
+
+
+def write_scores(images, columns, prompts):
+    """scores.jsonl in the system's folder: a line for every image."""
+    samples = len(images.files[0])
+    single = {column: array for column, array in columns.items() if array.ndim == 1}
+    with write_atomically(os.path.join(images.folder, "scores.jsonl")) as temporary:
+        with open(temporary, "w") as file:
+            for i in range(samples * len(images.files)):
+                p, k = divmod(i, samples)
+                line = {"prompt": p, "text": prompts[p], "file": os.path.basename(images.files[p][k])}
+                line |= {column: round_values(array[i].item()) for column, array in single.items()}
+                file.write(json.dumps(line) + "\n")
+
+
+def write_numbers(path, args, scorers, rows, paper):
+    """report.json."""
+    descriptions = {}
+    for name in args.metrics:
+        descriptions[name] = scorers[name].description if name in scorers else "vbench"
+    report = {
+        "rows": rows,
+        "paper": paper,
+        "seed": args.seed,
+        "commit": read_commit(),
+        "minutes": (time.time() - args.since) / 60,
+        "metrics": descriptions,
+    }
+    write_json(path, report)
+
+
+def read_commit():
+    """The repository's commit, "unknown" outside git."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def write_report(out, args, prompts, systems, scorers, rows, paper, values, text):
+    """Everything that --out, --json and --grid ask for. systems {name: Images}, values {name: {metric: [P]}}
+    for the prompts' means, text the table."""
+    if args.json or args.out:
+        write_numbers(args.json or os.path.join(out, "report.json"), args, scorers, rows, paper)
+    if args.grid or args.out:
+        save_examples(systems, prompts, args.grid or os.path.join(out, "grid.png"))
+    if not args.out:
+        return
+    with write_atomically(os.path.join(out, "table.md")) as temporary, open(temporary, "w") as file:
+        file.write(text + "\n")
+    if scorers:
+        save_bars(rows, paper, os.path.join(out, "bars.png"))
+    if args.reference in systems:
+        save_differences(values, args.reference, os.path.join(out, "differences.png"))
+    for name, images in systems.items():
+        if values[name]:
+            metric, scores = next(iter(values[name].items()))
+            save_sheet(images, metric, scores, prompts, os.path.join(out, f"best-and-worst-{name}.png"))
+    if args.side_by_side:
+        first, second = args.side_by_side
+        page = os.path.join(out, "side-by-side.html")
+        save_page(systems[first], systems[second], values, prompts, page)

@@ -1,0 +1,40 @@
+"""The base of all scorers, and how an image becomes pixels."""
+
+import numpy as np
+import torch
+
+
+class Scorer:
+    """Judges the images of a prompt. The scorers whose result is a mean over the images inherit `result`.
+
+    Every scorer is made from the arguments of evaluate.py, all prompts, and whether the images are frames of
+    videos. Its weights come from --weights-dir, laid out as DIR/OWNER/REPOSITORY/FILE, or from the caches of
+    the hub and of torch, or from the network. All are read as tensors; nothing is unpickled."""
+
+    takes = ("images",)  # what it is for: "images", "videos"
+    description = ""  # model, weights and settings: what has to stand beside a number
+
+    def prepare(self, image):
+        """A PIL image (of a video its frames below one another) -> tensor. Runs in DataLoader's workers."""
+        raise NotImplementedError
+
+    def score(self, prepared, prompts):
+        """Prepared images [P, K, ...], K samples of each of P prompts -> {column: array [P K, ...]}.
+
+        A number that belongs to a prompt as a whole is repeated for each of its samples."""
+        raise NotImplementedError
+
+    def result(self, scores, reference):
+        """Lists of what score() gave, a system's and the reference's -> {name: number or {name: number}}."""
+        return {name: column.mean() for name, column in join_columns(scores).items()}
+
+
+def join_columns(scores):
+    """A list of {column: array} -> {column: one array over all samples}."""
+    return {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
+
+
+def read_pixels(image):
+    """PIL image -> [3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    return pixels.permute(2, 0, 1) / 127.5 - 1
