@@ -1,0 +1,248 @@
+"""Teachers, and the data that training takes, as shapes without numbers on torch's meta device."""
+
+import copy
+import functools
+import inspect
+import os
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from common import FAMILIES, TEACHERS
+from support.errors import UserError
+from support.files import ROOT, read_json
+from support.parallel import choose_dtype
+
+CONFIGS = os.path.join(ROOT, "assets", "configs")  # of the known teachers
+META = torch.device("meta")
+
+# ----------------------------------------------------------------------------------------------------------
+# Configs
+# ----------------------------------------------------------------------------------------------------------
+
+
+def read_configs(name):
+    """A known teacher or a local pipeline folder -> its configs, without weights: {"pipeline": class,
+    "denoiser", "scheduler", "vae": config, "text_encoders": {name: parameters}, "text_length": tokens of the
+    first}. UserError for anything else."""
+    path = TEACHERS.get(name, name)
+    known = {hub_id: key for key, hub_id in TEACHERS.items()}
+    if path in known and not os.path.isdir(path):
+        return read_json(os.path.join(CONFIGS, f"{known[path]}.json"))
+    index = read_json(os.path.join(path, "model_index.json")) or {}
+    pipeline = index.get("_class_name")
+    if pipeline not in FAMILIES:
+        names = ", ".join(TEACHERS)
+        raise UserError(
+            f"--plan knows {names}, and pipeline folders with a model_index.json; {name!r} is none of them"
+        )
+    return {
+        "pipeline": pipeline,
+        "denoiser": read_config(path, FAMILIES[pipeline].denoiser_name),
+        "vae": read_config(path, "vae"),
+        "text_encoders": count_text_encoders(path, index),
+        "scheduler": read_config(path, "scheduler", "scheduler_config.json"),
+        "text_length": read_config(path, "tokenizer", "tokenizer_config.json")["model_max_length"],
+    }
+
+
+def read_config(path, part, file="config.json"):
+    config = read_json(os.path.join(path, part, file))
+    if config is None:
+        raise UserError(f"{path} is not a complete pipeline folder: {part}/{file} is missing or damaged")
+    return config
+
+
+def count_text_encoders(path, index):
+    """A pipeline folder and its model_index.json -> {name of a text encoder: its parameters}."""
+    import transformers
+
+    counts = {}
+    for part, kind in index.items():
+        if part.startswith("text_encoder") and kind[0]:
+            model = getattr(transformers, kind[1])
+            config = model.config_class.from_dict(read_config(path, part))
+            with META:
+                counts[part] = count_parameters(model(config))
+    return counts
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Teacher and data
+# ----------------------------------------------------------------------------------------------------------
+
+
+def make_teacher_on_meta(args, configs):
+    """The teacher of these arguments, prepared for training as on a GPU. Its text encoders are not there, its
+    prompts have no meaning, and what trains is a copy of its own network."""
+    family = FAMILIES[configs["pipeline"]]
+    dtype = choose_dtype(args.precision, torch.device("cuda"))
+    pipe = make_pipeline_on_meta(configs, dtype)
+    teacher = family(pipe, args.teacher, META, dtype, args.resolution, args.frames)
+    if args.checkpointing:
+        run_again = functools.partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), GPUAutocast(dtype))
+        )
+        teacher.denoiser.enable_gradient_checkpointing(run_again)
+        if not teacher.video:
+            teacher.pipe.vae.enable_gradient_checkpointing(run_again)
+    if teacher.video:
+        teacher.pipe.vae.enable_tiling()
+    shapes = read_condition_shapes(teacher.denoiser.config, configs)
+
+    def encode(prompts):
+        sizes = {name: (len(prompts), *shape) for name, shape in shapes.items()}
+        return {name: torch.empty(size, device=META, dtype=dtype) for name, size in sizes.items()}
+
+    def copy_trainable(args, adapter, folder=None):
+        net = copy.deepcopy(teacher.denoiser)
+        # autocast's copies of weights count, where the weights are not what the passes want
+        wanted = dtype if args.shard == "fsdp" or args.lora else torch.float32
+        return convert(net, wanted).requires_grad_(True).train()
+
+    teacher.encode = encode
+    teacher.trainable = copy_trainable
+    teacher.autocast = lambda: GPUAutocast(dtype)
+    return teacher
+
+
+def make_pipeline_on_meta(configs, dtype):
+    """The diffusers pipeline of these configs, with denoiser, VAE and scheduler alone."""
+    import diffusers
+
+    def make(config):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+    name = FAMILIES[configs["pipeline"]].denoiser_name
+    parts = {"scheduler": make(configs["scheduler"])}  # its numbers are looked at
+    with META:
+        parts[name] = convert(make(configs["denoiser"]), dtype)
+        parts["vae"] = convert(make(configs["vae"]), dtype)
+    pipeline = getattr(diffusers, configs["pipeline"])
+    for name, parameter in inspect.signature(pipeline).parameters.items():
+        if parameter.default is parameter.empty:
+            parts.setdefault(name)
+    return pipeline(**parts)
+
+
+def convert(module, dtype):
+    """The module with weights of this type; diffusers' own `to` warns."""
+    return nn.Module.to(module, dtype)
+
+
+def read_condition_shapes(config, configs):
+    """The denoiser's config and the teacher's -> {name: shape} of the condition of a prompt."""
+    length = configs["text_length"]
+    if configs["pipeline"] == "StableDiffusionXLPipeline":
+        sizes = 6  # time_ids: the image's size and its crop
+        pooled = config.projection_class_embeddings_input_dim - sizes * config.addition_time_embed_dim
+        return {
+            "encoder_hidden_states": (length, config.cross_attention_dim),
+            "text_embeds": (pooled,),
+            "time_ids": (sizes,),
+        }
+    if configs["pipeline"] == "StableDiffusion3Pipeline":
+        return {
+            "encoder_hidden_states": (length + 256, config.joint_attention_dim),  # T5's tokens follow CLIP's
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
+    return {"encoder_hidden_states": (config.max_text_seq_length, config.text_embed_dim)}
+
+
+class DataOnMeta:
+    """Stands in for a list of prompts, and for ODE pairs (support.pairs.Pairs)."""
+
+    def __init__(self, latent_shape):
+        self.latent_shape = latent_shape
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return ""
+
+    def prompts(self, numbers):
+        return [""] * len(numbers)
+
+    def batch(self, numbers):
+        """Numbers of n pairs -> (x_T [n, ...], x_0 [n, ...], list of prompts)."""
+        x_T, x_0 = (torch.empty(len(numbers), *self.latent_shape, device=META) for _ in range(2))
+        return x_T, x_0, self.prompts(numbers)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a GPU does in a pass
+# ----------------------------------------------------------------------------------------------------------
+
+LOWER = {
+    F.linear,
+    F.scaled_dot_product_attention,
+    torch.Tensor.__matmul__,
+    torch.Tensor.matmul,
+    torch.baddbmm,
+    torch.bmm,
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.einsum,
+    torch.matmul,
+}
+FLOAT = {
+    F.group_norm,
+    F.layer_norm,
+    F.softmax,
+    torch.Tensor.pow,
+    torch.Tensor.softmax,
+    torch.rsqrt,
+    torch.softmax,
+}
+
+
+class GPUAutocast(TorchFunctionMode):
+    """What torch.autocast("cuda", dtype) does, for tensors on the meta device, which it does not know: matrix
+    products and convolutions in `dtype`, norms and softmax in float32; weights that train are cast once, and
+    kept until the end. Attention is the flash kernel's, which never makes the matrix of all pairs. With dtype
+    float32 it is attention alone."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.kept = {}  # {id of a weight: its copy}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.dtype != torch.float32 and (func in LOWER or func in FLOAT):
+            dtype = self.dtype if func in LOWER else torch.float32
+            args = [self._cast(x, dtype) for x in args]
+            kwargs = {name: self._cast(x, dtype) for name, x in kwargs.items()}
+        if func is F.scaled_dot_product_attention:
+            return attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def __exit__(self, *error):
+        self.kept.clear()
+        return super().__exit__(*error)
+
+    def _cast(self, x, dtype):
+        if not isinstance(x, torch.Tensor) or x.dtype not in (torch.float32, torch.bfloat16):
+            return x
+        if x.dtype == dtype:
+            return x
+        if not (x.is_leaf and x.requires_grad):
+            return x.to(dtype)
+        if id(x) not in self.kept:
+            self.kept[id(x)] = x.to(dtype)
+        return self.kept[id(x)]
+
+
+def attend(query, key, value, *_, **__):
+    """The flash kernel, whatever the mask: its memory is the same."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]

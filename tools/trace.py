@@ -1,0 +1,113 @@
+"""Runs a stage's own iteration on torch's meta device, to see what is alive in it and its passes."""
+
+import argparse
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from common import FAMILIES, fill_training_arguments
+from tools.meta import META, DataOnMeta, make_teacher_on_meta, read_configs
+from tools.passes import Passes, count_passes
+from tools.storages import Storages
+
+
+@dataclass
+class Trace:
+    """What was seen of an iteration."""
+
+    peak: int  # bytes, the most that were alive at a time beside weights, gradients and optimisers
+    kept: float  # bytes that a micro-batch keeps from one update to the next
+    passes: Passes
+
+
+class Networks:
+    """The networks of a training run on the meta device, and traces of its iteration."""
+
+    def __init__(self, args, stage, iterate):
+        """stage and iterate: ADM or ADP, and its iteration. UserError for a teacher whose sizes are not
+        known."""
+        configs = read_configs(args.teacher)
+        family = FAMILIES[configs["pipeline"]]
+        fill_training_arguments(args, family)
+        self.stage = stage
+        self.iterate = iterate
+        self.teacher = make_teacher_on_meta(args, configs)
+        self.text_encoders = sum(configs["text_encoders"].values())  # their parameters
+        method = self.make_method(shorten(args))
+        self.fake_score = getattr(method, "f", None)
+        self.heads = method.heads
+        self.backbone = getattr(method, "backbone", None)
+        self.steps = method.student.steps
+        self.traces = {}
+
+    def make_method(self, args):
+        return self.stage(args, self.teacher, DataOnMeta(self.teacher.latent_shape))
+
+    def trace(self, args):
+        """An iteration with these arguments -> Trace. It is not run twice for what makes no difference."""
+        short = shorten(args)
+        key = (short.batch, short.accumulate, short.shard == "fsdp", short.lora > 0)
+        if key not in self.traces:
+            self.traces[key] = trace_iteration(self.make_method(short), self.iterate)
+        return self.traces[key]
+
+    @functools.cached_property
+    def preview_peak(self):
+        """The most bytes alive while a checkpoint's samples are decoded, which is done one by one."""
+        latents = torch.empty(1, *self.teacher.latent_shape, device=META)
+        with torch.no_grad(), Storages(without=[self.teacher.pipe.vae]) as storages:
+            self.teacher.decode(latents)
+        return storages.peak
+
+
+def shorten(args):
+    """The arguments of an iteration in which each network learns once; of micro-batches, which are all alike,
+    there are at most two."""
+    accumulate = min(args.accumulate, 2)
+    return change(args, init=None, warmup=0, ttur=1, ema=0, accumulate=accumulate)
+
+
+def change(args, **values):
+    """A copy of the arguments with other values."""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+def trace_iteration(method, iterate):
+    """An iteration of a method on the meta device -> Trace."""
+    method.student.steps = 1  # backward simulation keeps nothing
+    weights = [method.G, method.teacher.denoiser, method.teacher.pipe.vae]
+    for name in ("f", "heads"):
+        if getattr(method, name, None):
+            weights.append(getattr(method, name))
+    if getattr(method, "backbone", None):
+        weights.append(method.backbone.encoder)
+    kept = []
+
+    def minimise(loss_of, batch, net, optimizer, clip):
+        """The stage's own, but that it neither exchanges, nor clips, nor steps."""
+        with forget_gradients(net):
+            for b in batch:
+                (loss_of(b) / len(batch)).backward()
+        kept.append(storages.live / len(batch))
+        return torch.zeros((), device=META)
+
+    with Storages(without=weights) as storages, count_passes(method) as passes:
+        iterate(method, 0, minimise)
+    return Trace(storages.peak, max(kept), passes)
+
+
+@contextlib.contextmanager
+def forget_gradients(net):
+    """Inside, a weight's gradient is dropped as soon as it is there; they are counted elsewhere."""
+
+    def forget(p):
+        p.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(forget) for p in net.parameters()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
