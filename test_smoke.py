@@ -1,4 +1,5 @@
-"""Every stage of every family from the command line, end to end, with random tiny teachers on a CPU: one process, and two."""
+"""Every stage of every family from the command line, end to end, with random tiny teachers on a CPU."""
+
 import json
 import math
 import os
@@ -14,11 +15,24 @@ SHORT = "--batch 2 --iterations 2 --log-every 1 --head-width 128 --lr 1e-4"
 
 
 def run(command, processes=1):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([sys.executable, *torchrun, *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    """A script of the repository with its arguments, with torchrun for several processes -> what it said."""
+    torchrun = []
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words = [sys.executable, *torchrun, *command.split()]
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **settings}
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def list_files(folder):
+    return sorted(os.listdir(folder))
 
 
 @pytest.fixture(scope="module")
@@ -33,63 +47,103 @@ def tiny(tmp_path_factory):
 def check_run(folder, tiny, denoiser="unet"):
     """The run's files are there, its numbers are finite, and its student has left the teacher."""
     assert (folder / "latest").read_text() == "step_000002\n"
-    for name in ("curves.png", "samples/step_000002.png", "step_000002/meta.json", "step_000002/state/G.pt"):
+    step = "step_000002"
+    for name in ("curves.png", f"samples/{step}.png", f"{step}/meta.json", f"{step}/state/G.pt"):
         assert (folder / name).stat().st_size > 0
-    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    assert [line["step"] for line in lines] == [1, 2] and all(math.isfinite(value) for line in lines for value in line.values())
-    student, teacher = load_file(folder / "step_000002/student" / WEIGHTS), load_file(tiny / "teacher" / denoiser / WEIGHTS)
-    assert student.keys() == teacher.keys() and all(weight.isfinite().all() for weight in student.values())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert all(math.isfinite(value) for value in line.values())
+    student = load_file(folder / step / "student" / WEIGHTS)
+    teacher = load_file(tiny / "teacher" / denoiser / WEIGHTS)
+    assert student.keys() == teacher.keys()
+    assert all(weight.isfinite().all() for weight in student.values())
     assert not all(student[name].equal(teacher[name].float()) for name in student)
 
 
 @pytest.mark.parametrize("processes", (1, 2))
 def test_every_stage(tiny, tmp_path, processes):
-    teacher, prompts = f"--teacher {tiny}/teacher", "--prompts prompts/shapes_train.txt"
+    teacher = f"--teacher {tiny}/teacher"
+    prompts = "--prompts prompts/shapes_train.txt"
     run(f"collect_ode.py {teacher} {prompts} --out {tmp_path}/pairs --count 8 --shard 4 --steps 2", processes)
-    assert sorted(os.listdir(tmp_path / "pairs")) == ["00000.safetensors", "00001.safetensors", "index.json"]
+    assert list_files(tmp_path / "pairs") == ["00000.safetensors", "00001.safetensors", "index.json"]
 
-    run(f"adp.py {teacher} --pairs {tmp_path}/pairs --pixel-backbone {tiny}/sam.pth --warmup 1 --out {tmp_path}/adp {SHORT}", processes)
+    source = f"--pairs {tmp_path}/pairs --pixel-backbone {tiny}/sam.pth"
+    run(f"adp.py {teacher} {source} --warmup 1 --out {tmp_path}/adp {SHORT}", processes)
     check_run(tmp_path / "adp", tiny)
 
-    stages = {"one": f"--init {tmp_path}/adp --ema 0.9", "four": "--steps 4", "dmd": f"--init {tmp_path}/adp --loss dmd"}
-    for name, options in stages.items() if processes == 1 else (("one", stages["one"]),):
-        run(f"adm.py {teacher} {prompts} {options} --out {tmp_path}/{name} {SHORT}", processes)
+    init = f"--init {tmp_path}/adp"
+    stages = {"one": f"{init} --ema 0.9", "four": "--steps 4", "dmd": f"{init} --loss dmd"}
+    for name in stages if processes == 1 else ("one",):
+        run(f"adm.py {teacher} {prompts} {stages[name]} --out {tmp_path}/{name} {SHORT}", processes)
         check_run(tmp_path / name, tiny)
-        meta = json.load(open(tmp_path / name / "step_000002/meta.json"))
-        assert (meta["parametrisation"], meta["steps"]) == (("teacher", 4) if name == "four" else ("velocity", 1))
+        meta = read_json(tmp_path / name / "step_000002/meta.json")
+        expected = ("teacher", 4) if name == "four" else ("velocity", 1)
+        assert (meta["parametrisation"], meta["steps"]) == expected
+
+    run(f"sample.py --student {tmp_path}/one --prompt circle square --seeds 0 1 --out {tmp_path}/images")
+    images = ["0000-0.png", "0000-1.png", "0001-0.png", "0001-1.png"]
+    assert list_files(tmp_path / "images") == [*images, "grid.png"]
 
     students = ["one", "four"] if processes == 1 else ["one"]
-    run(f"sample.py --student {tmp_path}/one --prompt circle square --seeds 0 1 --out {tmp_path}/pictures")
-    assert sorted(os.listdir(tmp_path / "pictures")) == ["0000-0.png", "0000-1.png", "0001-0.png", "0001-1.png", "grid.png"]
-    chosen = " ".join(f"--student {name}={tmp_path}/{name}" for name in students)
+    systems = " ".join(f"--student {name}={tmp_path}/{name}" for name in students)
     (tmp_path / "two.txt").write_text("a red circle\na small square on a black background\n")
-    table = run(f"evaluate.py {teacher} --steps 2 {chosen} --prompts {tmp_path}/two.txt --seeds 3 --json {tmp_path}/report.json --grid {tmp_path}/grid.png")
-    rows = json.load(open(tmp_path / "report.json"))["rows"]
+    settings = f"--steps 2 --prompts {tmp_path}/two.txt --seeds 3"
+    output = f"--json {tmp_path}/report.json --grid {tmp_path}/grid.png"
+    table = run(f"evaluate.py {teacher} {systems} {settings} {output}")
     nfe = {"teacher": 4, "one": 1, "four": 4}
-    assert [(row["system"], row["nfe"], row["samples"]) for row in rows] == [(name, nfe[name], 6) for name in ("teacher", *students)]
-    assert all(f"| {name} |" in table for name in ("teacher", *students)) and (tmp_path / "grid.png").stat().st_size > 0
+    expected = [(name, nfe[name], 6) for name in ("teacher", *students)]
+    rows = read_json(tmp_path / "report.json")["rows"]
+    assert [(row["system"], row["nfe"], row["samples"]) for row in rows] == expected
+    assert all(f"| {name} |" in table for name in ("teacher", *students))
+    assert (tmp_path / "grid.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("family, steps, suffix", [("sd3", 4, "png"), ("cogvideox", 8, "mp4")])
-def test_every_stage_of_the_other_families(tmp_path, family, steps, suffix):
-    run(f"tiny/train.py --family {family} --random --out {tmp_path}/teacher")
+SD3 = {
+    "family": "sd3",
+    "steps": 4,  # the paper's number of steps is the family's default
+    "suffix": "png",
+    "prompts": ("a red circle", "a small square"),
+    "pixel": "--pixel-backbone assets/tiny-sam.pth",
+    "processes": 1,
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+}
+COGVIDEOX = {
+    "family": "cogvideox",
+    "steps": 8,
+    "suffix": "mp4",
+    "prompts": ("a red circle moving left", "a small square moving"),
+    "pixel": "--lambda-pixel 0",
+    "processes": 2,
+    "scheduler": "LCMScheduler",
+}
+
+
+@pytest.mark.parametrize("case", (SD3, COGVIDEOX), ids=("sd3", "cogvideox"))
+def test_every_stage_of_the_other_families(tmp_path, case):
+    run(f"tiny/train.py --family {case['family']} --random --out {tmp_path}/teacher")
+    (tmp_path / "two.txt").write_text("\n".join(case["prompts"]) + "\n")
     teacher = f"--teacher {tmp_path}/teacher"
-    names = ("a red circle moving left", "a small square moving") if suffix == "mp4" else ("a red circle", "a small square")
-    (tmp_path / "two.txt").write_text("\n".join(names) + "\n")
-    prompts, pixel = f"--prompts {tmp_path}/two.txt", "--lambda-pixel 0" if suffix == "mp4" else "--pixel-backbone assets/tiny-sam.pth"
+    prompts = f"--prompts {tmp_path}/two.txt"
     run(f"collect_ode.py {teacher} {prompts} --out {tmp_path}/pairs --count 4 --steps 2")
-    run(f"adp.py {teacher} --pairs {tmp_path}/pairs {pixel} --warmup 1 --out {tmp_path}/adp {SHORT}")
-    run(f"adm.py {teacher} {prompts} --out {tmp_path}/adm {SHORT}", processes=2 if suffix == "mp4" else 1)
-    for stage in ("adp", "adm"):
-        check_run(tmp_path / stage, tmp_path, "transformer")
-    meta = json.load(open(tmp_path / "adm/step_000002/meta.json"))
-    assert (meta["parametrisation"], meta["steps"]) == ("teacher", steps)  # the paper's number of steps is the family's default
+    source = f"--pairs {tmp_path}/pairs {case['pixel']}"
+    run(f"adp.py {teacher} {source} --warmup 1 --out {tmp_path}/adp {SHORT}")
+    check_run(tmp_path / "adp", tmp_path, "transformer")
+    run(f"adm.py {teacher} {prompts} --out {tmp_path}/adm {SHORT}", case["processes"])
+    check_run(tmp_path / "adm", tmp_path, "transformer")
+    meta = read_json(tmp_path / "adm/step_000002/meta.json")
+    assert (meta["parametrisation"], meta["steps"]) == ("teacher", case["steps"])
 
-    run(f"sample.py --student {tmp_path}/adm {prompts} --side-by-side --steps 2 --out {tmp_path}/drawn")
-    assert sorted(os.listdir(tmp_path / "drawn")) == [f"0000-0.{suffix}", f"0001-0.{suffix}", "grid.png"]
-    run(f"sample.py --student {tmp_path}/adm --export {tmp_path}/exported")
-    assert json.load(open(tmp_path / "exported/model_index.json"))["scheduler"][1] == ("LCMScheduler" if suffix == "mp4" else "FlowMatchEulerDiscreteScheduler")
-    run(f"evaluate.py {teacher} --steps 2 --student adm={tmp_path}/adm {prompts} --seeds 2 --json {tmp_path}/report.json --grid {tmp_path}/grid.png")
-    rows = json.load(open(tmp_path / "report.json"))["rows"]
-    assert [(row["system"], row["nfe"], row["samples"]) for row in rows] == [("teacher", 4, 4), ("adm", steps, 4)]
-    assert ("motion" in rows[0]["tv"]) == (suffix == "mp4")
+    student = f"--student {tmp_path}/adm"
+    run(f"sample.py {student} {prompts} --side-by-side --steps 2 --out {tmp_path}/drawn")
+    samples = [f"0000-0.{case['suffix']}", f"0001-0.{case['suffix']}"]
+    assert list_files(tmp_path / "drawn") == [*samples, "grid.png"]
+    run(f"sample.py {student} --export {tmp_path}/exported")
+    assert read_json(tmp_path / "exported/model_index.json")["scheduler"][1] == case["scheduler"]
+
+    settings = f"--steps 2 --student adm={tmp_path}/adm {prompts} --seeds 2"
+    run(f"evaluate.py {teacher} {settings} --json {tmp_path}/report.json --grid {tmp_path}/grid.png")
+    rows = read_json(tmp_path / "report.json")["rows"]
+    expected = [("teacher", 4, 4), ("adm", case["steps"], 4)]
+    assert [(row["system"], row["nfe"], row["samples"]) for row in rows] == expected
+    assert ("motion" in rows[0]["tv"]) == (case["family"] == "cogvideox")

@@ -1,4 +1,5 @@
-"""What the tests share beside the fixtures."""
+"""What the tests share beside the fixtures: tiny networks, commands, and what a run left on the disk."""
+
 import functools
 import hashlib
 import json
@@ -8,32 +9,91 @@ import sys
 import types
 
 import torch
+from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
+import adm
+import adp
 import collect_ode
+import common
+from support import checkpoints
+from support.arguments import parse_adm_arguments, parse_adp_arguments
+from support.files import read_prompts
+from support.pairs import Pairs
+from support.parallel import start_processes
 from tiny import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TRAINING = types.SimpleNamespace(lora=0, shard="ddp", checkpointing=True, compile=False)  # what of a stage's arguments its networks depend on
-QUICK = ["--batch", "2", "--iterations", "2", "--log-every", "1", "--head-width", "128", "--lr", "1e-4", "--head-lr", "1e-4"]
+# what of a stage's arguments its networks depend on
+TRAINING = types.SimpleNamespace(lora=0, shard="ddp", checkpointing=True, compile=False)
+# a training of seconds
+QUICK = ["--batch", "2", "--iterations", "2", "--log-every", "1", "--head-width", "128"]
+QUICK += ["--lr", "1e-4", "--head-lr", "1e-4"]
+PARSERS = {"adm": parse_adm_arguments, "adp": parse_adp_arguments}
+
+# ----------------------------------------------------------------------------------------------------------
+# Networks and methods
+# ----------------------------------------------------------------------------------------------------------
 
 
-def random_teacher(folder, seed, family="sdxl"):
+def make_teacher(folder, seed, family="sdxl"):
+    """A tiny pipeline with random weights -> its folder."""
     torch.manual_seed(seed)
-    train.FAMILIES[family]["build"]().to(dtype=torch.float16).save_pretrained(folder)
+    pipe = train.FAMILIES[family]["build"]()
+    pipe.to(dtype=torch.float16).save_pretrained(folder)
     return str(folder)
 
 
-def random_sam(seed, **sizes):
+def make_sam(seed, **sizes):
     """An image encoder of SAM's kind for 64x64 pixels, windows of 3 in the blocks 0 and 2, no weight zero."""
     torch.manual_seed(seed)
-    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "out_chans": 16, "window_size": 3,
-             "global_attn_indexes": (1, 3), **sizes}
-    encoder = ImageEncoderViT(**sizes, use_rel_pos=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)).eval()
+    default = {
+        "img_size": 64,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 4,
+        "num_heads": 3,
+        "out_chans": 16,
+        "window_size": 3,
+        "global_attn_indexes": (1, 3),
+    }
+    norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
+    encoder = ImageEncoderViT(**{**default, **sizes}, use_rel_pos=True, norm_layer=norm_layer).eval()
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.2)
     return encoder
+
+
+def save_sam(encoder, path):
+    """Writes SAM's layout, in which there are more parts, in the format of the suffix -> the path."""
+    state = {f"image_encoder.{name}": weight.contiguous() for name, weight in encoder.state_dict().items()}
+    state["mask_decoder.bias"] = torch.zeros(3)
+    if str(path).endswith("safetensors"):
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return str(path)
+
+
+def training_arguments(stage, words):
+    """The parsed arguments of adm.py or adp.py. stage: "adm" or "adp"; words: of its command line."""
+    losses = [adm.ADM.student_losses] if stage == "adm" else []
+    return PARSERS[stage](__doc__, words, common.TEACHERS, common.FAMILIES, *losses)
+
+
+def make_method(stage, words):
+    """The ADM or ADP that a command would train, without a run's folder. stage: the module adm or adp."""
+    args = training_arguments(stage.__name__, words)
+    teacher = common.load_training_teacher(args, start_processes(args.seed))
+    if stage is adp:
+        return adp.ADP(args, teacher, Pairs(args.pairs, teacher))
+    return adm.ADM(args, teacher, read_prompts(args.prompts))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Commands
+# ----------------------------------------------------------------------------------------------------------
 
 
 def collect(*arguments):
@@ -41,47 +101,80 @@ def collect(*arguments):
     collect_ode.main(arguments)
 
 
-def command(*words, processes=None, timeout=900):
-    """A script of the repository as a command, with torchrun if `processes` is given -> its result, output captured as text."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    return subprocess.run([sys.executable, *torchrun, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+def run_script(script, *words, processes=None, folder=ROOT, timeout=900):
+    """A script (its path from the repository's root) as a command, with torchrun if `processes` is given ->
+    its result, output captured as text. folder: the working directory."""
+    torchrun = []
+    if processes:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *torchrun, os.path.join(ROOT, script), *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
 
 
-def metrics(folder):
+# ----------------------------------------------------------------------------------------------------------
+# What runs leave behind
+# ----------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(folder):
     """The lines of a run's metrics.jsonl without what differs from machine to machine."""
-    lines = [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
-    return [{name: value for name, value in line.items() if name not in ("seconds", "peak_mb")} for line in lines]
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    for line in lines:
+        del line["seconds"], line["peak_mb"]
+    return lines
 
 
-def state(folder):
+def read_state(folder):
     """A checkpoint's state/, {name: value}."""
-    names = os.listdir(os.path.join(folder, "state"))
-    return {name.removesuffix(".pt"): torch.load(os.path.join(folder, "state", name), weights_only=True) for name in names}
+    folder = os.path.join(folder, "state")
+    state = {}
+    for name in os.listdir(folder):
+        state[name.removesuffix(".pt")] = torch.load(os.path.join(folder, name), weights_only=True)
+    return state
 
 
-def snapshot(folder):
+def read_adam(state):
+    """An optimiser's state_dict -> (its averages of the gradients [N], about the largest step that it took
+    last)."""
+    parts = state["state"].values()
+    group = state["param_groups"][0]
+    mean = torch.cat([part["exp_avg"].flatten() for part in parts])
+    square = torch.cat([part["exp_avg_sq"].flatten() for part in parts])
+    step = group["lr"] * mean / (square.sqrt() + group["eps"])
+    return mean, step.abs().max().item()
+
+
+def take_snapshot(folder):
     """{path: digest} of all files below, folders included."""
     found = {}
     for place, folders, files in os.walk(folder):
-        found |= {os.path.join(place, name): None for name in folders}
-        found |= {os.path.join(place, name): hashlib.sha256(open(os.path.join(place, name), "rb").read()).hexdigest() for name in files}
+        for name in folders:
+            found[os.path.join(place, name)] = None
+        for name in files:
+            path = os.path.join(place, name)
+            with open(path, "rb") as file:
+                found[path] = hashlib.sha256(file.read()).hexdigest()
     return found
 
 
-def steady(adamw):
-    """common.adamw with a larger epsilon: with Adam's own the first steps follow a gradient's sign, and entries that are zero but for
-    rounding move by the whole learning rate."""
-
-    def made(*arguments):
-        optimizer = adamw(*arguments)
-        optimizer.param_groups[0]["eps"] = 1e-3
-        return optimizer
-
-    return made
+# ----------------------------------------------------------------------------------------------------------
+# Runs that are compared
+# ----------------------------------------------------------------------------------------------------------
 
 
-def adam(state):
-    """An optimiser's state_dict -> (its averages of the gradients [N], about the largest step that it took last)."""
-    parts, group = state["state"].values(), state["param_groups"][0]
-    mean, square = (torch.cat([part[name].flatten() for part in parts]) for name in ("exp_avg", "exp_avg_sq"))
-    return mean, (group["lr"] * mean / (square.sqrt() + group["eps"])).abs().max().item()
+class SteadyAdamW(torch.optim.AdamW):
+    """AdamW with a larger epsilon: with its own the first steps follow a gradient's sign, and entries that
+    are zero but for rounding move by the whole learning rate."""
+
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, eps=1e-3, **options)
+
+
+def make_runs_comparable(patch=setattr):
+    """Runs differ by no more than rounding; they draw nothing, which would take half their time.
+
+    patch: setattr, or a test's monkeypatch.setattr."""
+    patch(torch.optim, "AdamW", SteadyAdamW)
+    patch(checkpoints, "save_preview", lambda *_: None)
+    patch(checkpoints, "save_curves", lambda *_: None)

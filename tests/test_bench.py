@@ -1,27 +1,83 @@
 """The benchmark runs, and counts the passes that its budget allows."""
+
 import json
+from unittest import mock
 
 import pytest
+from test_plan import OnePassMore
 
+import adm
 import helpers
+from tools import bench
+from tools.measure import measure
+
+
+def run_bench(tmp_path, *words):
+    """The benchmark as a command, one iteration -> (what it printed, the rows of --json)."""
+    path = tmp_path / "bench.json"
+    words = [*words, "--iterations", "1", "--json", str(path)]
+    result = helpers.run_script("tools/bench.py", *words)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, json.loads(path.read_text())
+
+
+def measure_here(tmp_path, teacher, name, extra=""):
+    """A stage in this process, one iteration -> (row, complaints)."""
+    options = bench.parse_arguments(["--batch", "2", "--iterations", "1"])
+    return measure(name, 1, extra, options, str(teacher), str(tmp_path / "measured"))
+
+
+def list_passes(row):
+    return (row["forward_full"], row["forward_partial"], *row["backward"].values())
 
 
 def test_passes_of_an_iteration(tmp_path):
-    """Accumulating two halves makes the same passes on each, and one more through the student, whose graphs would not fit together."""
-    result = helpers.command("tiny/bench.py", "--stages", "adp", "adm", "--options", "", "--batch 2 --accumulate 2", "--batch", "4", "--iterations", "1",
-                             "--json", str(tmp_path / "bench.json"))
-    assert result.returncode == 0, result.stderr
-    rows = {(row["stage"], row["options"]): row for row in json.load(open(tmp_path / "bench.json"))}
-    passes = {key: (row["forward_full"], row["forward_partial"], *row["backward"].values()) for key, row in rows.items()}
-    assert passes == {("adp", ""): (1, 2, 1, 0, 1, 0), ("adp", "--batch 2 --accumulate 2"): (2, 4, 2, 0, 2, 0),
-                      ("adm", ""): (5, 2, 1, 1, 1, 1), ("adm", "--batch 2 --accumulate 2"): (12, 4, 2, 2, 2, 2)}
-    assert all(row["overhead"] == pytest.approx(row["seconds_iteration"] / row["seconds_passes"] - 1) for row in rows.values() if not row["options"])
-    assert result.stdout.count("\n") == 6 and "| 1.00 |" in result.stdout
+    """Accumulating two halves makes the same passes on each, and one more through the student, whose graphs
+    would not fit together."""
+    halves = "--batch 2 --accumulate 2"
+    words = ["--stages", "adp", "adm", "--options", "", halves, "--batch", "4"]
+    out, rows = run_bench(tmp_path, *words)
+    passes = {(row["stage"], row["options"]): list_passes(row) for row in rows}
+    assert passes == {
+        ("adp", ""): (1, 2, 1, 0, 1, 0),
+        ("adp", halves): (2, 4, 2, 0, 2, 0),
+        ("adm", ""): (5, 2, 1, 1, 1, 1),
+        ("adm", halves): (12, 4, 2, 2, 2, 2),
+    }
+    for row in rows:
+        assert row["overhead"] == pytest.approx(row["seconds_iteration"] / row["seconds_passes"] - 1)
+    assert out.count("\n") == 6
+    assert "| 1.00 |" in out
 
 
 def test_two_processes_are_compared_with_two_that_exchange_nothing(tmp_path):
-    result = helpers.command("tiny/bench.py", "--stages", "dmd", "--processes", "1", "2", "--batch", "2", "--iterations", "1", "--json", str(tmp_path / "bench.json"))
-    assert result.returncode == 0, result.stderr
-    one, two = json.load(open(tmp_path / "bench.json"))
-    assert (one["processes"], two["processes"]) == (1, 2) and one["forward_full"] == two["forward_full"] == 5 and one["rows"] == two["rows"] == 2
-    assert two["overhead"] == two["seconds_iteration"] / two["seconds_apart"] - 1 and "seconds_passes" not in two and "seconds_apart" not in one
+    _, rows = run_bench(tmp_path, "--stages", "dmd", "--processes", "1", "2", "--batch", "2")
+    one, two = rows
+    assert one["processes"] == 1
+    assert two["processes"] == 2
+    assert one["forward_full"] == two["forward_full"] == 5
+    assert one["rows"] == two["rows"] == 2
+    assert two["overhead"] == two["seconds_iteration"] / two["seconds_apart"] - 1
+    assert "seconds_passes" not in two
+    assert "seconds_apart" not in one
+
+
+def test_passes_through_adapters(tmp_path, teacher_folder):
+    row, _ = measure_here(tmp_path, teacher_folder, "adm+r1r2", "--lora 4")
+    assert list_passes(row) == (5, 4, 1, 1, 1, 1)
+    assert row["seconds_passes"] > 0
+
+
+def test_passes_of_video(tmp_path):
+    teacher = helpers.make_teacher(tmp_path / "teacher", 0, "cogvideox")
+    row, complaints = measure_here(tmp_path, teacher, "adm+r1r2")
+    assert list_passes(row) == (5, 4, 1, 1, 1, 1)
+    assert row["seconds_passes"] > 0
+    assert complaints == []
+
+
+def test_a_change_of_the_method_is_counted(tmp_path, teacher_folder):
+    with mock.patch.object(adm, "ADM", OnePassMore):
+        row, complaints = measure_here(tmp_path, teacher_folder, "adm+r1r2")
+    assert list_passes(row) == (6, 4, 1, 1, 1, 1)
+    assert complaints == ["adm+r1r2: an iteration makes 6 full forward passes, its budget is 5"]

@@ -1,9 +1,10 @@
-"""Two processes do what one does: the same losses for the same global batch, the same ODE pairs."""
+"""Several processes do what one does: the same losses for the same global batch, the same ODE pairs."""
+
 import os
 import shutil
 import subprocess
 import sys
-from unittest import mock
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,72 +13,115 @@ import adm
 import adp
 import common
 import helpers
-from tiny import bench
+from support import checkpoints
+from support.errors import UserError
+from tools.bench import free_port
 
-SAVE = common.Run.save
 STEPS = 5
-# A long step dt, because the gap of two almost equal samples is mostly rounding. The learning rates are those of QUICK.
-ADP, ADM = f"--warmup 1 --iterations {STEPS}", f"--dt 0.25 --iterations {STEPS}"
-OPTIONS = {(stage, family): options for stage, options in (("adp", ADP), ("adm", f"--ema 0.5 {ADM}")) for family in ("sdxl", "sd3", "cogvideox")}
-OPTIONS["adp", "cogvideox"] += " --lambda-latent 1 --lambda-pixel 0"
-RUNS = {  # name: (script, teacher, options, those of several processes alone)
-    **{f"{stage} {family} {shard}": (stage, family, options, f"--shard {shard}") for (stage, family), options in OPTIONS.items()
-       for shard in ("ddp", "zero1", "fsdp")},
-    "adm --ttur 2 --steps 2": ("adm", "sdxl", f"--ttur 2 --steps 2 {ADM}", ""),
-    "dmd": ("adm", "sdxl", f"--loss dmd {ADM}", ""),
-    "adm fsdp, accumulated": ("adm", "sd3", f"--ema 0.5 {ADM}", "--shard fsdp --batch 1 --accumulate 2"),
-    "adm lora": ("adm", "sd3", f"--lora 4 {ADM}", ""),
-    "adm lora fsdp": ("adm", "cogvideox", f"--lora 4 {ADM} --lr 1e-3", "--shard fsdp"),
+ADP = f"--warmup 1 --iterations {STEPS}"
+# A long step dt, because the gap of two almost equal samples is mostly rounding.
+ADM = f"--dt 0.25 --iterations {STEPS}"
+
+
+@dataclass
+class Setting:
+    """A training run that is made twice, in one process and in several."""
+
+    stage: str  # "adp" or "adm"
+    family: str
+    options: str
+    of_several: str = ""  # options of several processes alone
+
+
+RUNS = {
+    "adm --ttur 2 --steps 2": Setting("adm", "sdxl", f"--ttur 2 --steps 2 {ADM}"),
+    "dmd": Setting("adm", "sdxl", f"--loss dmd {ADM}"),
+    "adm lora": Setting("adm", "sd3", f"--lora 4 {ADM}"),
+    "adm lora fsdp": Setting("adm", "cogvideox", f"--lora 4 {ADM} --lr 1e-3", "--shard fsdp"),
+    "adm fsdp, accumulated": Setting(
+        "adm", "sd3", f"--ema 0.5 {ADM}", "--shard fsdp --batch 1 --accumulate 2"
+    ),
 }
+for family in ("sdxl", "sd3", "cogvideox"):
+    adp_options = ADP if family != "cogvideox" else f"{ADP} --lambda-latent 1 --lambda-pixel 0"
+    for shard in ("ddp", "zero1", "fsdp"):
+        RUNS[f"adp {family} {shard}"] = Setting("adp", family, adp_options, f"--shard {shard}")
+        RUNS[f"adm {family} {shard}"] = Setting("adm", family, f"--ema 0.5 {ADM}", f"--shard {shard}")
 
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory, prompts_file, adp_arguments, adm_arguments):
-    """A function: the name of a run -> (its main, arguments)."""
-    others = {}
-    for family in ("sd3", "cogvideox"):
-        folder = tmp_path_factory.mktemp(family)
-        teacher, pairs = helpers.random_teacher(folder / "teacher", 0, family), str(folder / "pairs")
-        helpers.collect("--teacher", teacher, "--prompts", prompts_file, "--out", pairs, "--count", "8", "--steps", "1")
-        others[family] = {"adm": ["--teacher", teacher], "adp": ["--teacher", teacher, "--pairs", pairs]}
-
-    def of(name):
-        stage, family, options, _ = RUNS[name]
-        script, shared = {"adp": (adp, adp_arguments), "adm": (adm, adm_arguments)}[stage]
-        return script.main, [*shared, *others.get(family, {}).get(stage, []), *options.split()]
-
-    return of
+# ----------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
-def steady(monkeypatch):
-    """No pictures either, which take a run's second."""
-    monkeypatch.setattr(common, "adamw", helpers.steady(common.adamw))
-    monkeypatch.setattr(common, "save_preview", lambda *_: None)
-    monkeypatch.setattr(common, "save_curves", lambda *_: None)
+def comparable(monkeypatch):
+    helpers.make_runs_comparable(monkeypatch.setattr)
 
 
-STEADY = f"""
-import sys
-sys.path[:0] = {[helpers.ROOT, os.path.dirname(os.path.abspath(__file__))]!r}
-import adm, adp, common, helpers
-common.adamw, common.save_preview, common.save_curves = helpers.steady(common.adamw), lambda *_: None, lambda *_: None
+@pytest.fixture(scope="module")
+def arguments_of(tmp_path_factory, prompts_file, adp_arguments, adm_arguments):
+    """A function: the name of a run -> its arguments."""
+    shared = {"adp": adp_arguments, "adm": adm_arguments}
+    sources = {"sdxl": {"adp": [], "adm": []}}
+    for family in ("sd3", "cogvideox"):
+        folder = tmp_path_factory.mktemp(family)
+        teacher = helpers.make_teacher(folder / "teacher", 0, family)
+        pairs = str(folder / "pairs")
+        words = ["--teacher", teacher, "--prompts", prompts_file, "--out", pairs]
+        helpers.collect(*words, "--count", "8", "--steps", "1")
+        sources[family] = {
+            "adp": ["--teacher", teacher, "--pairs", pairs],
+            "adm": ["--teacher", teacher],
+        }
+
+    def find(name):
+        setting = RUNS[name]
+        source = sources[setting.family][setting.stage]
+        return shared[setting.stage] + source + setting.options.split()
+
+    return find
+
+
+def main_of(name):
+    return {"adp": adp.main, "adm": adm.main}[RUNS[name].stage]
+
+
+def write_script(path, *commands):
+    """A script for torchrun, which runs adp.py and adm.py as the tests' own process does. commands: (stage,
+    arguments) each."""
+    places = [helpers.ROOT, os.path.dirname(os.path.abspath(__file__))]
+    lines = [
+        "import sys",
+        f"sys.path[:0] = {places!r}",
+        "import adm, adp, helpers",
+        "helpers.make_runs_comparable()",
+    ]
+    lines += [f"{stage}.main({arguments!r})" for stage, arguments in commands]
+    path.write_text("\n".join(lines) + "\n" + END)
+    return str(path)
+
+
+END = """
+import torch.distributed
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory, arguments):
-    """A function: how many processes, names of runs -> the folder of these runs, one after the other in processes that torchrun started."""
+def run_in_processes(tmp_path_factory, arguments_of):
+    """A function: how many processes, names of runs -> the folder of these runs, made one after the other in
+    processes that torchrun started."""
 
     def run(count, *names):
         folder = tmp_path_factory.mktemp(f"processes{count}")
-        lines = [STEADY]
+        commands = []
         for name in names:
-            main, words = arguments(name)
-            words = [*words, "--out", str(folder / name), "--batch", str(4 // count), *RUNS[name][3].split()]
-            lines.append(f"{main.__module__}.main({words!r})")
-        (folder / "runs.py").write_text("\n".join([*lines, "common.dist.destroy_process_group()"]))
-        result = helpers.command(str(folder / "runs.py"), processes=count)
+            setting = RUNS[name]
+            words = [*arguments_of(name), "--out", str(folder / name), "--batch", str(4 // count)]
+            commands.append((setting.stage, words + setting.of_several.split()))
+        script = write_script(folder / "runs.py", *commands)
+        result = helpers.run_script(script, processes=count, timeout=1800)
         assert result.returncode == 0, result.stderr
         return folder
 
@@ -85,174 +129,245 @@ def processes(tmp_path_factory, arguments):
 
 
 @pytest.fixture(scope="module")
-def two_processes(processes):
-    return processes(2, *RUNS)
+def two_processes(run_in_processes):
+    return run_in_processes(2, *RUNS)
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory, arguments):
-    """A function: the name of a run -> its folder, made by one process; --shard says nothing to it, so that three runs are one."""
+def run_alone(tmp_path_factory, arguments_of):
+    """A function: the name of a run -> its folder, made by one process; --shard says nothing to it, so that
+    three runs are one."""
     folders = {}
 
     def run(name):
-        key = RUNS[name][:3]
+        setting = RUNS[name]
+        key = (setting.stage, setting.family, setting.options)
         if key not in folders:
-            folders[key] = tmp_path_factory.mktemp("one")
-            main, words = arguments(name)
-            main([*words, "--out", str(folders[key]), "--batch", "4"])
+            folders[key] = tmp_path_factory.mktemp("alone")
+            main_of(name)([*arguments_of(name), "--out", str(folders[key]), "--batch", "4"])
         return folders[key]
 
     return run
 
 
+def compare(one, other, step=STEPS):
+    """Two runs' losses of every iteration, their weights at the end, and their gradients, whose averages
+    Adam keeps."""
+    for line, other_line in zip(helpers.read_metrics(one), helpers.read_metrics(other), strict=True):
+        for name in line.keys() - {"cosine", "D_gap"}:  # which are small differences
+            tolerance = 1e-4 if name.startswith("norm") else 1e-5
+            assert other_line[name] == pytest.approx(line[name], rel=tolerance, abs=1e-5), name
+    state = helpers.read_state(one / f"step_{step:06d}")
+    other_state = helpers.read_state(other / f"step_{step:06d}")
+    for name in state:
+        if not name.startswith("opt"):
+            torch.testing.assert_close(state[name], other_state[name], rtol=0, atol=1e-6)
+        elif state[name]["state"]:
+            gradient, moved = helpers.read_adam(state[name])
+            other_gradient, _ = helpers.read_adam(other_state[name])
+            assert gradient.norm() > 1e-4, name
+            assert (gradient - other_gradient).norm() < 1e-3 * gradient.norm(), name
+            assert moved > 1e-5, name
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_lose_what_one_does(two_processes, one_process, name):
-    compare(one_process(name), two_processes / name)
+def test_two_processes_lose_what_one_does(two_processes, run_alone, name):
+    compare(run_alone(name), two_processes / name)
 
 
-def test_four_processes_lose_what_one_does(processes, one_process):
+def test_four_processes_lose_what_one_does(run_in_processes, run_alone):
     names = ("adm sdxl ddp", "adm sdxl fsdp")
-    folder = processes(4, *names)
+    folder = run_in_processes(4, *names)
     for name in names:
-        compare(one_process(name), folder / name)
+        compare(run_alone(name), folder / name)
 
 
-@pytest.mark.parametrize("name", ("adp sdxl ddp", "adm sdxl ddp", "adm --ttur 2 --steps 2", "dmd", "adm lora"))
-def test_micro_batches_lose_what_one_batch_does(arguments, tmp_path, name):
-    main, words = arguments(name)
+@pytest.mark.parametrize(
+    "name", ("adp sdxl ddp", "adm sdxl ddp", "adm --ttur 2 --steps 2", "dmd", "adm lora")
+)
+def test_micro_batches_lose_what_one_batch_does(arguments_of, tmp_path, name):
     for folder, split in (("whole", "--batch 4"), ("parts", "--batch 1 --accumulate 4")):
-        main([*words, "--out", str(tmp_path / folder), *split.split()])
+        main_of(name)([*arguments_of(name), "--out", str(tmp_path / folder), *split.split()])
     compare(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_compiled_blocks_do_what_they_do_uncompiled(arguments, tmp_path, monkeypatch):
+def test_compiled_blocks_do_what_they_do_uncompiled(arguments_of, tmp_path, monkeypatch):
     """Traced as for the card's compiler, then run as they are: building kernels takes minutes."""
-    main, words = arguments("dmd")
-    traced, compile_module = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: traced.append(block) or compile_module(block, backend="eager"))
+    traced = []
+    compile_module = torch.nn.Module.compile
+
+    def compile_eagerly(block):
+        traced.append(block)
+        compile_module(block, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     for folder, options in (("plain", []), ("compiled", ["--compile"])):
-        main([*words, "--out", str(tmp_path / folder), *options])
-    assert traced and all(block._compiled_call_impl for block in traced)
+        adm.main([*arguments_of("dmd"), "--out", str(tmp_path / folder), *options])
+    assert traced
+    assert all(block._compiled_call_impl for block in traced)
     compare(tmp_path / "plain", tmp_path / "compiled")
 
 
-def test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains(arguments, tmp_path):
-    """A student of adapters alone: the plain network that is saved for it does what backbone and adapter do."""
-    main, words = arguments("adm lora")
-    kept = {}
-    with mock.patch.object(common.Run, "save", lambda run, step, G, *rest: kept.update(run=run, G=G) or SAVE(run, step, G, *rest)):
-        main([*words, "--out", str(tmp_path), "--lr", "1e-2", "--head-lr", "1e-2"])
-    teacher, G = kept["run"].student.teacher, kept["G"]
+def test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains(arguments_of, tmp_path, monkeypatch):
+    """A student of adapters alone: the plain network that is saved does what backbone and adapter do."""
+    methods = []
+    save = checkpoints.Run.save
+
+    def keep_method(run, step, prompts):
+        methods.append(run.method)
+        save(run, step, prompts)
+
+    monkeypatch.setattr(checkpoints.Run, "save", keep_method)
+    words = ["--out", str(tmp_path), "--lr", "1e-2", "--head-lr", "1e-2"]
+    adm.main([*arguments_of("adm lora"), *words])
+    method = methods[-1]
+    teacher = method.teacher
     fresh = common.load_teacher(teacher.path, teacher.device)
-    ours = {name.replace(".base_layer", ""): weight for name, weight in teacher.denoiser.state_dict().items() if "lora_" not in name}
-    assert ours.keys() == fresh.denoiser.state_dict().keys() and all(weight.equal(ours[name]) for name, weight in fresh.denoiser.state_dict().items())
-    net, *_ = common.load_student(str(tmp_path), fresh)
-    x, t, cond = torch.randn(2, *teacher.latent_shape), torch.tensor([300.0, 900.0]), teacher.encode(["a red circle", "a square"])
-    ours, theirs, before = (teacher.call(network, x, t, cond) for network in (G, net, teacher.denoiser))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert (ours - before).abs().max() > 1e-2 and before.equal(fresh.call(fresh.denoiser, x, t, cond))
+    weights = {}
+    for name, weight in teacher.denoiser.state_dict().items():
+        if "lora_" not in name:
+            weights[name.replace(".base_layer", "")] = weight
+    fresh_weights = fresh.denoiser.state_dict()
+    assert weights.keys() == fresh_weights.keys()
+    assert all(weight.equal(weights[name]) for name, weight in fresh_weights.items())
+
+    saved, *_ = common.load_student(str(tmp_path), fresh)
+    x = torch.randn(2, *teacher.latent_shape)
+    t = torch.tensor([300.0, 900.0])
+    cond = teacher.encode(["a red circle", "a square"])
+    of_adapter = teacher.call(method.G, x, t, cond)
+    of_saved = teacher.call(saved, x, t, cond)
+    of_backbone = teacher.call(teacher.denoiser, x, t, cond)
+    torch.testing.assert_close(of_adapter, of_saved, rtol=1e-4, atol=1e-5)
+    assert (of_adapter - of_backbone).abs().max() > 1e-2
+    assert of_backbone.equal(fresh.call(fresh.denoiser, x, t, cond))
 
 
-def test_lora_goes_on_from_lora_alone(arguments, tmp_path):
-    main, words = arguments("adm lora")
-    for name, options in (("full", ["--lora", "0"]), ("lora", []), ("on", ["--init", str(tmp_path / "lora"), "--lr", "0", "--iterations", "1"])):
-        main([*words, "--out", str(tmp_path / name), *options])
-    before, after = (helpers.state(tmp_path / name / step)["G"] for name, step in (("lora", f"step_{STEPS:06d}"), ("on", "step_000001")))
-    assert any(weight.any() for name, weight in before.items()) and all(weight.equal(after[name]) for name, weight in before.items())
-    for options in (["--init", str(tmp_path / "full")], ["--init", str(tmp_path / "lora"), "--lora", "2"]):
-        with pytest.raises(common.UserError, match="of the same --lora"):
-            main([*words, "--out", str(tmp_path / "refused"), *options])
+def test_lora_goes_on_from_lora_alone(arguments_of, tmp_path):
+    words = arguments_of("adm lora")
+    full, lora, on = (str(tmp_path / name) for name in ("full", "lora", "on"))
+    adm.main([*words, "--out", full, "--lora", "0"])
+    adm.main([*words, "--out", lora])
+    adm.main([*words, "--out", on, "--init", lora, "--lr", "0", "--iterations", "1"])
+    before = helpers.read_state(os.path.join(lora, f"step_{STEPS:06d}"))["G"]
+    after = helpers.read_state(os.path.join(on, "step_000001"))["G"]
+    assert any(weight.any() for weight in before.values())
+    assert all(weight.equal(after[name]) for name, weight in before.items())
+    for options in (["--init", full], ["--init", lora, "--lora", "2"]):
+        with pytest.raises(UserError, match="of the same --lora"):
+            adm.main([*words, "--out", str(tmp_path / "refused"), *options])
 
 
 @pytest.mark.parametrize("name", ("adp sdxl ddp", "adm --ttur 2 --steps 2"))
-def test_offloading_changes_where_prompts_are_encoded_and_nothing_else(arguments, tmp_path, name, monkeypatch):
-    main, words = arguments(name)
-    encoded, encode = [], common.SDXL._encode
-    monkeypatch.setattr(common.SDXL, "_encode", lambda teacher, prompts: encoded.append(len(prompts)) or encode(teacher, prompts))
+def test_offloading_changes_where_prompts_are_encoded_and_nothing_else(
+    arguments_of, tmp_path, name, monkeypatch
+):
+    encoded = []
+    encode = common.SDXL._encode
+
+    def count(teacher, prompts):
+        encoded.append(len(prompts))
+        return encode(teacher, prompts)
+
+    monkeypatch.setattr(common.SDXL, "_encode", count)
     for folder, options in (("here", []), ("away", ["--offload"])):
         encoded.clear()
-        main([*words, "--out", str(tmp_path / folder), *options])
+        main_of(name)([*arguments_of(name), "--out", str(tmp_path / folder), *options])
     compare(tmp_path / "here", tmp_path / "away")  # but for rounding: other rows are beside a prompt
     assert len(encoded) <= 4  # a map for the heads, the null prompt, all iterations at once
 
 
-def test_two_torchruns_are_two_nodes(arguments, tmp_path):
-    main, words = arguments("dmd")
-    main([*words, "--out", str(tmp_path / "one"), "--batch", "4"])
-    script = tmp_path / "run.py"
-    script.write_text(f"{STEADY}\nadm.main({[*words, '--out', str(tmp_path / 'two'), '--batch', '2']!r})")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={bench.free_port()}"]
-    nodes = [subprocess.Popen([*torchrun, f"--node_rank={node}", str(script)], cwd=helpers.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-             for node in (0, 1)]
+def test_two_torchruns_are_two_nodes(arguments_of, tmp_path):
+    words = arguments_of("dmd")
+    adm.main([*words, "--out", str(tmp_path / "one"), "--batch", "4"])
+    command = [*words, "--out", str(tmp_path / "two"), "--batch", "2"]
+    script = write_script(tmp_path / "run.py", ("adm", command))
+    place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    nodes = []
+    for node in range(2):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *place, f"--node_rank={node}", script]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        nodes.append(subprocess.Popen(torchrun, cwd=helpers.ROOT, **pipes))
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert "dmd_loss" in said[0] and "dmd_loss" not in said[1]  # rank 0 alone shows its progress
+    assert "dmd_loss" in said[0]  # rank 0 alone shows its progress
+    assert "dmd_loss" not in said[1]
     compare(tmp_path / "one", tmp_path / "two")
 
 
-def test_one_failing_process_ends_all_with_its_own_error(arguments, tmp_path):
-    main, words = arguments("dmd")
-    script = tmp_path / "failing.py"
-    script.write_text(f"""
+FAILING = """
 import os, sys
-sys.path.insert(0, {helpers.ROOT!r})
-import adm, common
-log = common.Run.log
+sys.path.insert(0, {root!r})
+import adm
+from support.checkpoints import Run
+log = Run.log
 
-def fail(run, step, metrics):
-    log(run, step, metrics)
+def fail(run, step):
+    log(run, step)
     if step == 2 and os.environ["RANK"] == "1":
         raise ValueError("the second process is out of luck")
 
-common.Run.log = fail
-adm.main({[*words, "--out", str(tmp_path / "run"), "--iterations", "1000"]!r})
-""")
-    result = helpers.command(str(script), processes=2, timeout=120)
-    assert result.returncode == 1 and "ValueError: the second process is out of luck" in result.stderr
+Run.log = fail
+adm.main({arguments!r})
+"""
+
+
+def test_one_failing_process_ends_all_with_its_own_error(arguments_of, tmp_path):
+    arguments = [*arguments_of("dmd"), "--out", str(tmp_path / "run"), "--iterations", "1000"]
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=helpers.ROOT, arguments=arguments))
+    result = helpers.run_script(str(script), processes=2, timeout=120)
+    assert result.returncode == 1
+    assert "ValueError: the second process is out of luck" in result.stderr
 
 
 @pytest.mark.parametrize("shard, count", (("fsdp", 1), ("zero1", 2)))
-def test_a_sharded_run_goes_on_in_any_number_of_processes(two_processes, arguments, tmp_path, shard, count):
+def test_a_sharded_run_goes_on_in_any_number_of_processes(
+    two_processes, arguments_of, tmp_path, shard, count
+):
     """Two processes, then `count`: as if it had been one from the start."""
     name = f"adm sdxl {shard}"
-    main, words = arguments(name)
     shutil.copytree(two_processes / name, tmp_path / "parts")
-    words = [*words, "--iterations", str(STEPS + 1)]
-    main([*words, "--out", str(tmp_path / "whole"), "--batch", "4"])
-    on = [*words, "--out", str(tmp_path / "parts"), "--batch", str(4 // count), "--resume", *(["--shard", shard] if count > 1 else [])]
-    script = tmp_path / "on.py"
-    script.write_text(f"{STEADY}\nadm.main({on!r})")
-    result = helpers.command(str(script), processes=count if count > 1 else None)
+    words = [*arguments_of(name), "--iterations", str(STEPS + 1)]
+    adm.main([*words, "--out", str(tmp_path / "whole"), "--batch", "4"])
+    words += ["--out", str(tmp_path / "parts"), "--batch", str(4 // count), "--resume"]
+    if count > 1:
+        words += ["--shard", shard]
+    script = write_script(tmp_path / "on.py", ("adm", words))
+    result = helpers.run_script(script, processes=count if count > 1 else None)
     assert result.returncode == 0, result.stderr
     compare(tmp_path / "whole", tmp_path / "parts", step=STEPS + 1)
 
 
-def compare(*folders, step=STEPS):
-    """Two runs' losses of every iteration, their weights at the end, and their gradients, whose averages Adam keeps."""
-    for one, two in zip(*map(helpers.metrics, folders), strict=True):
-        for name in one.keys() - {"cosine", "D_gap"}:  # which are small differences
-            assert two[name] == pytest.approx(one[name], rel=1e-4 if name.startswith("norm") else 1e-5, abs=1e-5), name
-    states = [helpers.state(folder / f"step_{step:06d}") for folder in folders]
-    for name in states[0]:
-        if not name.startswith("opt"):
-            torch.testing.assert_close(*(state[name] for state in states), rtol=0, atol=1e-6)
-        elif states[0][name]["state"]:
-            (one, moved), (two, _) = (helpers.adam(state[name]) for state in states)
-            assert one.norm() > 1e-4 and (one - two).norm() < 1e-3 * one.norm(), name
-            assert moved > 1e-5, name
+# ----------------------------------------------------------------------------------------------------------
+# ODE pairs
+# ----------------------------------------------------------------------------------------------------------
+
+SHARDS = [f"{k:05d}.safetensors" for k in range(5)]
 
 
 @pytest.fixture
 def collect_arguments(teacher_folder, prompts_file):
-    return ["--teacher", teacher_folder, "--prompts", prompts_file, "--count", "9", "--shard", "2", "--steps", "2", "--batch", "2"]
+    words = "--count 9 --shard 2 --steps 2 --batch 2"
+    return ["--teacher", teacher_folder, "--prompts", prompts_file, *words.split()]
 
 
 def test_two_processes_collect_the_same_pairs(collect_arguments, tmp_path):
     helpers.collect(*collect_arguments, "--out", str(tmp_path / "one"))
-    result = helpers.command("collect_ode.py", *collect_arguments, "--out", str(tmp_path / "two"), processes=2)
+    words = [*collect_arguments, "--out", str(tmp_path / "two")]
+    result = helpers.run_script("collect_ode.py", *words, processes=2)
     assert result.returncode == 0, result.stderr
-    one, two = ({os.path.basename(path): digest for path, digest in helpers.snapshot(tmp_path / name).items()} for name in ("one", "two"))
-    assert one == two and set(one) == {"index.json", *(f"{k:05d}.safetensors" for k in range(5))}
+    found = []
+    for name in ("one", "two"):
+        snapshot = helpers.take_snapshot(tmp_path / name)
+        found.append({os.path.basename(path): digest for path, digest in snapshot.items()})
+    assert found[0] == found[1]
+    assert set(found[0]) == {"index.json", *SHARDS}
 
 
 def test_all_shards_are_made_when_one_process_is_late(collect_arguments, tmp_path, monkeypatch):
@@ -261,16 +376,17 @@ def test_all_shards_are_made_when_one_process_is_late(collect_arguments, tmp_pat
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         helpers.collect(*collect_arguments, "--out", str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == [*(f"{k:05d}.safetensors" for k in range(5)), "index.json"]
+    assert sorted(os.listdir(tmp_path)) == [*SHARDS, "index.json"]
 
 
 def test_missing_and_damaged_shards_are_made_again_and_no_other(collect_arguments, tmp_path):
     arguments = [*collect_arguments, "--out", str(tmp_path)]
     helpers.collect(*arguments)
-    before, ages = helpers.snapshot(tmp_path), {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)}
-    os.remove(tmp_path / "00001.safetensors")
-    os.truncate(tmp_path / "00003.safetensors", 1000)
+    before = helpers.take_snapshot(tmp_path)
+    ages = {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)}
+    os.remove(tmp_path / SHARDS[1])
+    os.truncate(tmp_path / SHARDS[3], 1000)
     helpers.collect(*arguments)
-    assert helpers.snapshot(tmp_path) == before
+    assert helpers.take_snapshot(tmp_path) == before
     changed = {name for name, age in ages.items() if os.stat(tmp_path / name).st_mtime_ns != age}
-    assert changed - {"index.json"} == {"00001.safetensors", "00003.safetensors"}
+    assert changed - {"index.json"} == {SHARDS[1], SHARDS[3]}

@@ -1,6 +1,7 @@
-"""Wrong input: one sentence that says what is wrong, exit code 2, no traceback, and everything on the disk as it was."""
+"""Wrong input: one sentence that says what is wrong, exit code 2, no traceback, and the disk as it was."""
+
+import contextlib
 import os
-import re
 import shutil
 
 import pytest
@@ -8,128 +9,205 @@ import pytest
 import adm
 import adp
 import collect_ode
-import common
 import helpers
 import sample
+from support.errors import launch
 
-MAIN = {"collect_ode.py": collect_ode.main, "adp.py": adp.main, "adm.py": adm.main, "sample.py": sample.main}
+MAIN = {
+    "collect_ode.py": collect_ode.main,
+    "adp.py": adp.main,
+    "adm.py": adm.main,
+    "sample.py": sample.main,
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, teacher_folder, prompts_file, pairs_folder):
     """A folder with two teachers, pairs, runs and prompt files, some of them damaged."""
     place = tmp_path_factory.mktemp("place")
-    shutil.copytree(teacher_folder, place / "teacher")
-    teacher, other = str(place / "teacher"), helpers.random_teacher(place / "other", seed=1)
-    shutil.copy(prompts_file, place / "prompts.txt")
-    shutil.copytree(pairs_folder, place / "pairs")
-    shutil.copytree(pairs_folder, place / "pairs-damaged")
-    os.truncate(place / "pairs-damaged/00001.safetensors", 2000)
-    shutil.copytree(pairs_folder, place / "pairs-incomplete")
-    os.remove(place / "pairs-incomplete/00002.safetensors")
-    helpers.collect("--teacher", other, "--prompts", prompts_file, "--out", str(place / "pairs-other"), "--count", "2", "--steps", "1")
-    adp.main(["--teacher", teacher, "--pairs", str(place / "pairs"), "--out", str(place / "run"), *helpers.QUICK, "--iterations", "1", "--lambda-pixel", "0"])
-    shutil.copytree(place / "run", place / "run-half")
-    shutil.rmtree(place / "run-half/step_000001/state")
-    (place / "empty.txt").write_text("\n \n")
-    (place / "binary.txt").write_bytes(bytes(range(256)) * 4)
-    (place / "zeros.txt").write_bytes(bytes(100))
-    (place / "unknown.txt").write_text("a small red circle\na small pink hexagon\n")
-    (place / "text.pth").write_text("not a checkpoint\n")
-    (place / "pairs-bare").mkdir()
-    (place / "pairs-bare/index.json").write_text('{"count": 1}')
-    (place / "not-a-teacher").mkdir()
-    (place / "half-a-teacher").mkdir()
-    shutil.copy(place / "teacher/model_index.json", place / "half-a-teacher")
+    with contextlib.chdir(place):
+        shutil.copytree(teacher_folder, "teacher")
+        helpers.make_teacher("other", seed=1)
+        os.mkdir("not-a-teacher")
+        os.mkdir("half-a-teacher")
+        shutil.copy("teacher/model_index.json", "half-a-teacher")
+
+        shutil.copy(prompts_file, "prompts.txt")
+        (place / "empty.txt").write_text("\n \n")
+        (place / "binary.txt").write_bytes(bytes(range(256)) * 4)
+        (place / "zeros.txt").write_bytes(bytes(100))
+        (place / "unknown.txt").write_text("a small red circle\na small pink hexagon\n")
+        (place / "text.pth").write_text("not a checkpoint\n")
+
+        shutil.copytree(pairs_folder, "pairs")
+        shutil.copytree(pairs_folder, "pairs-damaged")
+        os.truncate("pairs-damaged/00001.safetensors", 2000)
+        shutil.copytree(pairs_folder, "pairs-incomplete")
+        os.remove("pairs-incomplete/00002.safetensors")
+        os.mkdir("pairs-bare")
+        (place / "pairs-bare/index.json").write_text('{"count": 1}')
+        words = "--teacher other --prompts prompts.txt --out pairs-other --count 2 --steps 1"
+        helpers.collect(*words.split())
+
+        words = "--teacher teacher --pairs pairs --out run --lambda-pixel 0"
+        adp.main([*helpers.QUICK, "--iterations", "1", *words.split()])
+        shutil.copytree("run", "run-half")
+        shutil.rmtree("run-half/step_000001/state")
     return place
 
 
-TEACHER, PROMPTS, OUT = "--teacher {0}/teacher", "--prompts {0}/prompts.txt", "--out {0}/new"
-ADP = f"adp.py {TEACHER} {OUT} --lambda-pixel 0"
-ADM = f"adm.py {TEACHER} {OUT}"
+COLLECT = "collect_ode.py --teacher teacher --out new"
+ADP = "adp.py --teacher teacher --out new"
+LATENT = f"{ADP} --lambda-pixel 0"
+ADM = "adm.py --teacher teacher --out new"
+WITH_PROMPTS = f"{ADM} --prompts prompts.txt"
+SAMPLE = "sample.py --out new"
 CASES = (
-    (f"adm.py --teacher {{0}}/nowhere {PROMPTS} {OUT}", "there is no teacher '{0}/nowhere'"),
-    (f"adm.py --teacher {{0}}/not-a-teacher {PROMPTS} {OUT}", "the teacher '{0}/not-a-teacher' could not be loaded"),
-    (f"adm.py --teacher nobody/nothing {PROMPTS} {OUT}", "the teacher 'nobody/nothing' could not be loaded"),
-    (f"collect_ode.py --teacher {{0}}/nowhere {PROMPTS} {OUT}", "there is no teacher '{0}/nowhere'"),
-    (f"{ADP} --pairs {{0}}/pairs-other", "the pairs in {0}/pairs-other come from the teacher {0}/other, not from {0}/teacher"),
-    (f"{ADP} --pairs {{0}}/pairs-damaged", "the shard {0}/pairs-damaged/00001.safetensors is missing or damaged"),
-    (f"{ADP} --pairs {{0}}/pairs-incomplete", "the shard {0}/pairs-incomplete/00002.safetensors is missing or damaged"),
-    (f"{ADP} --pairs {{0}}/nowhere", "there are no ODE pairs in '{0}/nowhere'"),
-    (f"adp.py {TEACHER} {OUT} --pairs {{0}}/pairs --pixel-backbone {{0}}/nowhere.pth", "there is no SAM checkpoint at '{0}/nowhere.pth'"),
-    (f"adp.py {TEACHER} {OUT} --pairs {{0}}/pairs --pixel-backbone {{0}}/text.pth", "'{0}/text.pth' is not a SAM checkpoint"),
-    (f"collect_ode.py {TEACHER} {PROMPTS} --out {{0}}/pairs --steps 3", "{0}/pairs holds pairs made with other settings"),
-    (f"collect_ode.py {TEACHER} {OUT} --prompts {{0}}/empty.txt", "the prompt file {0}/empty.txt has no prompts"),
-    (f"{ADM} --prompts {{0}}/empty.txt", "the prompt file {0}/empty.txt has no prompts"),
-    (f"{ADM} --prompts {{0}}/binary.txt", "the prompt file {0}/binary.txt is not UTF-8 text"),
-    (f"{ADM} --prompts {{0}}/zeros.txt", "the prompt file {0}/zeros.txt is not text"),
-    (f"{ADM} --prompts {{0}}/nowhere.txt", "the prompt file {0}/nowhere.txt cannot be read"),
-    (f"{ADM} --prompts {{0}}/teacher", "the prompt file {0}/teacher cannot be read"),
-    (f"{ADM} --prompts {{0}}/unknown.txt", "'a small pink hexagon' has words that this teacher's tokenizer does not know: pink, hexagon"),
-    (f"collect_ode.py {TEACHER} {OUT} --prompts {{0}}/unknown.txt", "does not know: pink, hexagon"),
-    (f"{ADM} {PROMPTS} --init {{0}}/nowhere", "there is no checkpoint '{0}/nowhere'"),
-    (f"{ADM} {PROMPTS} --init {{0}}/run-half", "is not a complete checkpoint"),
-    (f"adm.py --teacher {{0}}/other {OUT} {PROMPTS} --init {{0}}/run", "was distilled from {0}/teacher, not from {0}/other"),
-    (f"adp.py {TEACHER} --out {{0}}/run --pairs {{0}}/pairs --lambda-pixel 0", "{0}/run holds a run already"),
-    (f"adp.py {TEACHER} --out {{0}}/run-half --pairs {{0}}/pairs --lambda-pixel 0 --resume", "is not a complete checkpoint"),
-    (f"adm.py {TEACHER} --out {{0}}/run {PROMPTS} --resume", "{0}/run/step_000001 cannot be resumed: its stage is adp, not adm"),
-    (f"{ADM} {PROMPTS} --resolution 33", "--resolution 33x33 is not a multiple of 8"),
-    (f"{ADM} {PROMPTS} --steps 0", "argument --steps: must be from 1 to 1000, not 0"),
-    (f"{ADM} {PROMPTS} --seed 99999999999999999999", "argument --seed: must be from 0 to 2^63 - 1"),
-    (f"collect_ode.py {TEACHER} {PROMPTS} {OUT} --steps 1001", "argument --steps: must be from 1 to 1000, not 1001"),
-    (f"{ADP} --pairs {{0}}/pairs-bare", "there are no ODE pairs in '{0}/pairs-bare'"),
-    (f"{ADM} --plan --teacher {{0}}/half-a-teacher", "{0}/half-a-teacher is not a complete pipeline folder: unet/config.json is missing"),
-    (f"adp.py {TEACHER} --plan --pixel-backbone {{0}}/nowhere.pth", "there is no SAM checkpoint at '{0}/nowhere.pth'"),
+    # teachers
+    ("adm.py --out new", "the following arguments are required: --teacher"),
+    ("adm.py --teacher nowhere --prompts prompts.txt --out new", "there is no teacher 'nowhere'"),
+    ("collect_ode.py --teacher nowhere --prompts prompts.txt --out new", "there is no teacher 'nowhere'"),
+    (
+        "adm.py --teacher not-a-teacher --prompts prompts.txt --out new",
+        "the teacher 'not-a-teacher' could not be loaded",
+    ),
+    (
+        "adm.py --teacher nobody/nothing --prompts prompts.txt --out new",
+        "the teacher 'nobody/nothing' could not be loaded",
+    ),
+    (
+        "adm.py --teacher half-a-teacher --out new --plan",
+        "half-a-teacher is not a complete pipeline folder: unet/config.json is missing",
+    ),
+    # prompts
+    (f"{COLLECT} --prompts empty.txt", "the prompt file empty.txt has no prompts"),
+    (f"{ADM} --prompts empty.txt", "the prompt file empty.txt has no prompts"),
+    (f"{ADM} --prompts binary.txt", "the prompt file binary.txt is not UTF-8 text"),
+    (f"{ADM} --prompts zeros.txt", "the prompt file zeros.txt is not text"),
+    (f"{ADM} --prompts nowhere.txt", "the prompt file nowhere.txt cannot be read"),
+    (f"{ADM} --prompts teacher", "the prompt file teacher cannot be read"),
+    (
+        f"{ADM} --prompts unknown.txt",
+        "'a small pink hexagon' has words that this teacher's tokenizer does not know: pink, hexagon",
+    ),
+    (f"{COLLECT} --prompts unknown.txt", "does not know: pink, hexagon"),
+    # pairs
+    (
+        f"{LATENT} --pairs pairs-other",
+        "the pairs in pairs-other come from the teacher other, not from teacher",
+    ),
+    (f"{LATENT} --pairs pairs-damaged", "the shard pairs-damaged/00001.safetensors is missing or damaged"),
+    (
+        f"{LATENT} --pairs pairs-incomplete",
+        "the shard pairs-incomplete/00002.safetensors is missing or damaged",
+    ),
+    (f"{LATENT} --pairs pairs-bare", "there are no ODE pairs in 'pairs-bare'"),
+    (f"{LATENT} --pairs nowhere", "there are no ODE pairs in 'nowhere'"),
+    (
+        "collect_ode.py --teacher teacher --prompts prompts.txt --out pairs --steps 3",
+        "pairs holds pairs made with other settings",
+    ),
+    # pixel backbones
+    (f"{ADP} --pairs pairs --pixel-backbone nowhere.pth", "there is no SAM checkpoint at 'nowhere.pth'"),
+    (f"{ADP} --pairs pairs --pixel-backbone text.pth", "'text.pth' is not a SAM checkpoint"),
+    (
+        "adp.py --teacher teacher --plan --pixel-backbone nowhere.pth",
+        "there is no SAM checkpoint at 'nowhere.pth'",
+    ),
     ("adp.py --teacher cogvideox --plan", "the pixel discriminator sees single pictures, not video"),
-    (f"sample.py --student {{0}}/nowhere --prompt circle {OUT}", "there is no checkpoint '{0}/nowhere'"),
-    (f"sample.py --student {{0}}/run {OUT}", "give prompts: either --prompt TEXT ... or --prompts FILE"),
-    (f"sample.py {TEACHER} --prompt= {OUT}", "a --prompt is empty"),
-    (f"sample.py {TEACHER} --prompt circle --side-by-side {OUT}", "--side-by-side compares a --student with its teacher"),
-    (f"sample.py --student {{0}}/run --export {{0}}/pairs", "{0}/pairs is there already"),
-    (f"{ADM} {PROMPTS} --batch 0", "argument --batch: must be at least 1, not 0"),
-    (f"{ADP} --pairs {{0}}/pairs --batch -1", "argument --batch: must be at least 1, not -1"),
-    (f"collect_ode.py {TEACHER} {PROMPTS} {OUT} --count 0", "argument --count: must be at least 1, not 0"),
-    (f"{ADM} {PROMPTS} --lr -1", "argument --lr: must be at least 0"),
-    (f"{ADM} {PROMPTS} --lr nan", "argument --lr: must be at least 0"),
-    (f"{ADM} {PROMPTS} --dt 0", "--dt: must be between 0 and 1, not 0"),
-    (f"{ADM} {PROMPTS} --resolution 32x", "argument --resolution: must be a number of pixels or HEIGHTxWIDTH, not 32x"),
-    (f"{ADM} {PROMPTS} --frames 9", "--frames is for video teachers"),
-    (f"adm.py {OUT}", "the following arguments are required: --teacher"))
+    # runs and checkpoints
+    (f"{WITH_PROMPTS} --init nowhere", "there is no checkpoint 'nowhere'"),
+    (f"{WITH_PROMPTS} --init run-half", "is not a complete checkpoint"),
+    (
+        "adm.py --teacher other --out new --prompts prompts.txt --init run",
+        "was distilled from teacher, not from other",
+    ),
+    ("adp.py --teacher teacher --out run --pairs pairs --lambda-pixel 0", "run holds a run already"),
+    (
+        "adp.py --teacher teacher --out run-half --pairs pairs --lambda-pixel 0 --resume",
+        "is not a complete checkpoint",
+    ),
+    (
+        "adm.py --teacher teacher --out run --prompts prompts.txt --resume",
+        "run/step_000001 cannot be resumed: its stage is adp, not adm",
+    ),
+    # samples
+    (f"{SAMPLE} --student nowhere --prompt circle", "there is no checkpoint 'nowhere'"),
+    (f"{SAMPLE} --student run", "give prompts: either --prompt TEXT ... or --prompts FILE"),
+    (f"{SAMPLE} --teacher teacher --prompt=", "a --prompt is empty"),
+    (
+        f"{SAMPLE} --teacher teacher --prompt circle --side-by-side",
+        "--side-by-side compares a --student with its teacher",
+    ),
+    ("sample.py --student run --export pairs", "pairs is there already"),
+    # numbers
+    (f"{WITH_PROMPTS} --resolution 33", "--resolution 33x33 is not a multiple of 8"),
+    (
+        f"{WITH_PROMPTS} --resolution 32x",
+        "argument --resolution: must be a number of pixels or HEIGHTxWIDTH, not 32x",
+    ),
+    (f"{WITH_PROMPTS} --frames 9", "--frames is for video teachers"),
+    (f"{WITH_PROMPTS} --steps 0", "argument --steps: must be from 1 to 1000, not 0"),
+    (
+        f"{COLLECT} --prompts prompts.txt --steps 1001",
+        "argument --steps: must be from 1 to 1000, not 1001",
+    ),
+    (f"{WITH_PROMPTS} --seed 99999999999999999999", "argument --seed: must be from 0 to 2^63 - 1"),
+    (f"{WITH_PROMPTS} --batch 0", "argument --batch: must be at least 1, not 0"),
+    (f"{LATENT} --pairs pairs --batch -1", "argument --batch: must be at least 1, not -1"),
+    (f"{COLLECT} --prompts prompts.txt --count 0", "argument --count: must be at least 1, not 0"),
+    (f"{WITH_PROMPTS} --lr -1", "argument --lr: must be at least 0"),
+    (f"{WITH_PROMPTS} --lr nan", "argument --lr: must be at least 0"),
+    (f"{WITH_PROMPTS} --dt 0", "--dt: must be between 0 and 1, not 0"),
+)
 
 
 def check(code, errors, script, sentence):
     assert code == 2
     assert "Traceback" not in errors
     said = [line for line in errors.splitlines() if line.startswith(f"{script}: ")]
-    assert len(said) == 1 and sentence in said[0], errors
+    assert len(said) == 1, errors
+    assert sentence in said[0]
 
 
-@pytest.mark.parametrize("words, sentence", CASES, ids=[re.sub(r"\{0\}/", "", words) for words, _ in CASES])
+def find_case(words):
+    """The case with these words in its command."""
+    return next(case for case in CASES if words in case[0])
+
+
+@pytest.mark.parametrize("words, sentence", CASES, ids=[words for words, _ in CASES])
 def test_wrong_input(place, monkeypatch, capfd, words, sentence):
-    script, *arguments = words.format(place).split()
-    before = helpers.snapshot(place)
+    script, *arguments = words.split()
+    before = helpers.take_snapshot(place)
+    monkeypatch.chdir(place)
     monkeypatch.setattr("sys.argv", [script, *arguments])
     capfd.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        common.launch(MAIN[script])
-    check(exit.value.code, capfd.readouterr().err, script, sentence.format(place))
-    assert helpers.snapshot(place) == before
+    with pytest.raises(SystemExit) as end:
+        launch(MAIN[script])
+    check(end.value.code, capfd.readouterr().err, script, sentence)
+    assert helpers.take_snapshot(place) == before
 
 
-@pytest.mark.parametrize("words, sentence", (CASES[0], CASES[11], CASES[26]), ids=("no such teacher", "empty prompt file", "no steps"))
-def test_wrong_input_to_the_real_command(place, words, sentence):
-    script, *arguments = words.format(place).split()
-    before = helpers.snapshot(place)
-    result = helpers.command(script, *arguments)
-    check(result.returncode, result.stderr, script, sentence.format(place))
-    assert result.stdout == "" and helpers.snapshot(place) == before
+@pytest.mark.parametrize(
+    "words", ("adm.py --teacher nowhere", "collect_ode.py --teacher teacher", "--steps 0")
+)
+def test_wrong_input_to_the_real_command(place, words):
+    words, sentence = find_case(words)
+    script, *arguments = words.split()
+    before = helpers.take_snapshot(place)
+    result = helpers.run_script(script, *arguments, folder=place)
+    check(result.returncode, result.stderr, script, sentence)
+    assert result.stdout == ""
+    assert helpers.take_snapshot(place) == before
 
 
 def test_wrong_input_to_two_processes(place):
     """They end, and one of them speaks."""
-    words, sentence = next(case for case in CASES if "pairs-other" in case[0])
-    before = helpers.snapshot(place)
-    result = helpers.command(*words.format(place).split(), processes=2)
-    assert result.returncode != 0 and result.stderr.count(sentence.format(place)) == 1
-    assert "adp.py: " in result.stderr and "UserError" not in result.stderr
-    assert helpers.snapshot(place) == before
+    words, sentence = find_case("pairs-other")
+    before = helpers.take_snapshot(place)
+    result = helpers.run_script(*words.split(), processes=2, folder=place)
+    assert result.returncode != 0
+    assert result.stderr.count(sentence) == 1
+    assert "adp.py: " in result.stderr
+    assert "UserError" not in result.stderr
+    assert helpers.take_snapshot(place) == before

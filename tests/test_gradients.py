@@ -1,55 +1,86 @@
-"""Which networks learn in which update, from the scripts' own loops; the teacher never does."""
+"""Which networks learn in which update of an iteration, and from what; the teacher never does."""
+
 import pytest
 import torch
 from torch import nn
 
 import adm
 import adp
-import common
 import helpers
 
 
-@pytest.fixture
-def updates(monkeypatch):
-    """A list that receives, for every update of a run, (the networks that got a gradient, the networks that changed)."""
-    record, networks = [], {}
-    run_init, backbone_init, update = common.Run.__init__, common.PixelBackbone.__init__, common.updating
+def train(stage, method, minimise=None):
+    """All iterations of an ADM or ADP -> their metrics, [{name: float}]."""
+    lines = []
+    for step in range(method.args.iterations):
+        stage.iterate(method, step, minimise or stage.minimise)
+        metrics = method.log.take()
+        lines.append({name: value.item() for name, value in metrics.items()})
+    return lines
 
-    def init(self, stage, args, student, parts):
-        networks.update({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
-        networks.update({f"teacher's {name}": part for name, part in student.teacher.pipe.components.items() if isinstance(part, nn.Module)})
-        run_init(self, stage, args, student, parts)
 
-    def init_backbone(self, *arguments):
-        backbone_init(self, *arguments)
-        networks["pixel backbone"] = self.encoder
+class Watch:
+    """Stands in for a stage's `minimise`, and remembers every update: (the network that it is of, all
+    networks that got a gradient, all networks that changed)."""
 
-    def watched(optimizer, module, parts, clip, metrics, norm_name):
-        def look(*_):
-            learned.update(name for name, net in networks.items() if any(p.grad is not None for p in net.parameters()))
-            for name in learned:
-                assert metrics.values[norm_name][0] > 1e-6 and all(p.grad is not None for p in networks[name].parameters()), name
+    def __init__(self, stage, method):
+        self.stage = stage
+        self.updates = []
+        self.networks = {}
+        for name in ("G", "f", "heads"):
+            if getattr(method, name, None):
+                self.networks[name] = getattr(method, name)
+        for name, part in method.teacher.pipe.components.items():
+            if isinstance(part, nn.Module):
+                self.networks[f"teacher's {name}"] = part
+        if getattr(method, "backbone", None):
+            self.networks["pixel backbone"] = method.backbone.encoder
 
-        assert not any(p.grad is not None for net in networks.values() for p in net.parameters())  # the last update left none
-        before, learned = {name: [p.detach().clone() for p in net.parameters()] for name, net in networks.items()}, set()
-        handle = optimizer.register_step_pre_hook(look)
-        yield from update(optimizer, module, parts, clip, metrics, norm_name)
+    def minimise(self, loss_of, batch, net, optimizer, clip):
+        assert not self.find_gradients()  # the last update left none
+        before = {}
+        for name, network in self.networks.items():
+            before[name] = [p.detach().clone() for p in network.parameters()]
+        learned = []
+        handle = optimizer.register_step_pre_hook(lambda *_: learned.extend(self.find_gradients()))
+        norm = self.stage.minimise(loss_of, batch, net, optimizer, clip)
         handle.remove()
-        changed = {name for name, net in networks.items() if not all(p.equal(old) for p, old in zip(net.parameters(), before[name]))}
-        record.append((learned, changed))
+        assert norm > 1e-6
+        trained = [name for name, network in self.networks.items() if network is net]
+        self.updates.append((trained, learned, self.find_changes(before)))
+        return norm
 
-    monkeypatch.setattr(common.Run, "__init__", init)
-    monkeypatch.setattr(common.PixelBackbone, "__init__", init_backbone)
-    monkeypatch.setattr(common, "updating", watched)
-    monkeypatch.setattr(common.Run, "save", lambda *_: None)
-    return record
+    def find_gradients(self):
+        """The networks with gradients; where one of its parameters has one, all must."""
+        found = []
+        for name, network in self.networks.items():
+            missing = [p.grad is None for p in network.parameters()]
+            if not all(missing):
+                assert not any(missing), name
+                found.append(name)
+        return found
+
+    def find_changes(self, before):
+        found = []
+        for name, network in self.networks.items():
+            if not all(p.equal(old) for p, old in zip(network.parameters(), before[name])):
+                found.append(name)
+        return found
 
 
-def exactly(names):
-    return [({name}, {name}) for name in names.split()]
+def watch_updates(stage, words):
+    method = helpers.make_method(stage, words)
+    watch = Watch(stage, method)
+    train(stage, method, watch.minimise)
+    return watch.updates
 
 
-@pytest.mark.parametrize("options, expected", (
+def expect(names):
+    """The updates of these networks, each of which alone learns."""
+    return [([name], [name], [name]) for name in names.split()]
+
+
+ADM_UPDATES = (
     ("", "f G heads  f G heads"),
     ("--steps 4", "f G heads  f G heads"),
     ("--ttur 2", "f heads f G heads  f heads f G heads"),
@@ -57,100 +88,144 @@ def exactly(names):
     ("--accumulate 3 --ttur 2", "f heads f G heads  f heads f G heads"),
     ("--loss dmd", "f G  f G"),
     ("--loss dmd --ttur 2", "f f G  f f G"),
-    ("--no-checkpointing", "f G heads  f G heads")))
-def test_adm_updates(adm_arguments, tmp_path, updates, options, expected):
-    adm.main([*adm_arguments, "--out", str(tmp_path), *options.split()])
-    assert updates == exactly(expected)
-
-
-@pytest.mark.parametrize("options, expected", (
+    ("--no-checkpointing", "f G heads  f G heads"),
+)
+ADP_UPDATES = (
     ("--warmup 0", "G heads  G heads"),
     ("--warmup 1", "G  G heads"),
     ("--warmup 0 --lambda-pixel 0", "G heads  G heads"),
-    ("--warmup 2", "G  G")))
-def test_adp_updates(adp_arguments, tmp_path, updates, options, expected):
-    adp.main([*adp_arguments, "--out", str(tmp_path), *options.split()])
-    assert updates == exactly(expected)
+    ("--warmup 2", "G  G"),
+)
 
 
-@pytest.mark.parametrize("stage, options", ((adp, "--warmup 0"), (adm, "--steps 2"), (adm, "--loss dmd")), ids=("adp", "adm", "dmd"))
-def test_checkpointing_changes_no_loss(request, tmp_path, monkeypatch, stage, options):
-    monkeypatch.setattr(common.Run, "save", lambda *_: None)
-    arguments = [*request.getfixturevalue(f"{stage.__name__}_arguments"), *options.split()]
-    stage.main([*arguments, "--out", str(tmp_path / "with")])
-    stage.main([*arguments, "--out", str(tmp_path / "without"), "--no-checkpointing"])
-    for one, other in zip(helpers.metrics(tmp_path / "with"), helpers.metrics(tmp_path / "without"), strict=True):
+@pytest.mark.parametrize("options, expected", ADM_UPDATES)
+def test_adm_updates(adm_arguments, options, expected):
+    assert watch_updates(adm, [*adm_arguments, *options.split()]) == expect(expected)
+
+
+@pytest.mark.parametrize("options, expected", ADP_UPDATES)
+def test_adp_updates(adp_arguments, options, expected):
+    assert watch_updates(adp, [*adp_arguments, *options.split()]) == expect(expected)
+
+
+@pytest.mark.parametrize(
+    "stage, options",
+    ((adp, "--warmup 0"), (adm, "--steps 2"), (adm, "--loss dmd")),
+    ids=("adp", "adm", "dmd"),
+)
+def test_checkpointing_changes_no_loss(request, stage, options):
+    words = [*request.getfixturevalue(f"{stage.__name__}_arguments"), *options.split()]
+    with_it = train(stage, helpers.make_method(stage, words))
+    without = train(stage, helpers.make_method(stage, [*words, "--no-checkpointing"]))
+    for one, other in zip(with_it, without, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_adp_weighs_its_discriminators(adp_arguments, tmp_path, monkeypatch):
-    """0.85 and 0.15, each shared equally by its heads: 3 on the teacher, one for each of SAM's global blocks."""
-    seen, hinge = [], adp.hinge_generator
-    monkeypatch.setattr(adp, "hinge_generator", lambda fake, weights: seen.append(weights) or hinge(fake, weights))
-    monkeypatch.setattr(common.Run, "save", lambda *_: None)
-    adp.main([*adp_arguments, "--out", str(tmp_path), "--warmup", "0", "--iterations", "1"])
+def test_adp_weighs_its_discriminators(adp_arguments, monkeypatch):
+    """0.85 and 0.15, each shared equally by its heads: 3 on the teacher, one for each of SAM's global
+    blocks."""
+    seen = []
+    hinge = adp.hinge_generator
+
+    def watch(fake, weights):
+        seen.append(weights)
+        return hinge(fake, weights)
+
+    monkeypatch.setattr(adp, "hinge_generator", watch)
+    method = helpers.make_method(adp, [*adp_arguments, "--warmup", "0"])
+    adp.iterate(method, 0, adp.minimise)
     assert seen[0].tolist() == pytest.approx([0.85 / 3] * 3 + [0.15 / 2] * 2)
 
 
-def test_adm_compares_one_step_of_both_scores(adm_arguments, tmp_path, monkeypatch):
+def test_adm_compares_one_step_of_both_scores(adm_arguments, monkeypatch):
     """t is in (dt, T], both scores see the same x_t, and the discriminator sees both results at t - dt."""
-    guided, features, calls = common.SDXL.guided, common.SDXL.features, []
-    monkeypatch.setattr(common.SDXL, "guided", lambda self, x, t, *rest: calls.append(("real", x, t)) or guided(self, x, t, *rest))
-    monkeypatch.setattr(common.SDXL, "features", lambda self, x, t, cond: calls.append(("D", x, t)) or features(self, x, t, cond))
-    monkeypatch.setattr(common.Run, "save", lambda *_: None)
-    adm.main([*adm_arguments, "--out", str(tmp_path), "--dt", "0.25", "--iterations", "3", "--batch", "4"])
-    calls = calls[1:]  # the first features give the heads' sizes
-    assert [name for name, *_ in calls] == ["real", "D", "D", "D", "D"] * 3
-    times = torch.cat([t for name, _, t in calls if name == "real"])
-    assert (times > 250).all() and (times <= 1000).all() and times.unique().numel() == 12
+    words = "--dt 0.25 --iterations 3 --batch 4"
+    method = helpers.make_method(adm, [*adm_arguments, *words.split()])
+    teacher = method.teacher
+    calls = []
+
+    def watch(kind, call):
+        def watched(x, t, *rest):
+            calls.append((kind, x, t))
+            return call(x, t, *rest)
+
+        return watched
+
+    monkeypatch.setattr(teacher, "guided", watch("real", teacher.guided))
+    monkeypatch.setattr(teacher, "features", watch("D", teacher.features))
+    train(adm, method)
+
+    assert [kind for kind, *_ in calls] == ["real", "D", "D", "D", "D"] * 3
+    times = torch.cat([t for kind, _, t in calls if kind == "real"])
+    assert (times > 250).all()
+    assert (times <= 1000).all()
+    assert times.unique().numel() == 12
     for i in range(0, 15, 5):
-        (_, x_t, t), (_, x_fake, s), (_, x_real, _), (_, near_real, _), (_, near_fake, _) = calls[i : i + 5]
-        assert all(call[2].equal(t - 250) for call in calls[i + 1 : i + 5]) and x_fake.requires_grad and not x_real.requires_grad
-        assert not x_t.equal(x_real) and not x_fake.equal(x_real)
+        _, x_t, t = calls[i]
+        assert all(s.equal(t - 250) for _, _, s in calls[i + 1 : i + 5])
+        x_fake, x_real, near_real, near_fake = (x for _, x, _ in calls[i + 1 : i + 5])
+        assert x_fake.requires_grad
+        assert not x_real.requires_grad
+        assert not x_t.equal(x_real)
+        assert not x_fake.equal(x_real)
         for near, x in ((near_real, x_real), (near_fake, x_fake)):
             assert (near - x).std().item() == pytest.approx(0.1, rel=0.2)
 
 
-def test_dmd_loss_is_half_the_squared_direction(adm_arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.Run, "save", lambda *_: None)
-    adm.main([*adm_arguments, "--out", str(tmp_path), "--loss", "dmd"])
-    for line in helpers.metrics(tmp_path):
+def test_dmd_loss_is_half_the_squared_direction(adm_arguments):
+    for line in train(adm, helpers.make_method(adm, [*adm_arguments, "--loss", "dmd"])):
         assert line["loss_G"] == pytest.approx(line["dmd_loss"], rel=1e-4)
 
 
-def test_penalties_add_to_the_discriminators_loss(adm_arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.Run, "save", lambda *_: None)
+def test_penalties_add_to_the_discriminators_loss(adm_arguments):
     losses = {}
     for r1, r2 in ((0, 0), (1e6, 0), (0, 1e6), (2e6, 0)):  # a random discriminator is almost flat
-        folder = tmp_path / f"{r1}{r2}"
-        adm.main([*adm_arguments, "--out", str(folder), "--iterations", "1", "--r1", str(r1), "--r2", str(r2)])
-        losses[r1, r2] = helpers.metrics(folder)[0]["loss_D"]
+        words = f"--iterations 1 --r1 {r1} --r2 {r2}"
+        (line,) = train(adm, helpers.make_method(adm, [*adm_arguments, *words.split()]))
+        losses[r1, r2] = line["loss_D"]
     assert losses[0, 0] < min(losses[1e6, 0], losses[0, 1e6])
-    assert losses[2e6, 0] - losses[0, 0] == pytest.approx(2 * (losses[1e6, 0] - losses[0, 0]), rel=0.05)
+    once = losses[1e6, 0] - losses[0, 0]
+    assert losses[2e6, 0] - losses[0, 0] == pytest.approx(2 * once, rel=0.05)
 
 
-def test_students_times_all_come_up(adm_arguments, tmp_path, monkeypatch):
+def test_students_times_all_come_up(adm_arguments, monkeypatch):
     """With 4 steps t' is one of the student's own times, and every one is trained."""
-    seen, x0 = [], common.Student.x0
-    monkeypatch.setattr(common.Student, "x0", lambda self, net, x, t, cond: (torch.is_grad_enabled() and seen.append(t)) or x0(self, net, x, t, cond))
-    monkeypatch.setattr(common.Run, "save", lambda *_: None)
-    adm.main([*adm_arguments, "--out", str(tmp_path), "--loss", "dmd", "--steps", "4", "--iterations", "16", "--batch", "1"])
-    assert len(seen) == 16 and {t.item() for t in seen} == {1000, 750, 500, 250}
+    words = "--loss dmd --steps 4 --iterations 16 --batch 1"
+    method = helpers.make_method(adm, [*adm_arguments, *words.split()])
+    seen = []
+    x0 = method.student.x0
+
+    def watch(net, x_t, t, cond):
+        if torch.is_grad_enabled():
+            seen.append(t.item())
+        return x0(net, x_t, t, cond)
+
+    monkeypatch.setattr(method.student, "x0", watch)
+    train(adm, method)
+    assert len(seen) == 16
+    assert set(seen) == {1000, 750, 500, 250}
 
 
 def test_adm_decays_every_learning_rate(adm_arguments, tmp_path):
     """G's step size falls with those of what follows it, so that they end closer to it, not further away."""
-    adm.main([*adm_arguments, "--out", str(tmp_path), "--decay", "0.8", "--lr", "1e-4", "--fake-lr", "2e-4", "--head-lr", "4e-4"])
-    state = helpers.state(tmp_path / "step_000002")
+    words = "--decay 0.8 --lr 1e-4 --fake-lr 2e-4 --head-lr 4e-4"
+    adm.main([*adm_arguments, "--out", str(tmp_path), *words.split()])
+    state = helpers.read_state(tmp_path / "step_000002")
     rates = {name: state[name]["param_groups"][0]["lr"] for name in ("opt_G", "opt_f", "opt_heads")}
     assert rates == pytest.approx({"opt_G": 1e-4 / 1.6, "opt_f": 2e-4 / 1.6, "opt_heads": 4e-4 / 1.6})
 
 
+@pytest.mark.parametrize("stage", (adm, adp))
 @pytest.mark.parametrize("factor, moves", ((1.0, True), (float("nan"), False), (float("inf"), False)))
-def test_a_gradient_that_is_not_finite_makes_no_step(factor, moves):
-    net, metrics = nn.Linear(3, 1), common.Means()
-    optimizer, before = torch.optim.AdamW(net.parameters(), 0.1, weight_decay=0.0), net.weight.detach().clone()
-    for _ in common.updating(optimizer, net, [None], 1.0, metrics, "norm"):
-        (factor * net(torch.ones(1, 3))).sum().backward()
-    assert net.weight.equal(before) != moves and bool(metrics.means()["norm"].isfinite()) == moves
+def test_a_gradient_that_is_not_finite_makes_no_step(stage, factor, moves):
+    net = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(net.parameters(), 0.1, weight_decay=0.0)
+    before = net.weight.detach().clone()
+
+    def compute_loss(x):
+        return (factor * net(x)).sum()
+
+    norm = stage.minimise(compute_loss, [torch.ones(1, 3)], net, optimizer, 1.0)
+    assert net.weight.equal(before) != moves
+    assert bool(norm.isfinite()) == moves
     assert all(p.grad is None for p in net.parameters())

@@ -1,4 +1,5 @@
 """Schedules, predictions, samplers, losses and random numbers against hand-computed and analytic values."""
+
 import math
 from types import SimpleNamespace
 
@@ -8,116 +9,153 @@ from diffusers import DDIMScheduler
 
 import adp
 import common
+import helpers
 from common import T
+from support.rows import Rows
+from support.training import MovingAverage, set_lr
 
-SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
-ZERO_SNR = {**SDXL, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+SDXL = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+}
+ZERO_SNR = {
+    **SDXL,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 TIMES = torch.tensor([0, 1e-3, 0.5, 1, 250.25, 499.999, 999, 1000], dtype=torch.float64)
 CPU = torch.device("cpu")
 
 
-def networkless(schedule, kind=common.Teacher):
+def make_schedule(config, kind=common.Teacher):
     """A teacher with a noise schedule only."""
     teacher = object.__new__(kind)
-    teacher.pipe, teacher.path, teacher.device, teacher.dtype = SimpleNamespace(scheduler=DDIMScheduler(**schedule)), "analytic", CPU, torch.float32
+    teacher.pipe = SimpleNamespace(scheduler=DDIMScheduler(**config))
+    teacher.path = "analytic"
+    teacher.device = CPU
+    teacher.dtype = torch.float32
     teacher._read_schedule(teacher.pipe.scheduler)
     return teacher
 
 
-def normal(*shape, seed=0):
+def draw_normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# Schedule -----------------------------------------------------------------------------------------------------------------
+def assert_near(value, expected, tolerance):
+    torch.testing.assert_close(value, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
-def test_schedule_ends(schedule):
-    teacher, x = networkless(schedule), torch.zeros(1)
+# Schedule -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", (SDXL, ZERO_SNR))
+def test_schedule_ends(config):
+    teacher = make_schedule(config)
+    x = torch.zeros(1)
     assert [float(v) for v in teacher.alpha_sigma([0], x)] == [1, 0]
-    if schedule is ZERO_SNR:
+    if config is ZERO_SNR:
         assert [float(v) for v in teacher.alpha_sigma([T], x)] == [0, 1]
 
 
-@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
-def test_schedule_is_the_schedulers_own_at_integer_times(schedule):
-    alpha, sigma = networkless(schedule).alpha_sigma(torch.arange(1, 1001), torch.zeros(1000, dtype=torch.float64))
-    torch.testing.assert_close(alpha**2, DDIMScheduler(**schedule).alphas_cumprod.double(), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("config", (SDXL, ZERO_SNR))
+def test_schedule_is_the_schedulers_own_at_integer_times(config):
+    x = torch.zeros(1000, dtype=torch.float64)
+    alpha, sigma = make_schedule(config).alpha_sigma(torch.arange(1, 1001), x)
+    assert_near(alpha**2, DDIMScheduler(**config).alphas_cumprod.double(), 1e-12)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
 
 
 def test_schedule_of_sdxl_as_published():
-    alpha, _ = networkless(SDXL).alpha_sigma([1, 250, 500, 750, 1000], torch.zeros(5, dtype=torch.float64))
-    torch.testing.assert_close(alpha**2, torch.tensor([0.99914998, 0.67543209, 0.27766943, 0.05662345, 0.00466010]).double(), rtol=0, atol=2e-7)
+    x = torch.zeros(5, dtype=torch.float64)
+    alpha, _ = make_schedule(SDXL).alpha_sigma([1, 250, 500, 750, 1000], x)
+    published = [0.99914998, 0.67543209, 0.27766943, 0.05662345, 0.00466010]
+    assert_near(alpha**2, torch.tensor(published).double(), 2e-7)
 
 
-@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
-def test_schedule_is_monotone_between_integers(schedule):
-    alpha, sigma = networkless(schedule).alpha_sigma(torch.linspace(0, T, 4001), torch.zeros(4001, dtype=torch.float64))
-    assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
+@pytest.mark.parametrize("config", (SDXL, ZERO_SNR))
+def test_schedule_is_monotone_between_integers(config):
+    x = torch.zeros(4001, dtype=torch.float64)
+    alpha, sigma = make_schedule(config).alpha_sigma(torch.linspace(0, T, 4001), x)
+    assert (alpha.diff() < 0).all()
+    assert (sigma.diff() > 0).all()
 
 
 def test_schedule_broadcasts_in_the_dtype_of_x():
-    alpha, sigma = networkless(SDXL).alpha_sigma([10.0, 20.0], torch.zeros(2, 4, 8, 8))
-    assert alpha.shape == sigma.shape == (2, 1, 1, 1) and alpha.dtype == torch.float32
+    alpha, sigma = make_schedule(SDXL).alpha_sigma([10.0, 20.0], torch.zeros(2, 4, 8, 8))
+    assert alpha.shape == sigma.shape == (2, 1, 1, 1)
+    assert alpha.dtype == torch.float32
 
 
-# Predictions --------------------------------------------------------------------------------------------------------------
+# Predictions ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
-def test_convert_inverts_target(schedule):
-    teacher, x_0, eps = networkless(schedule), normal(8, 3, 2, 2), normal(8, 3, 2, 2, seed=1)
+@pytest.mark.parametrize("config", (SDXL, ZERO_SNR))
+def test_convert_inverts_target(config):
+    teacher = make_schedule(config)
+    x_0 = draw_normal(8, 3, 2, 2)
+    eps = draw_normal(8, 3, 2, 2, seed=1)
     x_t = teacher.diffuse(x_0, eps, TIMES)
     raw = teacher.target(x_0, eps, TIMES)
     x0_hat, eps_hat = teacher.convert(raw, x_t, TIMES)
-    torch.testing.assert_close(x0_hat, x_0, rtol=0, atol=1e-10)
-    torch.testing.assert_close(eps_hat, eps, rtol=0, atol=1e-10)
-    torch.testing.assert_close(teacher.step(x0_hat, eps_hat, TIMES.flip(0)), teacher.diffuse(x_0, eps, TIMES.flip(0)), rtol=0, atol=1e-10)
+    assert_near(x0_hat, x_0, 1e-10)
+    assert_near(eps_hat, eps, 1e-10)
+    s = TIMES.flip(0)
+    assert_near(teacher.step(x0_hat, eps_hat, s), teacher.diffuse(x_0, eps, s), 1e-10)
 
 
-@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
-def test_target_inverts_convert(schedule):
+@pytest.mark.parametrize("config", (SDXL, ZERO_SNR))
+def test_target_inverts_convert(config):
     """For a raw output of any kind, both predictions together are x_t again, and give the same raw output."""
-    teacher, raw, x_t = networkless(schedule), normal(8, 3, 2, 2), normal(8, 3, 2, 2, seed=1)
+    teacher = make_schedule(config)
+    raw = draw_normal(8, 3, 2, 2)
+    x_t = draw_normal(8, 3, 2, 2, seed=1)
     x0_hat, eps_hat = teacher.convert(raw, x_t, TIMES)
-    torch.testing.assert_close(teacher.diffuse(x0_hat, eps_hat, TIMES), x_t, rtol=0, atol=1e-10)
-    torch.testing.assert_close(teacher.target(x0_hat, eps_hat, TIMES), raw, rtol=0, atol=1e-10)
+    assert_near(teacher.diffuse(x0_hat, eps_hat, TIMES), x_t, 1e-10)
+    assert_near(teacher.target(x0_hat, eps_hat, TIMES), raw, 1e-10)
 
 
 def test_network_sees_timesteps_from_0_to_999():
-    teacher, seen = networkless(SDXL), []
+    teacher = make_schedule(SDXL)
+    seen = []
     teacher.call = lambda net, x, timestep, cond: seen.append(timestep) or x
-    teacher.predict(None, normal(4, 1, 1, 1), torch.tensor([0, 0.5, 1, 1000]), None)
+    teacher.predict(None, draw_normal(4, 1, 1, 1), torch.tensor([0, 0.5, 1, 1000]), None)
     assert seen[0].tolist() == [0, 0, 0, 999]
 
 
 def test_velocity_student_round_trip():
     """On the straight path, ends included; its network sees t itself."""
-    teacher, x_0, x_T = networkless(SDXL), normal(8, 3, 2, 2), normal(8, 3, 2, 2, seed=1)
+    teacher = make_schedule(SDXL)
+    x_0 = draw_normal(8, 3, 2, 2)
+    x_T = draw_normal(8, 3, 2, 2, seed=1)
     teacher.call = lambda net, x, timestep, cond: net(timestep)
     student = common.Student(teacher, "velocity", 1)
     x_t = student.diffuse(x_0, x_T, TIMES)
-    torch.testing.assert_close(x_t[0], x_0[0], rtol=0, atol=0)
-    torch.testing.assert_close(x_t[-1], x_T[-1], rtol=0, atol=0)
+    assert_near(x_t[0], x_0[0], 0)
+    assert_near(x_t[-1], x_T[-1], 0)
 
     def net(timestep):
         assert timestep.equal(TIMES)
         return x_T - x_0
 
-    torch.testing.assert_close(student.x0(net, x_t, TIMES, None), x_0, rtol=0, atol=1e-12)
+    assert_near(student.x0(net, x_t, TIMES, None), x_0, 1e-12)
 
 
 def test_teacher_student_uses_the_teachers_path():
-    teacher, x_0, eps = networkless(ZERO_SNR), normal(8, 3, 2, 2), normal(8, 3, 2, 2, seed=1)
+    teacher = make_schedule(ZERO_SNR)
+    x_0 = draw_normal(8, 3, 2, 2)
+    eps = draw_normal(8, 3, 2, 2, seed=1)
     student = common.Student(teacher, "teacher", 4)
     teacher.call = lambda net, x, timestep, cond: teacher.target(x_0, eps, TIMES)
     x_t = student.diffuse(x_0, eps, TIMES)
     torch.testing.assert_close(x_t, teacher.diffuse(x_0, eps, TIMES))
-    torch.testing.assert_close(student.x0(None, x_t, TIMES, None), x_0, rtol=0, atol=1e-10)
+    assert_near(student.x0(None, x_t, TIMES, None), x_0, 1e-10)
 
 
-# The probability-flow ODE on a Gaussian --------------------------------------------------------------------------------------
+# The probability-flow ODE on a Gaussian -------------------------------------------------------------------
 
 
 class Gaussian(common.Teacher):
@@ -135,45 +173,55 @@ class Gaussian(common.Teacher):
 
     def call(self, net, x_t, t, cond):
         alpha, sigma = self.alpha_sigma(t, x_t)
-        return self.target(alpha * self.c**2 * x_t / self.variance(t), sigma * x_t / self.variance(t), t)
+        x0_hat = alpha * self.c**2 * x_t / self.variance(t)
+        eps_hat = sigma * x_t / self.variance(t)
+        return self.target(x0_hat, eps_hat, t)
 
     def integrate(self, t, s, steps):
         """From x_t = 1, one row, to x_s."""
-        x, times = torch.ones(1, dtype=torch.float64), torch.linspace(t, s, steps + 1, dtype=torch.float64)
+        x = torch.ones(1, dtype=torch.float64)
+        times = torch.linspace(t, s, steps + 1, dtype=torch.float64)
         for now, then in zip(times[:-1, None], times[1:, None]):
-            x = self.step(*self.guided(x, now, None, 1), then)
+            x0_hat, eps_hat = self.guided(x, now, None, 1)
+            x = self.step(x0_hat, eps_hat, then)
         return x
 
 
-@pytest.mark.parametrize("schedule", (SDXL, ZERO_SNR))
+@pytest.mark.parametrize("config", (SDXL, ZERO_SNR))
 @pytest.mark.parametrize("t, s", ((T, 0), (700, 100), (100, 900)))
-def test_ode_carries_the_variance(schedule, t, s):
+def test_ode_carries_the_variance(config, t, s):
     """N(0, var_t) goes to N(0, var_s), with an error that falls as the first-order solver's should."""
-    teacher = networkless(schedule, Gaussian)
+    teacher = make_schedule(config, Gaussian)
     exact = (teacher.variance(torch.tensor([s])) / teacher.variance(torch.tensor([t]))).sqrt()
-    coarse, fine = (abs(teacher.integrate(t, s, steps) / exact - 1).item() for steps in (250, 1000))
-    assert fine < 5e-3 and fine < coarse / 3
+    coarse = abs(teacher.integrate(t, s, 250) / exact - 1).item()
+    fine = abs(teacher.integrate(t, s, 1000) / exact - 1).item()
+    assert fine < 5e-3
+    assert fine < coarse / 3
 
 
-# The tiny teacher ----------------------------------------------------------------------------------------------------------
+# The tiny teacher -----------------------------------------------------------------------------------------
 
 
 PROMPTS = ["a small red circle", "a large blue square on a white background", "a triangle"]
 
 
 def count_rows(net):
-    """A list that receives the number of rows of every pass through `net`."""
+    """-> (a list that receives the number of rows of every pass through `net`, a handle to end that)."""
     rows = []
     return rows, net.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
 
 
 def test_guidance(teacher):
-    x, t, cond = normal(3, 4, 8, 8).float(), torch.tensor([10.0, 500, 1000]), teacher.encode(PROMPTS)
-    eps = teacher.predict(teacher.denoiser, x, t, cond)[1]
-    eps_null = teacher.predict(teacher.denoiser, x, t, teacher.null(3))[1]
+    x = draw_normal(3, 4, 8, 8).float()
+    t = torch.tensor([10.0, 500, 1000])
+    cond = teacher.encode(PROMPTS)
+    _, eps = teacher.predict(teacher.denoiser, x, t, cond)
+    _, eps_null = teacher.predict(teacher.denoiser, x, t, teacher.null(3))
     assert (eps - eps_null).abs().mean() > 1e-3
     rows, hook = count_rows(teacher.denoiser)
-    guided = {scale: teacher.guided(x, t, cond, scale)[1] for scale in (1, 0, 7.5)}
+    guided = {}
+    for scale in (1, 0, 7.5):
+        _, guided[scale] = teacher.guided(x, t, cond, scale)
     hook.remove()
     assert rows == [3, 6, 6]
     for scale, value in guided.items():
@@ -189,76 +237,113 @@ def test_teacher_times_are_the_schedulers(teacher, steps):
 
 @pytest.mark.parametrize("steps, scale", ((4, 5.0), (10, 3.0), (4, 1)))
 def test_sampler_is_diffusers_own(teacher, steps, scale):
-    x_T = normal(3, 4, 8, 8).float()
+    x_T = draw_normal(3, 4, 8, 8).float()
     teacher.pipe.set_progress_bar_config(disable=True)
-    expected = teacher.pipe(PROMPTS, latents=x_T.clone(), num_inference_steps=steps, guidance_scale=scale, output_type="latent").images
-    torch.testing.assert_close(teacher.sample(x_T, teacher.encode(PROMPTS), steps, scale), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+    settings = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "latent"}
+    expected = teacher.pipe(PROMPTS, latents=x_T.clone(), **settings).images
+    ours = teacher.sample(x_T, teacher.encode(PROMPTS), steps, scale)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 
 
 def test_decoder_is_diffusers_own(teacher):
-    latents = normal(2, 4, 8, 8).float()
+    latents = draw_normal(2, 4, 8, 8).float()
     expected = teacher.pipe.vae.decode(latents / teacher.pipe.vae.config.scaling_factor).sample
     torch.testing.assert_close(teacher.decode(latents), expected)
 
 
-# Students ------------------------------------------------------------------------------------------------------------------
+# Students -------------------------------------------------------------------------------------------------
+
+STUDENT_TIMES = (
+    (1, [1000]),
+    (4, [1000, 750, 500, 250]),
+    (8, [1000, 875, 750, 625, 500, 375, 250, 125]),
+)
 
 
-@pytest.mark.parametrize("steps, times", ((1, [1000]), (4, [1000, 750, 500, 250]), (8, [1000, 875, 750, 625, 500, 375, 250, 125])))
+@pytest.mark.parametrize("steps, times", STUDENT_TIMES)
 def test_student_times(steps, times):
-    assert common.Student(networkless(SDXL), "teacher", steps).times == times
+    assert common.Student(make_schedule(SDXL), "teacher", steps).times == times
 
 
-@pytest.mark.parametrize("parametrisation", ("teacher", "velocity"))
-def test_backward_simulation_is_sampling_cut_short(teacher, monkeypatch, parametrisation):
-    """The same noise gives the same x at each of the student's times, and the network is called at those before only."""
-    student, cond = common.Student(teacher, parametrisation, 4), teacher.encode(PROMPTS)
-    inputs, call = [], teacher.call
-    monkeypatch.setattr(teacher, "call", lambda net, x, t, cond: inputs.append((t, x)) or call(net, x, t, cond))
-    rows = lambda: common.Rows(range(3), (7,), CPU)
-    student.sample(teacher.denoiser, rows(), cond)
-    timesteps = {"teacher": [999, 749, 499, 249], "velocity": [1000, 750, 500, 250]}[parametrisation]
+@pytest.mark.parametrize(
+    "parametrisation, timesteps", (("teacher", [999, 749, 499, 249]), ("velocity", [1000, 750, 500, 250]))
+)
+def test_backward_simulation_is_sampling_cut_short(teacher, monkeypatch, parametrisation, timesteps):
+    """The same noise gives the same x at each of the student's times, and the network is called at those
+    before only."""
+    student = common.Student(teacher, parametrisation, 4)
+    cond = teacher.encode(PROMPTS)
+    inputs = []
+    call = teacher.call
+
+    def watch(net, x, t, cond):
+        inputs.append((t, x))
+        return call(net, x, t, cond)
+
+    monkeypatch.setattr(teacher, "call", watch)
+    make_rows = lambda: Rows(range(3), ("test", 7), CPU)
+    student.sample(teacher.denoiser, make_rows(), cond)
     sampling = inputs.copy()
     assert [t.tolist() for t, _ in sampling] == [[value] * 3 for value in timesteps]
     for k in range(4):
         inputs.clear()
-        x = student.simulate(teacher.denoiser, rows(), cond, k)
+        x = student.simulate(teacher.denoiser, make_rows(), cond, k)
         assert [t[0].item() for t, _ in inputs] == timesteps[:k]
-        assert x.equal(sampling[k][1]) and not x.requires_grad
-    assert student.simulate(teacher.denoiser, rows(), cond, 0).equal(rows().normal(4, 8, 8))
+        assert x.equal(sampling[k][1])
+        assert not x.requires_grad
+    assert student.simulate(teacher.denoiser, make_rows(), cond, 0).equal(make_rows().normal(4, 8, 8))
 
 
-# Losses, times and random numbers ----------------------------------------------------------------------------------------------
+# Losses, times and random numbers -------------------------------------------------------------------------
 
 
 def test_hinge_values():
-    real, fake = torch.tensor([[2.0, 0.0], [0.5, -1.0]]), torch.tensor([[-2.0, 0.0], [0.5, 1.0]])
-    weights = torch.tensor([0.85, 0.15])
-    assert common.hinge_discriminator(real, fake).item() == pytest.approx((0 + 1 + 0.5 + 2) / 4 + (0 + 1 + 1.5 + 2) / 4)
+    real = torch.tensor([[2.0, 0.0], [0.5, -1.0]])
+    fake = torch.tensor([[-2.0, 0.0], [0.5, 1.0]])
+    by_hand = (0 + 1 + 0.5 + 2) / 4 + (0 + 1 + 1.5 + 2) / 4
+    assert common.hinge_discriminator(real, fake).item() == pytest.approx(by_hand)
     assert common.hinge_generator(fake).item() == pytest.approx(0.125)
+
+    weights = torch.tensor([0.85, 0.15])
     by_hand = (0.15 + (0.5 * 0.85 + 2 * 0.15)) / 2 + (0.15 + (1.5 * 0.85 + 2 * 0.15)) / 2
     assert common.hinge_discriminator(real, fake, weights).item() == pytest.approx(by_hand)
-    assert common.hinge_generator(fake, weights).item() == pytest.approx((2 * 0.85 - (0.5 * 0.85 + 0.15)) / 2)
+    by_hand = (2 * 0.85 - (0.5 * 0.85 + 0.15)) / 2
+    assert common.hinge_generator(fake, weights).item() == pytest.approx(by_hand)
 
 
-def test_cubic_generator_times(adp_arguments, tmp_path, monkeypatch):
-    """adp.py's own times have P(t/T <= x) = P(u^3 >= 1 - x) = 1 - (1 - x)^(1/3), by Kolmogorov and Smirnov."""
-    times, velocity = [], common.Student.velocity
-    monkeypatch.setattr(common.Student, "velocity", lambda self, net, x_t, t, cond: times.append(t) or velocity(self, net, x_t, t, cond))
-    monkeypatch.setattr(common.Run, "save", lambda *_: None)
-    adp.main([*adp_arguments, "--out", str(tmp_path), "--warmup", "2", "--lambda-pixel", "0", "--batch", "200", "--no-checkpointing"])
+def test_cubic_generator_times(adp_arguments, monkeypatch):
+    """ADP's own times have P(t/T <= x) = P(u^3 >= 1 - x) = 1 - (1 - x)^(1/3), by Kolmogorov and Smirnov."""
+    words = "--warmup 2 --lambda-pixel 0 --batch 200 --no-checkpointing"
+    method = helpers.make_method(adp, [*adp_arguments, *words.split()])
+    times = []
+    velocity = method.student.velocity
+
+    def watch(net, x_t, t, cond):
+        times.append(t)
+        return velocity(net, x_t, t, cond)
+
+    monkeypatch.setattr(method.student, "velocity", watch)
+    for step in range(2):
+        adp.iterate(method, step, adp.minimise)
     x = torch.cat(times).sort().values / T
     assert len(x) == 400
     expected = 1 - (1 - x) ** (1 / 3)
-    assert (expected - (torch.arange(400) + 0.5) / 400).abs().max() < 1.36 / math.sqrt(400)
-    assert (x > 0.5).double().mean() == pytest.approx(0.5 ** (1 / 3), abs=0.05)  # biased to high noise
+    observed = (torch.arange(400) + 0.5) / 400
+    assert (expected - observed).abs().max() < 1.36 / math.sqrt(400)
+    # biased to high noise
+    assert (x > 0.5).double().mean() == pytest.approx(0.5 ** (1 / 3), abs=0.05)
 
 
-def test_random_rows_do_not_depend_on_who_draws_them():
-    draw = lambda rows, key=(3, 1): [values(common.Rows(rows, key, CPU)) for values in (lambda r: r.normal(2, 2), lambda r: r.uniform())]
-    for together, first, second, other in zip(draw(range(4)), draw(range(2)), draw(range(2, 4)), draw(range(4), (3, 2))):
-        assert together.equal(torch.cat([first, second]))
-        assert not (together == other).any() and together.unique().numel() == together.numel()
+@pytest.mark.parametrize("draw", (lambda rows: rows.normal(2, 2), lambda rows: rows.uniform()))
+def test_random_rows_do_not_depend_on_who_draws_them(draw):
+    key = ("test", 3, 1)
+    together = draw(Rows(range(4), key, CPU))
+    first = draw(Rows(range(2), key, CPU))
+    second = draw(Rows(range(2, 4), key, CPU))
+    assert together.equal(torch.cat([first, second]))
+    for other_key in (("test", 3, 2), ("tests", 3, 1), ("tset", 3, 1)):
+        assert not (together == draw(Rows(range(4), other_key, CPU))).any()
+    assert together.unique().numel() == together.numel()
 
 
 def test_learning_rate_decays_over_the_last_share():
@@ -266,23 +351,30 @@ def test_learning_rate_decays_over_the_last_share():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1)
     rates = []
     for step in range(10):
-        common.set_lr(optimizer, 2.0, step, args)
+        set_lr(args, step, {optimizer: 2.0, None: 1.0})
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2] * 7 + [1.5, 1, 0.5])
 
 
 def test_moving_average():
+    """The decay of update n is min(decay, (1 + n) / (10 + n)), that of the first zero."""
     net = torch.nn.Linear(1, 1, bias=False)
     net.weight.data.fill_(0)
-    ema = common.EMA(net, 0.5)
+    ema = MovingAverage(net, 0.2)
     expected = 0.0
-    for value in (1.0, 2.0, 3.0):
+    for value, decay in ((1.0, 0), (2.0, 2 / 11), (3.0, 0.2)):
         net.weight.data.fill_(value)
-        ema.update()
-        decay = min(0.5, ema.updates / (ema.updates + 10))
+        ema.step()
         expected = decay * expected + (1 - decay) * value
-    with ema.instead():
+    with ema.use():
         assert net.weight.item() == pytest.approx(expected)
     assert net.weight.item() == 3
-    with common.EMA(net, 0).instead():
+
+
+def test_no_moving_average():
+    net = torch.nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(3)
+    ema = MovingAverage(net, 0)
+    ema.step()
+    with ema.use():
         assert net.weight.item() == 3

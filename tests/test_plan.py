@@ -1,124 +1,228 @@
 """--plan: the published sizes, what fits, and the memory of a run that really happens."""
-import argparse
+
 import os
-from unittest import mock
 
 import pytest
 import torch
 
 import adm
 import adp
-import common
 import helpers
-from tiny import plan
+from support.errors import UserError
+from support.files import PROMPTS
+from support.sam import make_sam_encoder_on_meta
+from tools.meta import GPUAutocast, count_parameters
+from tools.plan import (
+    add_up,
+    count_activations,
+    count_checkpoint,
+    count_states,
+    describe_fit,
+    measure_activations,
+    print_plan,
+)
+from tools.storages import Storages
+from tools.trace import Networks, Trace, change
 
-SIZES = {"sdxl": (87.3, 51.3, 10.9), "sd3-medium": (69.0, 40.6, 8.6), "sd3.5-large": (273.9, 161.1, 34.2), "cogvideox-2b": (57.6, 33.9, 7.2),
-         "cogvideox-5b": (189.4, 111.4, 23.7)}  # student, fake score and bf16 teacher on each of 8 GPUs: --shard ddp, zero1, fsdp
-NAMES = ("student", "fake score", "teacher")
+# GB of student, fake score and bf16 teacher on each of 8 GPUs: --shard ddp, zero1, fsdp
+SIZES = {
+    "sdxl": (87.3, 51.3, 10.9),
+    "sd3-medium": (69.0, 40.6, 8.6),
+    "sd3.5-large": (273.9, 161.1, 34.2),
+    "cogvideox-2b": (57.6, 33.9, 7.2),
+    "cogvideox-5b": (189.4, 111.4, 23.7),
+}
+FP32 = ["--precision", "fp32"]
+MOTION = os.path.join(os.path.dirname(PROMPTS), "motion_train.txt")
 
 
-def arguments(main, *words):
-    """What a script's command line comes to."""
-    with mock.patch.object(plan, "print_plan", lambda args: args):
-        return main([*words, *([] if "--plan" in words else ["--plan"])])
+def parse(stage, *words):
+    """The arguments of a command line of a stage (the module adm or adp)."""
+    return helpers.training_arguments(stage.__name__, [*map(str, words)])
 
 
-def planned(args):
-    """(parts, rows, their sum in bytes)."""
-    configs = plan.read_configs(args.teacher)
-    args.batch = args.batch or common.FAMILIES[configs["pipeline"]].batch
-    parts = plan.memory_parts(args, configs)
-    rows = plan.memory_rows(args, parts, args.plan)
-    return parts, rows, sum(map(sum, rows.values()))
+def make_networks(stage, args):
+    kind = adm.ADM if stage is adm else adp.ADP
+    return Networks(args, kind, stage.iterate)
+
+
+def add_up_states(rows):
+    """The bytes of student, fake score and teacher."""
+    names = ("student", "fake score", "teacher")
+    return sum(sum(row) for part, row in rows.items() if part.startswith(names))
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_states_of_the_five_teachers(name):
-    args = arguments(adm.main, "--teacher", name)
-    args.batch = 1
-    with mock.patch.object(plan, "trace", lambda *_: (0, 0)):  # no activations
-        parts, *_ = planned(args)
-        tables = sum(b.numel() for b in parts.teacher.denoiser.buffers())  # of positions, which the published numbers leave out
-        for shard, published in zip(("ddp", "zero1", "fsdp"), SIZES[name]):
-            rows = plan.memory_rows(argparse.Namespace(**{**vars(args), "shard": shard}), parts, 8)
-            states = sum(sum(row) for part, row in rows.items() if part.startswith(NAMES)) - (4 + 4 + 2) * tables
-            assert states / 1e9 == pytest.approx(published, rel=0.05), shard
-        lora = plan.memory_rows(argparse.Namespace(**{**vars(args), "lora": 64}), parts, 8)
-        assert sum(sum(row) for part, row in lora.items() if part.startswith(NAMES)) < 5 * sum(p.numel() for p in parts.teacher.denoiser.parameters())
+    args = parse(adm, "--teacher", name)
+    networks = make_networks(adm, args)
+    denoiser = networks.teacher.denoiser
+    tables = sum(b.numel() for b in denoiser.buffers())  # of positions: published numbers leave them out
+    for shard, published in zip(("ddp", "zero1", "fsdp"), SIZES[name]):
+        rows = count_states(change(args, shard=shard), networks, 8)
+        states = add_up_states(rows) - (4 + 4 + 2) * tables
+        assert states / 1e9 == pytest.approx(published, rel=0.05), shard
+    lora = count_states(change(args, lora=64), networks, 8)
+    assert add_up_states(lora) < 5 * count_parameters(denoiser)
 
 
-@pytest.mark.parametrize("options, says", [
-    ("--gpu-gb 100", "fits 100 GB"), ("--gpu-gb 85", "does not fit 85 GB; with --batch 1 --accumulate 4 it does"),
-    ("--gpu-gb 80", "does not fit 80 GB; with --shard zero1 it does"), ("--gpu-gb 50", "does not fit 50 GB; with --shard fsdp it does"),
-    ("--gpu-gb 5", "does not fit 5 GB, nor with any two of")])
-def test_what_fits_and_what_would(capsys, options, says):
-    """SD3-Medium with a trace of 2 GB a row."""
-    with mock.patch.object(plan, "trace", lambda args, *_: (2e9 * args.batch, 0)):
-        assert adm.main(["--teacher", "sd3-medium", "--plan", *options.split()]) is None
+@pytest.fixture(scope="module")
+def sd3_medium():
+    """SD3-Medium with activations of 2 GB a row -> (arguments, networks, bytes of all)."""
+    args = parse(adm, "--teacher", "sd3-medium", "--plan", 8)
+    networks = make_networks(adm, args)
+    networks.trace = lambda args: Trace(2e9 * args.batch, 0, None)
+    total = add_up(count_states(args, networks, 8) | count_activations(args, networks))
+    return args, networks, total
+
+
+@pytest.mark.parametrize(
+    "gpu_gb, says",
+    [
+        (100, "fits 100 GB"),
+        (85, "does not fit 85 GB; with --batch 1 --accumulate 4 it does"),
+        (80, "does not fit 80 GB; with --shard zero1 it does"),
+        (50, "does not fit 50 GB; with --shard fsdp it does"),
+        (5, "does not fit 5 GB, nor with any two of"),
+    ],
+)
+def test_what_fits_and_what_would(sd3_medium, gpu_gb, says):
+    args, networks, total = sd3_medium
+    assert describe_fit(change(args, gpu_gb=gpu_gb), networks, total).startswith(says)
+
+
+def test_what_is_printed(capsys, teacher_folder):
+    assert adm.main(["--teacher", teacher_folder, "--plan", "--keep", "2"]) is None
     out = capsys.readouterr().out
-    assert says in out and "8 GPUs" in out and "text encoders" in out
+    assert "8 GPUs" in out
+    assert "text encoders" in out
+    assert "--keep 2 has 3 of them" in out
+    assert "an iteration makes 5 full and 4 partial forward passes" in out
+    assert "fits 80 GB" in out
+
+
+def test_the_baseline_has_no_heads(capsys, teacher_folder):
+    adm.main(["--teacher", teacher_folder, "--plan", "--loss", "dmd"])
+    out = capsys.readouterr().out
+    assert "heads" not in out
+    assert "an iteration makes 5 full and 0 partial forward passes; backward passes: f 1, G 1\n" in out
 
 
 def test_unknown_teachers(tmp_path):
     for name in ("someone/else", str(tmp_path)):
-        with pytest.raises(common.UserError):
+        with pytest.raises(UserError):
             adm.main(["--teacher", name, "--plan"])
+
+
+@pytest.mark.parametrize("name, published", [("sam_vit_b", 89.7), ("sam_vit_l", 308.3), ("sam_vit_h", 637.0)])
+def test_sizes_of_sams_encoders(name, published):
+    """In millions of parameters."""
+    assert count_parameters(make_sam_encoder_on_meta(name)) / 1e6 == pytest.approx(published, rel=0.001)
 
 
 def test_nothing_of_attention_is_as_large_as_all_pairs():
     q = torch.empty(1, 24, 16384, 64, device="meta", requires_grad=True)
-    with plan.Storages() as storages, plan.GPUAutocast(torch.bfloat16):
+    with Storages() as storages, GPUAutocast(torch.bfloat16):
         torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
     assert storages.peak < 20 * q.nbytes < 24 * 16384**2
 
 
 def test_real_activations_of_a_full_size_teacher():
     """They grow with the batch, and without checkpointing."""
-    args = arguments(adm.main, "--teacher", "sd3-medium", "--shard", "fsdp")
-    args.batch = 2
-    parts, rows, _ = planned(args)
-    four, whole = (argparse.Namespace(**{**vars(args), **change}) for change in ({"batch": 4}, {"checkpointing": False}))
-    two = parts.activations(args)
-    assert 2e9 < two < 4e9 and 1.5 * two < parts.activations(four) < 2.1 * two
-    assert plan.memory_parts(whole, plan.read_configs(args.teacher)).activations(whole) > 5 * two
+    args = parse(adm, "--teacher", "sd3-medium", "--shard", "fsdp", "--batch", 2)
+    networks = make_networks(adm, args)
+    two = measure_activations(args, networks)
+    assert 2e9 < two < 4e9
+    four = measure_activations(change(args, batch=4), networks)
+    assert 1.5 * two < four < 2.1 * two
+    whole = change(args, checkpointing=False)
+    assert measure_activations(whole, make_networks(adm, whole)) > 5 * two
 
 
-# A run that really happens -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# A run that really happens
+# ----------------------------------------------------------------------------------------------------------
 
 
-def measured_peak(main, words):
-    """The most bytes of tensors alive in the second iteration of a script, on the CPU."""
-    def log(run, step, metrics):
-        peaks.append(storages.peak)
-        storages.peak = storages.live
-
+def run_really(stage, *words):
+    """Three iterations on the CPU -> (bytes of tensors at the peak of the second, bytes after each)."""
     peaks = []
-    with mock.patch.object(common.Run, "log", log), mock.patch.object(common.Run, "save", lambda *_: None), plan.Storages() as storages:
-        main(words)
-    return peaks[1]
+    alive = []
+    with Storages("cpu") as storages:
+        method = helpers.make_method(stage, [*map(str, words), "--warmup", "0"])
+        for step in range(3):
+            storages.peak = storages.live
+            stage.iterate(method, step, stage.minimise)
+            method.log.take()
+            peaks.append(storages.peak)
+            alive.append(storages.live)
+    return peaks[1], alive
+
+
+def plan_total(stage, *words):
+    """The bytes that --plan says one process takes."""
+    args = parse(stage, *words)
+    networks = make_networks(stage, args)
+    return add_up(count_states(args, networks, 1) | count_activations(args, networks))
 
 
 @pytest.mark.parametrize("kind", ("sdxl", "sd3", "cogvideox"))
 @pytest.mark.parametrize("options", ("", "--no-checkpointing"))
 def test_the_plan_is_what_a_tiny_run_takes(tmp_path, prompts_file, kind, options):
-    folder = helpers.random_teacher(tmp_path / "teacher", 0, kind)
-    prompts = prompts_file if kind != "cogvideox" else os.path.join(os.path.dirname(common.PROMPTS), "motion_train.txt")
-    words = ["--teacher", folder, "--precision", "fp32", "--batch", "16", "--head-width", "64", "--prompts", prompts, *options.split()]
-    found = measured_peak(adm.main, [*words, "--out", str(tmp_path / "run"), "--iterations", "2"])
-    *_, total = planned(arguments(adm.main, *words, "--plan", "1"))
-    assert total == pytest.approx(found, rel=0.15)
+    folder = helpers.make_teacher(tmp_path / "teacher", 0, kind)
+    prompts = MOTION if kind == "cogvideox" else prompts_file
+    words = ["--teacher", folder, *FP32, "--batch", 16, "--head-width", 64, "--prompts", prompts]
+    words += options.split()
+    found, _ = run_really(adm, *words)
+    assert plan_total(adm, *words) == pytest.approx(found, rel=0.15)
 
 
-def test_the_plan_is_what_a_tiny_run_of_adp_takes(tmp_path, adp_arguments):
-    words = [*adp_arguments, "--precision", "fp32", "--batch", "16"]
-    found = measured_peak(adp.main, [*words, "--out", str(tmp_path / "run"), "--warmup", "0"])
-    *_, total = planned(arguments(adp.main, *words, "--plan", "1"))
-    assert total == pytest.approx(found, rel=0.15)
+def test_the_plan_is_what_three_micro_batches_take(adm_arguments):
+    """Of which the plan runs two."""
+    words = [*adm_arguments, *FP32, "--batch", 16, "--accumulate", 3]
+    found, _ = run_really(adm, *words)
+    assert plan_total(adm, *words) == pytest.approx(found, rel=0.15)
+
+
+def test_the_plan_is_what_a_tiny_run_of_adp_takes(adp_arguments):
+    words = [*adp_arguments, *FP32, "--batch", 16]
+    found, _ = run_really(adp, *words)
+    assert plan_total(adp, *words) == pytest.approx(found, rel=0.15)
+
+
+def test_an_iteration_of_adm_leaves_nothing_behind(adm_arguments):
+    _, alive = run_really(adm, *adm_arguments, "--ttur", 2, "--accumulate", 2)
+    assert alive[1] == alive[2]  # the first has made the optimisers' states
+
+
+def test_an_iteration_of_adp_leaves_nothing_behind(adp_arguments):
+    _, alive = run_really(adp, *adp_arguments)
+    assert alive[1] == alive[2]
 
 
 def test_the_plan_is_what_a_tiny_checkpoint_takes(tmp_path, adm_arguments):
     words = [*adm_arguments, "--ema", "0.5", "--iterations", "1"]
     adm.main([*words, "--out", str(tmp_path / "run")])
-    found = sum(path.stat().st_size for path in (tmp_path / "run/step_000001").rglob("*") if path.is_file())
-    args = arguments(adm.main, *words)
-    assert plan.checkpoint_bytes(args, planned(args)[0]) == pytest.approx(found, rel=0.05)
+    files = [path for path in (tmp_path / "run/step_000001").rglob("*") if path.is_file()]
+    found = sum(path.stat().st_size for path in files)
+    args = parse(adm, *words)
+    assert count_checkpoint(args, make_networks(adm, args)) == pytest.approx(found, rel=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A method that changes
+# ----------------------------------------------------------------------------------------------------------
+
+
+class OnePassMore(adm.ADM):
+    def generator_loss(self, b):
+        loss = super().generator_loss(b)
+        with torch.no_grad():
+            self.teacher.predict(self.teacher.denoiser, b.x_fake, b.s, b.cond)
+        return loss
+
+
+def test_a_change_of_the_method_changes_the_plan(capsys, teacher_folder):
+    args = parse(adm, "--teacher", teacher_folder, "--plan", 8)
+    print_plan(args, OnePassMore, adm.iterate)
+    assert "an iteration makes 6 full and 4 partial forward passes" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """An interrupted and resumed run is the uninterrupted one, bit for bit; and what a checkpoint is."""
+
 import os
 import shutil
 import signal
@@ -15,6 +16,10 @@ import adm
 import adp
 import common
 import helpers
+from support import checkpoints
+from support.checkpoints import find_checkpoint
+from support.errors import UserError
+from support.files import remove
 
 
 class Interrupted(Exception):
@@ -22,82 +27,110 @@ class Interrupted(Exception):
 
 
 @pytest.fixture
-def interrupted(monkeypatch):
-    """A function that runs main(arguments) up to the middle of iteration `step`, after its line of metrics."""
-    def run_until(step, main, arguments):
-        log = common.Run.log
+def interrupt(monkeypatch):
+    """A function that runs main(arguments) up to iteration `step`, after its line of metrics."""
 
-        def stop(self, now, values):
-            log(self, now, values)
+    def run_until(step, main, arguments):
+        log = checkpoints.Run.log
+
+        def stop(run, now):
+            log(run, now)
             if now == step:
                 raise Interrupted
 
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(common.Run, "log", stop)
+            patch.setattr(checkpoints.Run, "log", stop)
             main(arguments)
 
     return run_until
 
 
-@pytest.mark.parametrize("stage, options", (
-    (adp, "--warmup 3 --ema 0.9"),  # the checkpoint is in the warm-up, the end is after it
-    (adp, "--warmup 1 --decay 0.5"),
-    (adm, "--ema 0.9 --ttur 2 --steps 2 --decay 0.5"),
-    (adm, "--loss dmd")), ids=("adp across the warm-up", "adp", "adm", "dmd"))
-def test_resumed_run_is_the_uninterrupted_one(request, tmp_path, interrupted, stage, options):
-    arguments = [*request.getfixturevalue(f"{stage.__name__}_arguments"), *options.split(), "--iterations", "4", "--save-every", "2"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+RESUMED = {
+    # the checkpoint is in the warm-up, the end is after it
+    "adp across the warm-up": (adp, "--warmup 3 --ema 0.9"),
+    "adp": (adp, "--warmup 1 --decay 0.5"),
+    "adm": (adm, "--ema 0.9 --ttur 2 --steps 2 --decay 0.5"),
+    "dmd": (adm, "--loss dmd"),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_run_is_the_uninterrupted_one(request, tmp_path, interrupt, name):
+    stage, options = RESUMED[name]
+    arguments = request.getfixturevalue(f"{stage.__name__}_arguments") + options.split()
+    arguments += ["--iterations", "4", "--save-every", "2"]
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     stage.main([*arguments, "--out", str(whole)])
-    interrupted(3, stage.main, [*arguments, "--out", str(parts)])
-    assert (parts / "latest").read_text() == "step_000002\n" and [line["step"] for line in helpers.metrics(parts)] == [1, 2, 3]
+    interrupt(3, stage.main, [*arguments, "--out", str(parts)])
+    assert (parts / "latest").read_text() == "step_000002\n"
+    assert [line["step"] for line in helpers.read_metrics(parts)] == [1, 2, 3]
     stage.main([*arguments, "--out", str(parts), "--resume"])
 
-    assert helpers.metrics(parts) == helpers.metrics(whole) and len(helpers.metrics(whole)) == 4
-    weights = [load_file(run / "step_000004/student/diffusion_pytorch_model.safetensors") for run in (whole, parts)]
-    assert weights[0].keys() == weights[1].keys() and all(weights[0][name].equal(weights[1][name]) for name in weights[0])
-    states = [helpers.state(run / "step_000004") for run in (whole, parts)]
+    assert len(helpers.read_metrics(whole)) == 4
+    assert helpers.read_metrics(parts) == helpers.read_metrics(whole)
+    weights = []
+    for run in (whole, parts):
+        weights.append(load_file(run / "step_000004/student/diffusion_pytorch_model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    states = [helpers.read_state(run / "step_000004") for run in (whole, parts)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, adm_arguments):
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    adm.main([*adm_arguments, "--out", str(folder), "--loss", "dmd", "--steps", "2", "--save-every", "1"])
+    words = "--loss dmd --steps 2 --save-every 1"
+    adm.main([*adm_arguments, "--out", str(folder), *words.split()])
     return folder
 
 
 def test_student_is_a_plain_model_folder(finished, teacher):
     net = UNet2DConditionModel.from_pretrained(finished / "step_000002/student")
     assert all(p.isfinite().all() for p in net.parameters())
-    assert not all(p.equal(q.float()) for p, q in zip(net.parameters(), teacher.denoiser.parameters()))
+    pairs = zip(net.parameters(), teacher.denoiser.parameters())
+    assert not all(p.equal(q.float()) for p, q in pairs)
 
 
 def test_checkpoint_says_what_it_holds(finished, teacher):
     for path in (finished, finished / "step_000002"):
         net, student, meta = common.load_student(str(path), teacher)
-        assert (student.parametrisation, student.times, meta["step"], meta["arguments"]["loss"]) == ("teacher", [1000, 500], 2, "dmd")
-    assert sorted(os.listdir(finished)) == ["curves.png", "latest", "metrics.jsonl", "samples", "step_000001", "step_000002"]
-    assert sorted(os.listdir(finished / "samples")) == ["step_000001.png", "step_000002.png"]
+        assert student.parametrisation == "teacher"
+        assert student.times == [1000, 500]
+        assert meta["step"] == 2
+        assert meta["arguments"]["loss"] == "dmd"
+    steps = ["step_000001", "step_000002"]
+    assert sorted(os.listdir(finished)) == ["curves.png", "latest", "metrics.jsonl", "samples", *steps]
+    assert sorted(os.listdir(finished / "samples")) == [f"{step}.png" for step in steps]
 
 
 @pytest.mark.parametrize("missing", ("meta.json", "state", "student/config.json"))
 def test_half_a_checkpoint_is_refused(finished, teacher, adm_arguments, tmp_path, missing):
     half = shutil.copytree(finished, tmp_path / "half")
-    common.remove(half / "step_000002" / missing)
-    before = helpers.snapshot(half)
-    with pytest.raises(common.UserError, match="not a complete checkpoint"):
+    remove(half / "step_000002" / missing)
+    before = helpers.take_snapshot(half)
+    with pytest.raises(UserError, match="not a complete checkpoint"):
         common.load_student(str(half), teacher)
-    with pytest.raises(common.UserError, match="not a complete checkpoint"):
-        adm.main([*adm_arguments, "--out", str(half), "--loss", "dmd", "--steps", "2", "--resume"])
-    assert helpers.snapshot(half) == before
+    words = "--loss dmd --steps 2 --resume"
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        adm.main([*adm_arguments, "--out", str(half), *words.split()])
+    assert helpers.take_snapshot(half) == before
 
 
-def test_resuming_as_another_kind_of_run_is_refused(finished, adm_arguments):
-    before = helpers.snapshot(finished)
-    for options, reason in (("--steps 4", "its steps is 2, not 4"), ("--steps 2 --head-width 64", "with these settings"), ("--steps 2 --ema 0.5", "with these settings")):
-        with pytest.raises(common.UserError, match=reason):
-            adm.main([*adm_arguments, "--out", str(finished), *options.split(), "--resume"])
-    assert helpers.snapshot(finished) == before
+OTHER_RUNS = (
+    ("--steps 4", "its steps is 2, not 4"),
+    ("--steps 2 --head-width 64", "with these settings"),
+    ("--steps 2 --ema 0.5", "with these settings"),
+)
+
+
+@pytest.mark.parametrize("options, reason", OTHER_RUNS)
+def test_resuming_as_another_kind_of_run_is_refused(finished, adm_arguments, options, reason):
+    before = helpers.take_snapshot(finished)
+    with pytest.raises(UserError, match=reason):
+        adm.main([*adm_arguments, "--out", str(finished), *options.split(), "--resume"])
+    assert helpers.take_snapshot(finished) == before
 
 
 KILLED = """
@@ -117,50 +150,72 @@ adm.main({arguments!r})
 """
 
 
-def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(finished, adm_arguments, tmp_path):
+def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(
+    finished, adm_arguments, tmp_path
+):
     run = tmp_path / "run"
-    arguments = [*adm_arguments, "--out", str(run), "--loss", "dmd", "--steps", "2", "--save-every", "1"]
-    (tmp_path / "killed.py").write_text(KILLED.format(root=helpers.ROOT, arguments=arguments))
-    assert helpers.command(str(tmp_path / "killed.py")).returncode == -signal.SIGKILL
-    assert (run / "latest").read_text() == "step_000001\n" and not (run / "step_000002").exists()
+    words = "--loss dmd --steps 2 --save-every 1"
+    arguments = [*adm_arguments, "--out", str(run), *words.split()]
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=helpers.ROOT, arguments=arguments))
+    assert helpers.run_script(str(script)).returncode == -signal.SIGKILL
+    assert (run / "latest").read_text() == "step_000001\n"
+    assert not (run / "step_000002").exists()
     assert [name for name in os.listdir(run) if name.startswith("step_000002.tmp")]
     adm.main([*arguments, "--resume"])
     assert not [name for name in os.listdir(run) if ".tmp" in name]
-    assert helpers.metrics(run) == helpers.metrics(finished)
-    torch.testing.assert_close(*(helpers.state(folder / "step_000002") for folder in (run, finished)), rtol=0, atol=0)
+    assert helpers.read_metrics(run) == helpers.read_metrics(finished)
+    states = [helpers.read_state(folder / "step_000002") for folder in (run, finished)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("processes", (1, 2))
 def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path, processes):
-    """Told to stop between two checkpoints, the run leaves one of the iteration that it was at, and exits with 0."""
+    """Told to stop between two checkpoints, the run leaves one of the iteration that it was at, and exits
+    with 0."""
     run = tmp_path / "run"
-    arguments = [*adm_arguments, "--loss", "dmd", "--out", str(run), "--iterations", "100000", "--save-every", "100000"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
-    process = subprocess.Popen([sys.executable, *torchrun, "adm.py", *arguments], cwd=helpers.ROOT, stderr=subprocess.DEVNULL)
+    words = "--loss dmd --iterations 100000 --save-every 100000"
+    arguments = [*adm_arguments, "--out", str(run), *words.split()]
+    torchrun = []
+    if processes == 2:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *torchrun, "adm.py", *arguments]
+    process = subprocess.Popen(command, cwd=helpers.ROOT, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while not (run / "metrics.jsonl").exists() or len(helpers.metrics(run)) < 2:
-        assert time.time() < deadline and process.poll() is None
+    while not (run / "metrics.jsonl").exists() or len(helpers.read_metrics(run)) < 2:
+        assert time.time() < deadline
+        assert process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     code = process.wait(60)
     assert code == 0 or processes == 2  # torchrun has a code of its own for it
-    folder, meta = common.find_checkpoint(str(run))
-    assert [line["step"] for line in helpers.metrics(run)] == list(range(1, meta["step"] + 1))
-    result = helpers.command("adm.py", *arguments, "--resume", "--iterations", str(meta["step"] + 1), "--batch", str(2 * processes))
-    assert result.returncode == 0 and helpers.metrics(run)[-1]["step"] == meta["step"] + 1
+
+    _, meta = find_checkpoint(str(run))
+    last = meta["step"]
+    assert [line["step"] for line in helpers.read_metrics(run)] == list(range(1, last + 1))
+    further = ["--resume", "--iterations", str(last + 1), "--batch", str(2 * processes)]
+    result = helpers.run_script("adm.py", *arguments, *further)
+    assert result.returncode == 0
+    assert helpers.read_metrics(run)[-1]["step"] == last + 1
 
 
 def test_only_the_newest_checkpoints_are_kept(adm_arguments, tmp_path):
     run = tmp_path / "run"
     (run / "step_000001.tmp123").mkdir(parents=True)  # a killed process's
-    adm.main([*adm_arguments, "--loss", "dmd", "--out", str(run), "--iterations", "4", "--save-every", "1", "--keep", "2"])
-    assert sorted(name for name in os.listdir(run) if name.startswith("step_")) == ["step_000003", "step_000004"]
+    words = "--loss dmd --iterations 4 --save-every 1 --keep 2"
+    adm.main([*adm_arguments, "--out", str(run), *words.split()])
+    kept = sorted(name for name in os.listdir(run) if name.startswith("step_"))
+    assert kept == ["step_000003", "step_000004"]
 
 
 def test_nodes_that_find_different_checkpoints_are_refused(adm_arguments, tmp_path, monkeypatch):
-    """The main process's mean of all starts is not its own where another node's --out is another disk's."""
-    means = common.means
-    monkeypatch.setattr(common, "means", lambda values: {"start": 250.0} if "start" in values else means(values))
-    with pytest.raises(common.UserError, match="not the same on all nodes"):
+    """The main rank's mean of all starts is not its own where another node's --out is another disk's."""
+    average = checkpoints.average
+
+    def average_with_another(values):
+        return {"start": 250.0} if "start" in values else average(values)
+
+    monkeypatch.setattr(checkpoints, "average", average_with_another)
+    with pytest.raises(UserError, match="not the same on all nodes"):
         adm.main([*adm_arguments, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,223 @@
+"""Algorithm 1 and ADP once more, as plainly as they can be written: what adm.py and adp.py must equal.
+
+Nothing is reused between updates, every formula is written out. Of the project only the networks themselves
+(`teacher.call`, `teacher.encode`, the heads), the pixel backbone and the random numbers' order are taken."""
+
+import copy
+
+import torch
+
+from support.rows import draw_integer, draw_rows
+
+T = 1000.0
+
+
+def over(values, x):
+    """values [B] -> shaped to multiply x [B, ...]."""
+    return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def alpha_sigma(teacher, t):
+    if teacher.prediction == "flow":
+        shift, u = teacher.pipe.scheduler.config.shift, t / T
+        sigma = shift * u / (1 + (shift - 1) * u)
+        return 1 - sigma, sigma
+    table = torch.cat([torch.ones(1).double(), teacher.pipe.scheduler.alphas_cumprod.double()])
+    low = t.floor().long().clamp(max=999)
+    abar = table[low] + (t - low) * (table[low + 1] - table[low])
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+def diffuse(teacher, x_0, eps, t):
+    alpha, sigma = alpha_sigma(teacher, t)
+    return over(alpha, x_0) * x_0 + over(sigma, x_0) * eps
+
+
+def network_output(teacher, net, x, t, cond):
+    _, sigma = alpha_sigma(teacher, t)
+    timestep = T * sigma if teacher.prediction == "flow" else (t - 1).clamp(min=0)
+    return teacher.call(net, x, timestep, cond)
+
+
+def both_predictions(teacher, raw, x, t):
+    """x0_hat, eps_hat."""
+    alpha, sigma = (over(value, x) for value in alpha_sigma(teacher, t))
+    if teacher.prediction == "epsilon":
+        return (x - sigma * raw) / alpha, raw
+    if teacher.prediction == "flow":
+        return x - sigma * raw, x + (1 - sigma) * raw
+    return alpha * x - sigma * raw, sigma * x + alpha * raw
+
+
+def maps_of(teacher, x, t, cond):
+    """The maps at the taps, by a whole pass with hooks."""
+    maps = []
+    handles = []
+    for module, read in teacher.taps:
+        handles.append(module.register_forward_hook(lambda m, i, out, read=read: maps.append(read(out))))
+    network_output(teacher, teacher.denoiser, x, t, cond)
+    for handle in handles:
+        handle.remove()
+    return maps
+
+
+def logits_of(heads, maps):
+    return torch.stack([head(m) for head, m in zip(heads.heads, maps)], dim=1)
+
+
+class Learner:
+    """A copy of a network and a plain AdamW."""
+
+    def __init__(self, net, lr, args):
+        self.net = copy.deepcopy(net)
+        options = {"lr": lr, "betas": args.betas, "weight_decay": args.weight_decay, "eps": 1e-3}
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), **options)
+        self.clip = args.clip
+
+    def step(self, loss):
+        parameters = list(self.net.parameters())
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+        for p, gradient in zip(parameters, gradients):
+            p.grad = gradient * min(1.0, self.clip / (norm.item() + 1e-6))
+        self.optimizer.step()
+
+
+class NaiveADM:
+    def __init__(self, adm):
+        args = adm.args
+        self.args, self.teacher, self.prompts = args, adm.teacher, adm.prompts
+        self.times, self.velocity = adm.student.times, adm.student.parametrisation == "velocity"
+        self.G, self.f = Learner(adm.G, args.lr, args), Learner(adm.f, args.fake_lr, args)
+        self.D = Learner(adm.heads, args.head_lr, args) if args.loss == "adm" else None
+
+    def student(self, x, t, cond):
+        if self.velocity:
+            return x - over(t / T, x) * self.teacher.call(self.G.net, x, t, cond)
+        raw = network_output(self.teacher, self.G.net, x, t, cond)
+        return both_predictions(self.teacher, raw, x, t)[0]
+
+    def iterate(self, step):
+        for update in range(self.args.ttur):
+            learns = step >= self.args.warmup and update == self.args.ttur - 1
+            self.update(step, update, learns)
+
+    def update(self, step, update, learns):
+        args, teacher = self.args, self.teacher
+        k = draw_integer(len(self.times), "t_prime", args.seed, step, update)
+        parts = draw_rows(args, teacher.device, "adm", step, update)
+        for rows in parts:
+            rows.cond = teacher.encode([self.prompts[i] for i in rows.integers(len(self.prompts))])
+            x = rows.normal(*teacher.latent_shape)
+            for i in range(k):
+                t, s = (torch.full((len(x),), self.times[j]).double() for j in (i, i + 1))
+                with torch.no_grad():
+                    x_0 = self.student(x, t, rows.cond)
+                eps = rows.normal(*teacher.latent_shape)
+                r = over(s / T, x)
+                x = (1 - r) * x_0 + r * eps if self.velocity else diffuse(teacher, x_0, eps, s)
+            rows.x, rows.t_prime = x, torch.full((len(x),), self.times[k]).double()
+            rows.x_0 = self.student(x, rows.t_prime, rows.cond)
+
+        loss_f = 0
+        for rows in parts:
+            x_0, t, eps = rows.x_0.detach(), rows.uniform() * T, rows.normal(*teacher.latent_shape)
+            raw = network_output(teacher, self.f.net, diffuse(teacher, x_0, eps, t), t, rows.cond)
+            alpha, sigma = (over(value, x_0) for value in alpha_sigma(teacher, t))
+            target = {"flow": eps - x_0, "epsilon": eps}.get(teacher.prediction, alpha * eps - sigma * x_0)
+            loss_f = loss_f + (raw - target).square().mean() / len(parts)
+        self.f.step(loss_f)
+
+        loss_G = 0
+        for rows in parts:
+            rows.t = T - rows.uniform() * (T - args.dt * T)
+            x_t = diffuse(teacher, rows.x_0, rows.normal(*teacher.latent_shape), rows.t)
+            raw = network_output(teacher, self.f.net, x_t, rows.t, rows.cond)
+            fake_0, fake_eps = both_predictions(teacher, raw, x_t, rows.t)
+            with torch.no_grad():
+                raw = network_output(teacher, teacher.denoiser, x_t, rows.t, rows.cond)
+                null = network_output(teacher, teacher.denoiser, x_t, rows.t, teacher.null(len(x_t)))
+                guided = null + args.guidance * (raw - null)
+                real_0, real_eps = both_predictions(teacher, guided, x_t, rows.t)
+            rows.s = rows.t - args.dt * T
+            rows.x_fake = diffuse(teacher, fake_0, fake_eps, rows.s)
+            rows.x_real = diffuse(teacher, real_0, real_eps, rows.s)
+            if self.D:
+                maps = maps_of(teacher, rows.x_fake, rows.s, rows.cond)
+                loss_G = loss_G - logits_of(self.D.net, maps).mean() / len(parts)
+            else:
+                size = (rows.x_0 - real_0).abs().flatten(1).mean(1)
+                gradient = ((fake_0 - real_0) / over(size, fake_0)).detach()
+                # the loss whose gradient in x_0 is the direction over the number of elements
+                loss_G = loss_G + (rows.x_0 * gradient).mean() / len(parts)
+        if learns:
+            self.G.step(loss_G)
+        if not self.D:
+            return
+
+        loss_D = 0
+        for rows in parts:
+            logits = []
+            for x, sign, weight in ((rows.x_real, 1, args.r1), (rows.x_fake, -1, args.r2)):
+                x = x.detach()
+                D = logits_of(self.D.net, maps_of(teacher, x, rows.s, rows.cond))
+                logits.append((x, D, weight))
+                loss_D = loss_D + (1 - sign * D).clamp(min=0).mean() / len(parts)
+            for x, D, weight in logits:
+                n = rows.normal(*teacher.latent_shape)
+                near = logits_of(self.D.net, maps_of(teacher, x + args.r_noise * n, rows.s, rows.cond))
+                slope = ((D.mean(1) - near.mean(1)) / args.r_noise).square().mean()
+                loss_D = loss_D + weight * n[0].numel() * args.dt * slope / len(parts)
+        self.D.step(loss_D)
+
+
+class NaiveADP:
+    def __init__(self, adp):
+        self.args, self.teacher, self.pairs, self.backbone = adp.args, adp.teacher, adp.pairs, adp.backbone
+        self.G = Learner(adp.G, adp.args.lr, adp.args)
+        self.D = Learner(adp.heads, adp.args.head_lr, adp.args)
+
+    def judge(self, x_0, eps, t, cond):
+        """The logits of the latent heads and of the pixel heads."""
+        maps = maps_of(self.teacher, diffuse(self.teacher, x_0, eps, t), t, cond)
+        latent = len(maps)
+        if self.backbone:
+            maps = maps + self.backbone.features(self.teacher.decode(x_0))
+        logits = logits_of(self.D.net, maps)
+        return logits[:, :latent], logits[:, latent:]
+
+    def weigh(self, latent, pixel):
+        value = self.args.lambda_latent * latent.mean()
+        return value + self.args.lambda_pixel * pixel.mean() if pixel.numel() else value
+
+    def iterate(self, step):
+        args, teacher = self.args, self.teacher
+        parts = draw_rows(args, teacher.device, "adp", step)
+        loss_G = 0
+        for rows in parts:
+            x_T, rows.x_0, prompts = self.pairs.batch(rows.integers(len(self.pairs)))
+            rows.cond = teacher.encode(prompts)
+            u = rows.uniform()
+            t = (1 - u * u * u) * T
+            r = over(t / T, x_T)
+            x_t = (1 - r) * rows.x_0 + r * x_T
+            velocity = teacher.call(self.G.net, x_t, t, rows.cond)
+            error = (velocity - (x_T - rows.x_0)).square().mean()
+            if step < args.warmup:
+                loss_G = loss_G + error / len(parts)
+                continue
+            rows.fake = x_t - r * velocity
+            rows.t = rows.uniform() * T
+            rows.eps = rows.normal(*teacher.latent_shape)
+            value = self.weigh(*self.judge(rows.fake, rows.eps, rows.t, rows.cond))
+            loss_G = loss_G + (args.mse * error - value) / len(parts)
+        self.G.step(loss_G)
+        if step < args.warmup:
+            return
+        loss_D = 0
+        for rows in parts:
+            fake = self.judge(rows.fake.detach(), rows.eps, rows.t, rows.cond)
+            real = self.judge(rows.x_0, rows.normal(*teacher.latent_shape), rows.t, rows.cond)
+            loss_D = loss_D + self.weigh(*[(1 + D).clamp(min=0) for D in fake]) / len(parts)
+            loss_D = loss_D + self.weigh(*[(1 - D).clamp(min=0) for D in real]) / len(parts)
+        self.D.step(loss_D)

@@ -1,0 +1,273 @@
+"""The methods of ADM and ADP: equal to the naive algorithms, and what only they can get wrong."""
+
+import contextlib
+import io
+import os
+import re
+from pathlib import Path
+
+import naive
+import pytest
+import torch
+
+import adm
+import adp
+import helpers
+from support.parallel import freeze
+from support.rows import Rows, draw_rows
+
+ROOT = Path(helpers.ROOT)
+CPU = torch.device("cpu")
+
+# ----------------------------------------------------------------------------------------------------------
+# Against the naive algorithms
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, prompts_file, pairs_folder, teacher_folder):
+    """{family: (folder of a teacher, folder of its pairs)}."""
+    places = {"sdxl": (teacher_folder, pairs_folder)}
+    for family in ("sd3", "cogvideox"):
+        folder = tmp_path_factory.mktemp(family)
+        teacher, pairs = helpers.make_teacher(folder / "teacher", 0, family), str(folder / "pairs")
+        words = ["--teacher", teacher, "--prompts", prompts_file, "--out", pairs]
+        helpers.collect(*words, "--count", "8", "--steps", "1")
+        places[family] = (teacher, pairs)
+    return places
+
+
+def make_steady(method):
+    """A larger epsilon: with Adam's own the first steps follow a gradient's sign, which rounding can turn."""
+    for name in ("opt_G", "opt_f", "opt_heads"):
+        optimizer = getattr(method, name, None)
+        if optimizer:
+            optimizer.param_groups[0]["eps"] = 1e-3
+    return method
+
+
+def assert_equal_networks(one, other, before):
+    """They went the same way from the weights `before`: the difference is rounding beside the way."""
+    one, other, before = (torch.cat([p.detach().flatten() for p in part]) for part in (one, other, before))
+    way = (one - before).norm()
+    assert way > 1e-3
+    assert (one - other).norm() < 3e-3 * way
+
+
+def copy_weights(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+QUICK = "--batch 2 --head-width 32 --lr 3e-3 --head-lr 3e-2 --no-checkpointing"
+ADM_CASES = (
+    ("sdxl", "--steps 1"),
+    ("sdxl", "--steps 3 --ttur 2 --guidance 3 --dt 0.1"),
+    ("sdxl", "--steps 2 --accumulate 2 --warmup 1 --r1 0.5 --r2 0"),
+    ("sdxl", "--steps 2 --loss dmd --ttur 2"),
+    ("sdxl", "--steps 2 --clip 0.05"),
+    ("sd3", "--steps 2 --guidance 5"),
+    ("sd3", "--steps 4 --loss dmd --accumulate 2"),
+    ("cogvideox", "--steps 2 --dt 1/8"),
+)
+
+
+@pytest.mark.parametrize("family, options", ADM_CASES)
+def test_adm_is_algorithm_1(places, prompts_file, family, options):
+    words = ["--teacher", places[family][0], "--prompts", prompts_file, "--fake-lr", "3e-3"]
+    method = make_steady(helpers.make_method(adm, [*words, *QUICK.split(), *options.split()]))
+    reference = naive.NaiveADM(method)
+    before_G, before_f = copy_weights(method.G), copy_weights(method.f)
+    before_D = copy_weights(method.heads) if method.heads else None
+    for step in range(3):
+        adm.iterate(method, step, adm.minimise)
+        reference.iterate(step)
+    assert_equal_networks(method.G.parameters(), reference.G.net.parameters(), before_G)
+    assert_equal_networks(method.f.parameters(), reference.f.net.parameters(), before_f)
+    if method.heads:
+        assert_equal_networks(method.heads.parameters(), reference.D.net.parameters(), before_D)
+
+
+ADP_CASES = (
+    ("sdxl", "--warmup 1"),
+    ("sdxl", "--warmup 0 --mse 0.7 --accumulate 2 --lambda-latent 0.3 --lambda-pixel 0.7"),
+    ("sd3", "--warmup 1 --lambda-pixel 0"),
+    ("cogvideox", "--warmup 0 --lambda-pixel 0"),
+)
+
+
+@pytest.mark.parametrize("family, options", ADP_CASES)
+def test_adp_is_the_papers(places, sam_file, family, options):
+    teacher, pairs = places[family]
+    words = ["--teacher", teacher, "--pairs", pairs, "--pixel-backbone", sam_file]
+    method = make_steady(helpers.make_method(adp, [*words, *QUICK.split(), *options.split()]))
+    reference = naive.NaiveADP(method)
+    before_G, before_D = copy_weights(method.G), copy_weights(method.heads)
+    for step in range(3):
+        adp.iterate(method, step, adp.minimise)
+        reference.iterate(step)
+    assert_equal_networks(method.G.parameters(), reference.G.net.parameters(), before_G)
+    assert_equal_networks(method.heads.parameters(), reference.D.net.parameters(), before_D)
+
+
+def test_adm_goes_on_from_adps_velocity(places, prompts_file, pairs_folder, tmp_path):
+    """The student of a checkpoint keeps its parametrisation and its weights; f starts from the teacher."""
+    teacher = places["sdxl"][0]
+    words = ["--teacher", teacher, "--pairs", pairs_folder, "--lambda-pixel", "0", "--out", str(tmp_path)]
+    adp.main([*words, *helpers.QUICK, "--warmup", "2"])
+    words = ["--teacher", teacher, "--prompts", prompts_file, "--init", str(tmp_path), "--fake-lr", "3e-3"]
+    method = make_steady(helpers.make_method(adm, [*words, *QUICK.split()]))
+    assert method.student.parametrisation == "velocity"
+    saved = helpers.read_state(tmp_path / "step_000002")["G"]
+    assert all(weight.equal(saved[name]) for name, weight in method.G.state_dict().items())
+    reference = naive.NaiveADM(method)
+    before = copy_weights(method.G)
+    for step in range(2):
+        adm.iterate(method, step, adm.minimise)
+        reference.iterate(step)
+    assert_equal_networks(method.G.parameters(), reference.G.net.parameters(), before)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is logged
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_updates_of_an_iteration_are_logged(adm_arguments):
+    """With --ttur 3 a line of metrics has the means of the three updates, not the last one's."""
+    method = helpers.make_method(adm, [*adm_arguments, "--ttur", "3"])
+    losses = []
+
+    def minimise(loss_of, batch, net, optimizer, clip):
+        losses.append((loss_of.__name__, loss_of(batch[0]).item()))
+        return torch.zeros(())
+
+    adm.iterate(method, 0, minimise)
+    means = method.log.take()
+    for name, method_name in (("loss_f", "fake_score_loss"), ("loss_D", "discriminator_loss")):
+        values = [value for loss, value in losses if loss == method_name]
+        assert len(set(values)) == 3
+        assert means[name].item() == pytest.approx(sum(values) / 3)
+    assert method.log.take() == {}
+
+
+def test_cosine_is_of_ds_gradient_with_the_way_to_x_real(adm_arguments):
+    method = helpers.make_method(adm, [*adm_arguments, "--dt", "0.25"])
+    (b,) = method.draw(0, 0)
+    method.generate(b)
+    with freeze(method.f, method.heads):
+        method.generator_loss(b).backward()
+    x = b.x_fake.clone().requires_grad_()
+    maps = method.teacher.features(x, b.s, b.cond)
+    method.heads(maps).mean().backward()
+    toward = (b.x_real - b.x_fake).flatten(1)
+    expected = torch.nn.functional.cosine_similarity(x.grad.flatten(1), toward).mean()
+    assert method.log.take()["cosine"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_heads_have_no_weight_that_the_hinge_says_nothing_of(adm_arguments):
+    """While |D| < 1 a constant added to D changes no loss: no weight of the heads may be such a constant."""
+    method = helpers.make_method(adm, [*adm_arguments, "--r1", "0", "--r2", "0", "--dt", "0.25"])
+    (b,) = method.draw(0, 0)
+    with torch.no_grad():
+        method.generate(b)
+        method.generator_loss(b)
+    method.discriminator_loss(b).backward()
+    for name, p in method.heads.named_parameters():
+        assert p.grad.abs().max() > 0, name
+
+
+def test_the_penalty_does_not_depend_on_the_size_of_the_latents(adm_arguments):
+    """Of a D whose gradient is x_real - x_fake over its square, D_gap is 1 and the penalty alike at any N."""
+    method = helpers.make_method(adm, [*adm_arguments, "--dt", "0.25", "--r-noise", "0.01"])
+    values = []
+    for side in (8, 32):
+        x = torch.zeros(256, 4, side, side)
+        difference = torch.full((4, side, side), 0.1)
+        gradient = difference / difference.square().sum()
+        method.teacher = type("Flat", (), {"features": staticmethod(lambda x, s, cond: [x])})()
+        method.heads_train = lambda maps, g=gradient: (maps[0] * g).sum((1, 2, 3))[:, None]
+        b = adm.MicroBatch(Rows(range(256), ("test", 0), CPU), None, 0)
+        values.append(method.penalty(x, method.heads_train([x]), b, 1.0).item())
+    assert values[0] == pytest.approx(values[1], rel=0.3)
+    assert values[0] == pytest.approx(0.25 / 0.01, rel=0.3)  # dt N |g|^2 = dt N / (N 0.1^2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Random numbers
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_two_streams_of_a_seed_are_correlated(teacher, adm_arguments):
+    """Noise of pairs, samples, previews and training, row by row, at small shifts against one another."""
+    args = helpers.training_arguments("adm", [*adm_arguments, "--seed", "3"])
+    streams = {}
+    for use in ("pairs", "sample", "preview"):
+        for row in (0, 1):
+            streams[use, row] = Rows([row], (use, 3), CPU)
+    for step in (0, 1):
+        for update in (0, 1):
+            streams["adm", step, update] = draw_rows(args, CPU, "adm", step, update)[0]
+        streams["adp", step] = draw_rows(args, CPU, "adp", step)[0]
+    n = 4096
+    noise = []
+    for rows in streams.values():
+        numbers = rows.normal(n)[0]
+        noise.append((numbers - numbers.mean()) / numbers.std())
+    for i, one in enumerate(noise):
+        for other in noise[:i]:
+            for shift in range(-4, 5):
+                correlation = (one * other.roll(shift)).mean().item()
+                assert abs(correlation) < 6 / n**0.5
+
+
+def test_students_are_not_judged_on_the_noise_of_the_pairs(teacher, prompts_file, pairs_folder):
+    """Pair i and sample i of the same seed begin from other noise, whatever was drawn before it."""
+    from support.pairs import Pairs
+
+    for i in range(4):
+        x_T, _, _ = Pairs(pairs_folder).batch([i])
+        sample = Rows([i], ("sample", 0), CPU).normal(*teacher.latent_shape)
+        a, b = x_T.flatten(), sample.flatten()
+        for shift in range(-3, 4):
+            assert abs(torch.corrcoef(torch.stack([a, b.roll(shift)]))[0, 1]) < 0.4
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Defaults, and what is said of them
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_have_defaults_for_the_stage_and_for_lora():
+    whole = helpers.training_arguments("adm", ["--teacher", "sdxl"])
+    lora = helpers.training_arguments("adm", ["--teacher", "sdxl", "--lora", "64"])
+    given = helpers.training_arguments("adm", ["--teacher", "sdxl", "--lora", "64", "--lr", "0"])
+    assert (whole.lr, whole.fake_lr, whole.head_lr) == (5e-7, 5e-7, 5e-6)
+    assert (lora.lr, lora.fake_lr) == (5e-5, 5e-5)
+    assert given.lr == 0
+    pairs = helpers.training_arguments("adp", ["--teacher", "sdxl"])
+    assert (pairs.lr, pairs.warmup_lr, pairs.head_lr) == (1e-5, 1e-5, 1e-4)
+
+
+def test_help_shows_every_default_and_no_path_of_this_machine():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        helpers.training_arguments("adm", ["--help"])
+    text = " ".join(out.getvalue().split())
+    assert os.path.dirname(helpers.ROOT) not in text
+    for title in ("method:", "optimisation:", "memory:", "run:", "teacher:"):
+        assert title in text
+    for option, default in (("--dt", "1/64"), ("--warmup", "0"), ("--ema", "0.0"), ("--lora", "0")):
+        assert re.search(rf"{option} [A-Z_]+ [^(]*\(default {default}\)", text), option
+
+
+def test_every_choice_of_ours_is_in_the_docs_and_in_the_code():
+    """`paper silent: NAME:` in the code and the first column in docs/paper-gaps.md are the same names."""
+    in_code = set()
+    for path in [*ROOT.glob("*.py"), *(p for d in ("support", "metrics") for p in (ROOT / d).glob("*.py"))]:
+        in_code.update(re.findall(r"paper silent: ([^:\n]+):", path.read_text()))
+        assert path.read_text().count("paper silent") == len(
+            re.findall(r"paper silent: [^:\n]+:", path.read_text())
+        )
+    table = (ROOT / "docs/paper-gaps.md").read_text().split("## ")[0]
+    in_docs = set(re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE))
+    assert in_code == in_docs
