@@ -1,17 +1,17 @@
 """Stage 2: adversarial distribution matching (ADM), the paper's Algorithm 1.
 
     torchrun --nproc_per_node=8 adm.py --teacher sdxl --init runs/adp-sdxl --prompts prompts.txt  # one step
-    torchrun adm.py --teacher cogvideox --steps 8 --prompts prompts.txt  # several; --loss dmd is the baseline
+    torchrun --nproc_per_node=8 adm.py --teacher cogvideox --prompts prompts.txt  # eight steps
 
 F_phi is the frozen teacher: the real score, and the backbone of the discriminator D_tau. f_psi is the fake
-score, which follows the student G_theta. Algorithm 1, and its methods of class ADM:
+score, which follows the student G_theta. Algorithm 1 [method of class ADM], T = 1000, dt = --dt times T:
 
-1. x0_hat = G_theta(x_t', t', c) for prompts c, one of G's times t', x_t' by backward simulation.  generate
-2. Update psi by f_psi's denoising loss at x_t = alpha_t x0_hat + sigma_t eps, t ~ U[0, T].  fake_score_loss
-3. x_t again, t ~ U(dt, T]; x_fake, x_real: one ODE step from there to t - dt by f_psi, by the guided F_phi.
-   Update theta by L(theta) = -E D_tau(x_fake, t - dt, c).                                generator_loss
+1. x0_hat = G_theta(x_t', t', c) for prompts c, one of G's times t', x_t' by backward simulation [generate].
+2. Update psi by f_psi's denoising loss at x_t = alpha_t x0_hat + sigma_t eps, t ~ U[0, T] [fake_score_loss].
+3. x_t again, t ~ U(dt, T]; x_fake, x_real: one ODE step from x_t to t - dt by f_psi and by guided F_phi.
+   Update theta by L(theta) = -E D_tau(x_fake, t - dt, c) [generator_loss].
 4. Update tau by L(tau) = E relu(1 + D_tau(x_fake, t - dt, c))
-                        + E relu(1 - D_tau(x_real, t - dt, c)).                           discriminator_loss
+                        + E relu(1 - D_tau(x_real, t - dt, c)) [discriminator_loss].
 """
 
 from dataclasses import dataclass
@@ -37,9 +37,9 @@ from tools.plan import print_plan
 class MicroBatch:
     """What B samples carry from one line of the algorithm to the next; latents are [B, C, (F,) H, W]."""
 
-    rows: Rows  # their random numbers
+    rows: Rows  # a random generator for each sample: rows.uniform() is [B]
     prompts: list  # B strings
-    k: int  # t' is the student's k-th time
+    k: int  # t' = student.times[k]; 0 is T, pure noise
     cond: dict = None  # c: {name: [B, ...]}
     x_t_prime: Tensor = None  # latents, the student's input
     x0_hat: Tensor = None  # latents, the student's sample
@@ -52,20 +52,20 @@ class MicroBatch:
 class ADM:
     """The networks of Algorithm 1, and a method for each of its lines."""
 
-    student_losses = {"adm": "generator_loss", "dmd": "dmd_loss"}  # --loss: its method
+    student_losses = {"adm": "generator_loss", "dmd": "dmd_loss"}  # --loss: method, see docs/new-loss.md
 
     def __init__(self, args, teacher, prompts):
         self.args = args
         self.teacher = teacher
         self.prompts = prompts
-        self.log = Means()
+        self.log = Means()  # log(name=x) notes x for metrics.jsonl, and returns it
         self.dt = args.dt * T
         self.student, folder = common.start_student(args.init, teacher, args.steps)
         self.G = teacher.trainable(args, "student", folder)
         self.f = teacher.trainable(args, "fake")
         self.heads = teacher.make_heads(args.head_width) if args.loss == "adm" else None
         self.ema = MovingAverage(self.G, args.ema)
-        self.G_train, self.opt_G = prepare(self.G, args.lr, args)  # in DDP, for updates; frozen ones are bare
+        self.G_train, self.opt_G = prepare(self.G, args.lr, args)  # the same weights, in DDP, to learn
         self.f_train, self.opt_f = prepare(self.f, args.fake_lr, args)
         self.heads_train, self.opt_heads = prepare(self.heads, args.head_lr, args)
 
@@ -77,13 +77,13 @@ class ADM:
 
     def generate(self, b):
         """Line 1: x0_hat = G_theta(x_t', t', c), x_t' by backward simulation from pure noise."""
-        if b.x_t_prime is None:
+        if b.x_t_prime is None:  # else diffuse_sample wants the same sample again, with a graph
             b.cond = self.teacher.encode(b.prompts)
             b.x_t_prime = self.student.simulate(self.G, b.rows, b.cond, b.k)
         b.x0_hat = self.student.denoise(self.G_train, b.x_t_prime, b.k, b.cond)
 
     def fake_score_loss(self, b):
-        """Line 2: L(psi) = E |f_psi(x_t, t, c) - target|^2, x_t = alpha_t x0_hat + sigma_t eps."""
+        """Line 2: L(psi) = E |f_psi(x_t, t, c) - target|^2; target: eps, v or eps - x0_hat, as F_phi's."""
         x_0 = b.x0_hat.detach()
         t = b.rows.uniform() * T
         eps = b.rows.normal_like(x_0)
@@ -95,13 +95,13 @@ class ADM:
     def diffuse_sample(self, b):
         """Line 3: x_t = alpha_t x0_hat + sigma_t eps, t ~ U(dt, T] -> (x_t, t), differentiable in theta."""
         if torch.is_grad_enabled() and not b.x0_hat.requires_grad:
-            self.generate(b)  # line 1 kept no graph of it
-        t = T - b.rows.uniform() * (T - self.dt)  # paper silent: shared sample: new times and noise alone
+            self.generate(b)  # --accumulate: line 1 kept no graph
+        t = T - b.rows.uniform() * (T - self.dt)  # paper silent: shared sample: line 2's, new t and eps
         eps = b.rows.normal_like(b.x0_hat)
         return self.teacher.diffuse(b.x0_hat, eps, t), t
 
     def generator_loss(self, b):
-        """Line 3: L(theta) = -E D_tau(x_fake, t - dt, c); the way to theta is D's backbone, f_psi, x_t."""
+        """Line 3: L(theta) = -E D_tau(x_fake, t - dt, c); gradients go through D, f_psi's step, x_t and G."""
         x_t, t = self.diffuse_sample(b)
         b.s = t - self.dt
         x0_fake, eps_fake = self.teacher.predict(self.f, x_t, t, b.cond)
@@ -109,7 +109,7 @@ class ADM:
         with torch.no_grad():
             x0_real, eps_real = self.teacher.guided(x_t, t, b.cond, self.args.guidance)
             b.x_real = self.teacher.step(x0_real, eps_real, b.s)
-            self.dmd_direction(b.x0_hat, x0_fake, x0_real)  # only logged
+            self.dmd_direction(b.x0_hat, x0_fake, x0_real)  # to log dmd_loss
         maps_fake = self.teacher.features(x_fake, b.s, b.cond)
         b.x_fake = x_fake.detach()
         b.maps_fake = detach(maps_fake)
@@ -146,8 +146,8 @@ class ADM:
         return self.log(loss_D=loss)
 
     def penalty(self, x, D, b, weight):
-        """R1 of x_real, R2 of x_fake: weight N dt E (D(x) - D(x + r n))^2 / r^2, n noise, N numbers in x."""
-        # paper silent: penalties: grad D then points along the difference of the scores; else D drifts
+        """R1 of x_real, R2 of x_fake: weight N (dt/T) |grad D|^2 by finite differences, N the size of x."""
+        # paper silent: penalties: without them D drifts; with them grad D follows x_real - x_fake
         if not weight:
             return 0
         with torch.no_grad():
@@ -160,13 +160,13 @@ class ADM:
 
 
 def iterate(adm, step, minimise):
-    """One iteration of Algorithm 1: --ttur updates of f_psi and D_tau, and one of G_theta."""
+    """--ttur updates of f_psi and D_tau, then one of G_theta. minimise: below; tools/ has others."""
     args = adm.args
     student_loss = getattr(adm, adm.student_losses[args.loss])
     for update in range(args.ttur):
         student_learns = step >= args.warmup and update == args.ttur - 1
         batch = adm.draw(step, update)
-        with torch.set_grad_enabled(student_learns and len(batch) == 1):  # more graphs would not fit
+        with torch.set_grad_enabled(student_learns and len(batch) == 1):  # else line 3 does it again
             for b in batch:
                 adm.generate(b)
         norm_f = minimise(adm.fake_score_loss, batch, adm.f_train, adm.opt_f, args.clip)
@@ -177,7 +177,7 @@ def iterate(adm, step, minimise):
             adm.log(norm_G=norm_G)
             adm.ema.step()
         else:
-            with torch.no_grad():
+            with torch.no_grad():  # for what line 4 needs of it
                 for b in batch:
                     student_loss(b)
         if adm.heads:

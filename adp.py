@@ -5,14 +5,14 @@
 
 The student G_theta starts from the teacher and learns the velocity x_T - x_0 of the straight path between
 the ends of a pair, against a latent discriminator D_tau1 (the frozen teacher with heads) and a pixel
-discriminator D_tau2 (SAM's image encoder with heads). One iteration, and its methods of class ADP:
+discriminator D_tau2 (SAM's image encoder with heads). One iteration [method of class ADP], T = 1000:
 
-1. Draw pairs (x_T, x_0), t = [1 - (u/T)^3] T, u ~ U[0, T], and x_t = (1 - t/T) x_0 + (t/T) x_T.
-   x~_0 = x_t - (t/T) G_theta(x_t, t, c).                                                 predict
-   In the warm-up update theta by E |G_theta(x_t, t, c) - (x_T - x_0)|^2 alone.           velocity_loss
-2. t' ~ U[0, T]; x~_t' is x~_0, diffused to t' as the teacher does.
-   Update theta by L(theta) = -E [lambda_1 D_tau1(x~_t', t', c) + lambda_2 D_tau2(x~_0)]. generator_loss
-3. Update tau by the hinge loss of the pairs' x_0, diffused to the same t', and of x~_0.  discriminator_loss
+1. Draw pairs (x_T, x_0), t = [1 - (u/T)^3] T, u ~ U[0, T], and x_t = (1 - t/T) x_0 + (t/T) x_T;
+   x~_0 = x_t - (t/T) G_theta(x_t, t, c) [predict]. All t train, though only t = T is sampled.
+   In the warm-up update theta by E |G_theta(x_t, t, c) - (x_T - x_0)|^2 alone [velocity_loss].
+2. t' ~ U[0, T]; x~_t' is x~_0, noised to t' as the teacher does. Update theta by
+   L(theta) = -E [lambda_1 D_tau1(x~_t', t', c) + lambda_2 D_tau2(x~_0)] [generator_loss].
+3. Update tau by the hinge loss of x~_0 and of the pairs' x_0, noised anew to t' [discriminator_loss].
 """
 
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ from tools.plan import print_plan
 class MicroBatch:
     """What B samples carry from one update to the next; latents are [B, C, (F,) H, W]."""
 
-    rows: Rows  # their random numbers
+    rows: Rows  # a random generator for each sample: rows.uniform() is [B]
     numbers: list  # of the pairs, B
     prompts: list  # of the pairs, B strings
     cond: dict = None  # c: {name: [B, ...]}
     x_0: Tensor = None  # latents, the clean end of the pairs
-    t_prime: Tensor = None  # [B], the discriminator's time
+    t_prime: Tensor = None  # [B], t', the latent discriminator's time (not the student's, as in adm.py)
     maps_fake: list = None  # the discriminators' maps of x~_0, detached: [B, C_i, (F,) H_i, W_i] each
 
 
@@ -55,7 +55,7 @@ class ADP:
         self.args = args
         self.teacher = teacher
         self.pairs = pairs
-        self.log = Means()
+        self.log = Means()  # log(name=x) notes x for metrics.jsonl, and returns it
         self.student = common.Student(teacher, "velocity", steps=1)
         self.G = teacher.trainable(args, "student")
         self.ema = MovingAverage(self.G, args.ema)
@@ -64,14 +64,14 @@ class ADP:
             self.backbone = common.PixelBackbone(args.pixel_backbone, teacher.device, teacher.dtype)
         self.heads = teacher.make_heads(args.head_width, self.backbone)
         # D = lambda_1 D_tau1 + lambda_2 D_tau2, each the mean of its heads
-        latent, pixel = len(teacher.taps), len(self.backbone.taps) if self.backbone else 0
-        weights = [args.lambda_latent / latent] * latent + [args.lambda_pixel / max(1, pixel)] * pixel
+        n_latent, n_pixel = len(teacher.taps), len(self.heads.heads) - len(teacher.taps)
+        weights = [args.lambda_latent / n_latent] * n_latent + [args.lambda_pixel / max(1, n_pixel)] * n_pixel
         self.weights = torch.tensor(weights, device=teacher.device)
-        self.G_train, self.opt_G = prepare(self.G, args.lr, args)  # in DDP, for updates; frozen ones are bare
+        self.G_train, self.opt_G = prepare(self.G, args.lr, args)  # the same weights, in DDP, to learn
         self.heads_train, self.opt_heads = prepare(self.heads, args.head_lr, args)
 
     def draw(self, step, update=0):
-        """The micro-batches of an iteration: which pairs."""
+        """The micro-batches of an iteration: which pairs. (update is ADM's.)"""
         batch = []
         for rows in draw_rows(self.args, self.teacher.device, "adp", step):
             numbers = rows.integers(len(self.pairs))
@@ -79,7 +79,7 @@ class ADP:
         return batch
 
     def predict(self, b):
-        """1. -> x~_0 and the velocity's squared error."""
+        """1. -> x~_0, and the squared error of the velocity."""
         b.cond = self.teacher.encode(b.prompts)
         x_T, x_0, _ = self.pairs.batch(b.numbers)
         x_T, b.x_0 = x_T.to(self.teacher.device), x_0.to(self.teacher.device)
@@ -97,7 +97,7 @@ class ADP:
         return error
 
     def generator_loss(self, b):
-        """2. L(theta) = -E [lambda_1 D_tau1(x~_t', t', c) + lambda_2 D_tau2(x~_0)]."""
+        """2. L(theta) = -E [lambda_1 D_tau1(x~_t', t', c) + lambda_2 D_tau2(x~_0)], + mse error."""
         x0_tilde, error = self.predict(b)
         b.t_prime = b.rows.uniform() * T
         maps_fake = self.maps(x0_tilde, b)
@@ -106,7 +106,7 @@ class ADP:
         return self.log(loss_G=loss)
 
     def maps(self, x_0, b):
-        """What the heads see: the teacher's maps of x_0 diffused to t', and SAM's maps of the decoded x_0."""
+        """The heads' input: the teacher's maps of x_0, noised to t', and SAM's maps of the decoded x_0."""
         x_t_prime = self.teacher.diffuse(x_0, b.rows.normal_like(x_0), b.t_prime)
         maps = self.teacher.features(x_t_prime, b.t_prime, b.cond)
         if self.backbone:
@@ -114,7 +114,7 @@ class ADP:
         return maps
 
     def discriminator_loss(self, b):
-        """3. L(tau) = E relu(1 - D_tau(x_0)) + E relu(1 + D_tau(x~_0)), with the weights of 2."""
+        """3. L(tau) = E relu(1 + D_tau(x~_0)) + E relu(1 - D_tau(x_0)), with the weights of 2."""
         with torch.no_grad():
             maps_real = self.maps(b.x_0, b)
         D_real, D_fake = self.heads_train(maps_real, b.maps_fake)
@@ -132,15 +132,15 @@ def iterate(adp, step, minimise):
     with freeze(adp.heads):
         adp.log(norm_G=minimise(adp.generator_loss, batch, adp.G_train, adp.opt_G, adp.args.clip))
     adp.ema.step()
-    norm = minimise(adp.discriminator_loss, batch, adp.heads_train, adp.opt_heads, adp.args.clip)
-    adp.log(norm_heads=norm)
+    adp.log(norm_heads=minimise(adp.discriminator_loss, batch, adp.heads_train, adp.opt_heads, adp.args.clip))
 
 
 def minimise(loss_of, batch, net, optimizer, clip):
     """One update of `net` by the mean of the micro-batches' losses -> the gradient's norm, unclipped."""
     for b in batch:
         with sync_gradients(net, now=b is batch[-1]):
-            (loss_of(b) / len(batch)).backward()
+            loss = loss_of(b) / len(batch)
+            loss.backward()
     norm = clip_gradient(optimizer, clip)
     if norm.isfinite():  # one bad batch must not end a run
         optimizer.step()

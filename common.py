@@ -1,11 +1,10 @@
-"""Teachers behind one interface, students, discriminators and losses: what every stage of the method is
-made of.
+"""Teachers behind one interface, students, discriminators and hinge losses: what the method is made of.
 
 Conventions: time t is a float in [0, T], T = 1000, from data (0) to noise (T); tensors of times have one
 entry a row. Latents are [B, C, H, W], or [B, C, F, H, W] for video, scaled as the denoiser wants them;
 pixels are [B, 3, H, W] or [B, 3, F, H, W] in [-1, 1]. A condition is a dictionary of tensors, each with one
 row a prompt. Schedules are computed in float64, networks run in `teacher.dtype`, everything between them in
-float32."""
+float32. A row is one sample of the batch."""
 
 import contextlib
 import functools
@@ -50,8 +49,8 @@ TEACHERS = {
 class Teacher:
     """A frozen diffusers pipeline: the real score F_phi, and the backbone of every latent discriminator.
 
-    A family adds `_encode`, `call` and its geometry; the mathematics below serves them all. What differs
-    between two models of a family is read from their configs, never from their names."""
+    A family adds _encode, call, _geometry (see SDXL's) and taps, [(module, its output -> a map)]. What
+    differs between two models of a family is read from their configs, never from their names."""
 
     denoiser_name: str  # the pipeline's component
     student_steps: int  # paper: of its students
@@ -581,7 +580,7 @@ def load_teacher_of_students(args, students):
 
 
 def load_training_teacher(args, device):
-    """The same for training. UserError for what the stage cannot do with it."""
+    """load_teacher_from's, made ready to train with. UserError for what the stage cannot do with it."""
     teacher = load_teacher_from(args, device)
     fill_training_arguments(args, teacher)
     set_up_for_training(teacher, args)
@@ -589,7 +588,8 @@ def load_training_teacher(args, device):
 
 
 def fill_training_arguments(args, family):
-    """The defaults that a stage takes from the teacher's family. UserError for what it cannot do with it."""
+    """The defaults that a stage takes from the teacher. UserError for what it cannot do with it. family: a
+    Teacher, or its class, as --plan has no teacher."""
     if family.video and getattr(args, "lambda_pixel", 0):
         raise UserError(NO_PIXELS_OF_VIDEO)
     args.batch = args.batch or family.batch
@@ -681,8 +681,8 @@ class Student:
 
 
 def start_student(init, teacher, steps=None):
-    """The student that training starts from -> (Student, the checkpoint `init` of its weights, or None for
-    those of the teacher, as which it then predicts)."""
+    """The student that training starts from -> (Student, folder of its weights). Without init the folder is
+    None: weights and parametrisation are the teacher's."""
     if init is None:
         return Student(teacher, "teacher", steps or teacher.student_steps), None
     folder, student, _ = open_student(init, teacher, steps)

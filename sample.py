@@ -1,5 +1,4 @@
-"""Draws images or videos with a student, a teacher, or both side by side; exports a student as a diffusers
-pipeline.
+"""Draws images or videos with a student, a teacher, or both; exports a student as a diffusers pipeline.
 
     python sample.py --student runs/adm-sdxl --prompt "a small red circle" "a blue square" --seeds 0 1 2 3
     python sample.py --teacher cogvideox --prompts prompts.txt --out samples/teacher

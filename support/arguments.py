@@ -219,7 +219,7 @@ def fill_learning_rates(args, rates):
 
 
 def add_training_arguments(parser):
-    """What both have."""
+    """The arguments that adm.py and adp.py share."""
     add = parser.group("method")
     # paper: 256
     add("--head-width", "hidden channels of the heads, a multiple of 32", type=head_width, default=256)

@@ -35,7 +35,7 @@ def read_prompts(path):
 
 
 def read_training_prompts(path):
-    """The same for training; says so where it is the built-in list."""
+    """read_prompts, with a note where it is the built-in list."""
     prompts = read_prompts(path)
     if is_main() and os.path.realpath(path) == os.path.realpath(PROMPTS):
         print(

@@ -1,5 +1,4 @@
-"""--offload: modules that wait on the CPU but for the moments of their use, and conditions that are
-remembered."""
+"""--offload: modules that wait on the CPU between their uses, and conditions that are remembered."""
 
 import contextlib
 

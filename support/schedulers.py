@@ -1,5 +1,4 @@
-"""diffusers schedulers with which a teacher's pipeline samples as a student does: to x0_hat, and with new
-noise on."""
+"""diffusers schedulers with which a teacher's pipeline samples as a student does."""
 
 import math
 

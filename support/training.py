@@ -86,8 +86,8 @@ class Means:
 
 
 def log_cosine(log, x_fake, toward):
-    """A gauge of a discriminator's health: once its gradient comes to x_fake [B, ...], the cosine of the
-    way that it would move x_fake with `toward` [B, ...]."""
+    """A gauge of a discriminator's health: logs, when the backward pass comes to x_fake [B, ...], the cosine
+    between the gradient's descent and `toward` [B, ...]."""
 
     def measure(gradient):
         cosine = F.cosine_similarity(-gradient.flatten(1), toward.flatten(1))

@@ -1,5 +1,4 @@
-"""Every scorer against counts by hand, closed forms, or a direct computation on a random model of the same
-architecture; the intervals, the paper's rows and the tables."""
+"""Every scorer against counts by hand, closed forms or a direct computation; intervals, rows and tables."""
 
 import argparse
 import json

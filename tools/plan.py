@@ -173,11 +173,14 @@ def describe_passes(args, networks):
     if networks.steps > 1:
         more = short["accumulate"] * (networks.steps - 1)
         text += f" (and up to {more} more of G for its input)"
-    backward = []
+    learning = []
+    passed = []
     for (name, kind), count in passes.backward.items():
-        where = name if kind == "parameters" else f"to the inputs of {name}"
-        backward.append(f"{where} {count}")
-    return f"{text}; backward passes: {', '.join(backward)}"
+        if kind == "parameters":
+            learning.append(f"{name} {count}")
+        else:
+            passed.append(f"to the inputs of {name} {count}")
+    return f"{text}; backward passes: {', '.join(learning + passed)}"
 
 
 def describe_fit(args, networks, total):
