@@ -208,8 +208,8 @@ def sort_names(names):
 
 def choose_title(name, names):
     """A quantity's title, given the names of all that were logged."""
-    if name == "loss_G" and "loss_D" not in names:  # no discriminator: the DMD baseline
-        return DMD_LOSS
+    if name == "loss_G" and "loss_D" not in names:  # no discriminator: the DMD baseline, or another loss
+        return DMD_LOSS if "dmd_loss" in names else "loss_G: the student's loss"
     for known in TITLES.values():
         if name in known:
             return known[name]

@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 def places(tmp_path_factory, prompts_file, pairs_folder, teacher_folder):
     """{family: (folder of a teacher, folder of its pairs)}."""
     places = {"sdxl": (teacher_folder, pairs_folder)}
-    for family in ("sd3", "cogvideox"):
+    families = {family for family, _ in ADM_CASES + ADP_CASES}
+    for family in sorted(families - {"sdxl"}):
         folder = tmp_path_factory.mktemp(family)
         teacher, pairs = helpers.make_teacher(folder / "teacher", 0, family), str(folder / "pairs")
         words = ["--teacher", teacher, "--prompts", prompts_file, "--out", pairs]
