@@ -154,9 +154,10 @@ def compare(one, other, step=STEPS):
     """Two runs' losses of every iteration, their weights at the end, and their gradients, whose averages
     Adam keeps."""
     for line, other_line in zip(helpers.read_metrics(one), helpers.read_metrics(other), strict=True):
-        for name in line.keys() - {"cosine", "D_gap"}:  # which are small differences
+        for name in line:
             tolerance = 1e-4 if name.startswith("norm") else 1e-5
-            assert other_line[name] == pytest.approx(line[name], rel=tolerance, abs=1e-5), name
+            slack = 1e-3 if name == "cosine" else 1e-5  # a ratio of small numbers
+            assert other_line[name] == pytest.approx(line[name], rel=tolerance, abs=slack), name
     state = helpers.read_state(one / f"step_{step:06d}")
     other_state = helpers.read_state(other / f"step_{step:06d}")
     for name in state:
