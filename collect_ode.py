@@ -96,6 +96,11 @@ def collect(args, teacher, prompts, numbers, bar):
         cond = teacher.encode([prompts[i] for i in prompt])
         x_T = rows.normal(*teacher.latent_shape)
         x_0 = teacher.sample(x_T, cond, args.steps, args.guidance)
+        if not x_0.half().isfinite().all():
+            raise UserError(
+                f"the teacher's samples are not finite at --guidance {args.guidance:g}: lower it, "
+                "or try --precision fp32"
+            )
         parts.append((x_T.half().cpu(), x_0.half().cpu(), torch.tensor(prompt)))
         bar.update(len(prompt))
     x_T, x_0, prompt = map(torch.cat, zip(*parts))

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.errors import UserError, first_line
 from support.files import check_vocabulary
+from support.loading import load_network, load_networks
 from support.lora import make_adapted
 from support.parallel import choose_dtype, compile_blocks, own_device, shard
 from support.sam import load_sam_encoder, make_sam_encoder_on_meta
@@ -226,7 +227,7 @@ class Teacher:
     def network(self, folder, subfolder):
         """A network of the denoiser's class from its files, float32. UserError where they are damaged."""
         try:
-            net = type(self.denoiser).from_pretrained(folder, subfolder=subfolder, dtype=torch.float32)
+            net = load_network(type(self.denoiser), folder, subfolder, torch.float32)
         except (OSError, ValueError, SafetensorError) as error:
             reason = first_line(error)
             raise UserError(f"the weights in {folder}/{subfolder} cannot be loaded: {reason}") from error
@@ -546,7 +547,8 @@ def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None
             raise UserError(f"the teacher {name!r} is a {family}; known are {', '.join(FAMILIES)}")
         # SD3 without T5: diffusers wants to hear it
         absent = {part: None for part, value in config.items() if value == [None, None]}
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, **absent)
+        networks = load_networks(path, config, dtype)
+        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, **absent, **networks)
     except (OSError, ValueError, KeyError, ImportError) as error:
         message = str(error).lower()
         if any(word in message for word in ("sentencepiece", "protobuf", "tiktoken")):

@@ -244,7 +244,7 @@ class Run:
             with write_atomically(os.path.join(self.folder, "latest")) as temporary:
                 with open(temporary, "w") as file:
                     file.write(name + "\n")
-            self._prune(name)
+            self._prune(step)
             save_curves(self.metrics, os.path.join(self.folder, "curves.png"))
         with self.method.ema.use():
             path = os.path.join(self.folder, "samples", f"step_{step:06d}")
@@ -264,10 +264,13 @@ class Run:
 
     def _prune(self, newest):
         """Removes all but the newest --keep checkpoints."""
-        names = [name for name in os.listdir(self.folder) if re.fullmatch(r"step_\d+", name)]
-        older = sorted(name for name in names if name < newest)
-        surplus = max(0, len(older) + 1 - self.args.keep)
-        for name in older[:surplus]:
+        steps = []
+        for name in os.listdir(self.folder):
+            match = re.fullmatch(r"step_(\d+)", name)
+            if match and int(match[1]) < newest:
+                steps.append((int(match[1]), name))
+        surplus = max(0, len(steps) + 1 - self.args.keep)
+        for _, name in sorted(steps)[:surplus]:
             remove(os.path.join(self.folder, name))
 
 

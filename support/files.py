@@ -110,12 +110,13 @@ def read_json(path):
 
 
 def read_json_lines(path):
-    """The values in a file with one JSON value a line; an interruption's torn last line is passed over."""
+    """The values in a file with one JSON value a line; a damaged line is passed over."""
     values = []
     if os.path.exists(path):
-        with open(path) as file, contextlib.suppress(ValueError):
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                values.append(json.loads(line))
+                with contextlib.suppress(ValueError):
+                    values.append(json.loads(line))
     return values
 
 

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adm
 import adp
@@ -208,6 +209,24 @@ def test_only_the_newest_checkpoints_are_kept(adm_arguments, tmp_path):
     assert kept == ["step_000003", "step_000004"]
 
 
+def test_the_millionth_checkpoint_is_newer_than_those_with_a_digit_less(adm_arguments, tmp_path):
+    run = tmp_path / "run"
+    for name in ("step_999999", "step_1000000"):
+        (run / name).mkdir(parents=True)
+    method = types.SimpleNamespace(folder=str(run), args=types.SimpleNamespace(keep=2))
+    checkpoints.Run._prune(method, 1000001)
+    assert sorted(os.listdir(run)) == ["step_1000000"]
+
+
+def test_a_damaged_line_of_metrics_costs_that_line_alone(finished, adm_arguments, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    first, second = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(f"{first}\n\0\0{{\n{second}\n")
+    words = "--loss dmd --steps 2 --iterations 3 --resume"
+    adm.main([*adm_arguments, "--out", str(run), *words.split()])
+    assert [line["step"] for line in helpers.read_metrics(run)] == [1, 2, 3]
+
+
 def test_nodes_that_find_different_checkpoints_are_refused(adm_arguments, tmp_path, monkeypatch):
     """The main rank's mean of all starts is not its own where another node's --out is another disk's."""
     average = checkpoints.average
@@ -219,3 +238,31 @@ def test_nodes_that_find_different_checkpoints_are_refused(adm_arguments, tmp_pa
     with pytest.raises(UserError, match="not the same on all nodes"):
         adm.main([*adm_arguments, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pairs and teachers
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_that_are_not_finite_are_not_written(teacher_folder, prompts_file, tmp_path):
+    place = ["--teacher", teacher_folder, "--prompts", prompts_file, "--out", str(tmp_path / "pairs")]
+    with pytest.raises(UserError, match="not finite at --guidance 1e\\+06"):
+        helpers.collect(*place, "--count", "2", "--steps", "2", "--guidance", "1e6")
+    assert not (tmp_path / "pairs/00000.safetensors").exists()
+
+
+@pytest.mark.parametrize("part", ("unet", "vae", "text_encoder"))
+@pytest.mark.parametrize("fault, sentence", (("missing", "is missing"), ("nan", "is not finite")))
+def test_no_weight_of_a_teacher_is_made_up(teacher_folder, tmp_path, part, fault, sentence):
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    (path,) = (folder / part).glob("*.safetensors")
+    weights = load_file(path)
+    name = sorted(name for name in weights if name.endswith("weight"))[0]
+    if fault == "missing":
+        del weights[name]
+    else:
+        weights[name].view(-1)[0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=sentence):
+        common.load_teacher(str(folder), torch.device("cpu"))
