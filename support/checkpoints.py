@@ -72,10 +72,9 @@ def find_checkpoint(path):
 class Run:
     """RUN/step_000500/{student/, state/, meta.json}, RUN/latest, metrics.jsonl, curves.png and samples/.
 
-    student/ is a plain diffusers model folder with the weights to sample with. `parts` names everything
-    that training goes on from: anything with state_dict and load_state_dict; state/ has a file for each,
-    the same for any number of ranks and any --shard. UserError if the folder holds a run and --resume is
-    not given, or a run of another kind."""
+    `method` is an ADP or ADM. student/ is a plain diffusers model folder with the weights to sample with;
+    state/ has a file for each of PARTS, the same for any number of ranks and any --shard: all that training
+    goes on from. UserError if the folder holds a run and --resume is not given, or a run of another kind."""
 
     def __init__(self, stage, args, method):
         self.args = args
@@ -231,9 +230,12 @@ class Run:
         net = self.method.G
         folder = os.path.join(self.folder, f"step_{step:06d}")
         with write_atomically(folder) if is_main() else contextlib.nullcontext() as temporary:
-            self._write_state(temporary)
+            weights = self._write_state(temporary)
             with self.method.ema.use():
-                weights = net.merge() if isinstance(net, Adapted) else gather(net.state_dict())
+                if isinstance(net, Adapted):
+                    weights = net.merge()
+                elif self.method.ema.average:
+                    weights = gather(net.state_dict())
                 if is_main():
                     save_network(self.teacher.denoiser, weights, os.path.join(temporary, "student"))
             if is_main():
@@ -253,6 +255,7 @@ class Run:
         self.clock = time.perf_counter()
 
     def _write_state(self, folder):
+        """Writes every part -> the student's whole weights, so that they need not be gathered twice."""
         if is_main():
             os.makedirs(os.path.join(folder, "state"))
         for name, part in self.parts.items():
@@ -260,7 +263,10 @@ class Run:
             state = gather_zero1(part) if zero1 else gather(part.state_dict())
             if is_main():
                 torch.save(state, os.path.join(folder, "state", f"{name}.pt"))
+            if name == "G":
+                weights = state
             del state  # before the next part's
+        return weights
 
     def _prune(self, newest):
         """Removes all but the newest --keep checkpoints."""
