@@ -693,7 +693,7 @@ def start_student(init, teacher, steps=None):
 
 def open_student(path, teacher, steps=None):
     """A checkpoint -> (its folder, Student, meta). UserError for a student of another teacher."""
-    folder, meta = find_checkpoint(path)
+    folder, meta = find_checkpoint(path, "student")
     if meta["fingerprint"] != teacher.fingerprint:
         source = meta["teacher"]
         raise UserError(f"the checkpoint {folder} was distilled from {source}, not from {teacher.path}")

@@ -25,6 +25,7 @@ An image depends on its prompt's number and its seed alone, and scores on the im
 writes the same files. A repeated command goes on where the last one ended, and scores by further metrics.
 """
 
+import support.interrupt  # noqa: F401
 import os
 import tempfile
 import time

@@ -9,6 +9,7 @@ Writes OUT/0000-0.png or .mp4 ... (prompt number, seed) and OUT/grid.png: a row 
 frames. A sample depends on its prompt's number and its seed alone. Students sample with the steps that they
 were trained for, without guidance."""
 
+import support.interrupt  # noqa: F401
 import os
 
 import torch

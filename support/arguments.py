@@ -266,4 +266,6 @@ def add_training_arguments(parser):
     add("--log-every", "iterations between two lines of metrics", type=positive, default=10)
     add("--save-every", "iterations between two checkpoints", type=positive, default=500)
     add("--keep", "newest checkpoints that are kept", type=positive, default=3)
+    patience = "iterations in a row with gradients that are not finite, after which the run ends"
+    add("--patience", patience, type=positive, default=20)
     add("--seed", "seed of everything random", type=seed_number, default=0)

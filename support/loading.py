@@ -1,6 +1,7 @@
 """Loads a pipeline's networks so that no weight is missing, made up, or not a number."""
 
 import importlib
+import os
 
 from torch import nn
 
@@ -33,3 +34,8 @@ def load_network(kind, path, subfolder, dtype):
         if not weight.isfinite().all():
             raise UserError(f"the weights in {path}/{subfolder} are damaged: {name} is not finite")
     return net
+
+
+def describe_teacher(name):
+    """A teacher's name as another working directory finds it: the path of a folder becomes absolute."""
+    return os.path.abspath(name) if os.path.isdir(name) else name

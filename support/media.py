@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from support.errors import require
-from support.files import read_json_lines, write_atomically
+from support.files import sample_json_lines, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------
 # Images and videos
@@ -153,7 +153,7 @@ def save_curves(metrics, path, titles=None):
     """metrics.jsonl -> a PNG file with a panel for every quantity; no file where there is nothing to draw.
 
     titles {name: title} come before our own."""
-    curves = collect_curves(read_json_lines(metrics))
+    curves = collect_curves(sample_json_lines(metrics, 2000))
     if curves:
         save_figure(draw_curves(curves, titles or {}), path)
 

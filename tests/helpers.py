@@ -17,7 +17,7 @@ import adm
 import adp
 import collect_ode
 import common
-from support import checkpoints
+from support import run
 from support.arguments import parse_adm_arguments, parse_adp_arguments
 from support.files import read_prompts
 from support.pairs import Pairs
@@ -176,5 +176,5 @@ def make_runs_comparable(patch=setattr):
 
     patch: setattr, or a test's monkeypatch.setattr."""
     patch(torch.optim, "AdamW", SteadyAdamW)
-    patch(checkpoints, "save_preview", lambda *_: None)
-    patch(checkpoints, "save_curves", lambda *_: None)
+    patch(run, "save_preview", lambda *_: None)
+    patch(run, "save_curves", lambda *_: None)
