@@ -4,10 +4,10 @@
     python tests/faults.py --only kills,signals --count 20 --seed 3
 
 Each trial runs the real main() of a stage, on one or two ranks, in a process forked from this one, so that
-it costs a second instead of the libraries' import. Two ranks are watched as torchrun does: when one fails, the
-others are told to end. A trial's outcome is a few words; those that begin with FAILED are failures, and are
-printed. What must hold: a killed, told or starved command, repeated, gives the files of an undisturbed one, bit
-for bit; damage is noticed, or harms nothing; a mistake is one sentence and exit code 2."""
+it costs a second instead of the libraries' import. Two ranks are watched as torchrun does: when one fails,
+the others are told to end. A trial's outcome is a few words; those that begin with FAILED are failures, and
+are printed. What must hold: a killed, told or starved command, repeated, gives the files of an undisturbed
+one, bit for bit; damage is noticed, or harms nothing; a mistake is one sentence and exit code 2."""
 
 import argparse
 import collections
