@@ -21,13 +21,13 @@ from support.errors import UserError, launch
 from support.files import (
     make_folder,
     read_json,
-    read_training_prompts,
     short_name,
     write_atomically,
     write_json,
 )
 from support.pairs import is_complete, shard_path
 from support.parallel import is_main, own_device, rank, world_size
+from support.prompts import read_training_prompts
 from support.rows import Rows
 
 
@@ -35,7 +35,7 @@ def parse_arguments(argv):
     parser = arguments.Parser(__doc__, common.TEACHERS, common.FAMILIES)
     arguments.add_teacher_arguments(parser)
     arguments.add_sampler_arguments(parser)
-    arguments.add_prompts_argument(parser)
+    arguments.add_training_prompts(parser)
     add = parser.group("method")
     add("--count", "number of pairs; each takes a random prompt", type=positive, default=4096)
     add = parser.group("run")
@@ -47,7 +47,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    prompts = read_training_prompts(args.prompts)
+    prompts = read_training_prompts(args.prompts, args.prompt_column)
     device = own_device()  # the ranks share nothing but the list of shards: no group, no waiting
     teacher = common.load_teacher_from(args, device)
     args.steps = args.steps or teacher.sampler_steps
