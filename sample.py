@@ -17,9 +17,9 @@ from tqdm import tqdm
 import common
 from support import arguments
 from support.arguments import positive, seed_number
-from support.errors import UserError, launch, require
+from support.errors import UserError, launch
 from support.files import make_folder, write_atomically
-from support.media import save_grid, save_video
+from support.media import require_video_writer, save_grid, save_video
 from support.prompts import read_prompts
 from support.systems import System
 
@@ -78,8 +78,7 @@ def main(argv=None):
         )
         return
     if teacher.video:
-        require("imageio", "imageio", "writes mp4 files")
-        require("imageio_ffmpeg", "imageio-ffmpeg", "writes mp4 files")
+        require_video_writer()
     teacher.check(prompts)
     make_folder(args.out)
     draw(args, systems, prompts)
