@@ -24,8 +24,8 @@ import common
 from common import T, hinge_discriminator, hinge_generator
 from support.arguments import parse_adm_arguments
 from support.errors import launch
-from support.files import read_training_prompts
 from support.parallel import freeze, start_processes, sync_gradients
+from support.prompts import read_training_prompts
 from support.rows import Rows, draw_integer, draw_rows
 from support.run import Run
 from support.tensors import detach, mean_of_rows
@@ -202,7 +202,7 @@ def main(argv=None):
     args = parse_adm_arguments(__doc__, argv, common.TEACHERS, common.FAMILIES, ADM.student_losses)
     if args.plan:
         return print_plan(args, ADM, iterate)
-    prompts = read_training_prompts(args.prompts)
+    prompts = read_training_prompts(args.prompts, args.prompt_column)
     teacher = common.load_training_teacher(args, start_processes(args.seed))
     teacher.check(prompts)
     adm = ADM(args, teacher, prompts)

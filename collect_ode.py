@@ -22,7 +22,6 @@ from support.files import (
     lock_folder,
     make_folder,
     read_sealed,
-    read_training_prompts,
     remove_leftovers,
     short_name,
     write_sealed,
@@ -30,6 +29,7 @@ from support.files import (
 from support.loading import describe_teacher
 from support.pairs import find_problem, shard_path, write_shard
 from support.parallel import is_main, own_device, rank, world_size
+from support.prompts import read_training_prompts
 from support.rows import Rows
 
 
@@ -37,7 +37,7 @@ def parse_arguments(argv):
     parser = arguments.Parser(__doc__, common.TEACHERS, common.FAMILIES)
     arguments.add_teacher_arguments(parser)
     arguments.add_sampler_arguments(parser)
-    arguments.add_prompts_argument(parser)
+    arguments.add_training_prompts(parser)
     add = parser.group("method")
     add("--count", "number of pairs; each takes a random prompt", type=positive, default=4096)
     add = parser.group("run")
@@ -49,7 +49,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    prompts = read_training_prompts(args.prompts)
+    prompts = read_training_prompts(args.prompts, args.prompt_column)
     device = own_device()  # the ranks share nothing but the list of shards: no group, no waiting
     teacher = common.load_teacher_from(args, device)
     args.steps = args.steps or teacher.sampler_steps

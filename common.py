@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.errors import UserError, first_line
-from support.files import check_vocabulary
 from support.loading import load_network, load_networks
 from support.lora import make_adapted
 from support.parallel import choose_dtype, compile_blocks, own_device, shard
+from support.prompts import check_vocabulary
 from support.sam import load_sam_encoder, make_sam_encoder_on_meta
 from support.schedulers import make_flow_scheduler, make_lcm_scheduler, make_velocity_scheduler
 from support.tensors import broadcast, concatenate

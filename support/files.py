@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 import socket
-import sys
 
 import torch
 
@@ -17,56 +16,6 @@ from support.errors import UserError
 from support.parallel import is_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PROMPTS = os.path.join(ROOT, "prompts", "general.txt")  # 64 of our own, to try things with
-
-
-def read_prompts(path):
-    """A text file with a prompt a line -> list of str. UserError where there is none, it is not text, or
-    empty."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8 text") from error
-    except OSError as error:
-        raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from error
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UserError(f"the prompt file {path} has no prompts; write one a line")
-    if any("\0" in prompt for prompt in prompts):
-        raise UserError(f"the prompt file {path} is not text")
-    return prompts
-
-
-def read_training_prompts(path):
-    """read_prompts, with a note where it is the built-in list."""
-    prompts = read_prompts(path)
-    if is_main() and os.path.realpath(path) == os.path.realpath(PROMPTS):
-        print(
-            f"note: the {len(prompts)} built-in prompts are only to try things with; a student needs as many "
-            "as you can get: give --prompts FILE",
-            file=sys.stderr,
-        )
-    return prompts
-
-
-def has_closed_vocabulary(tokenizer):
-    """Whether it knows a few words only, as those of the tiny teachers."""
-    return len(tokenizer) <= 1000
-
-
-def check_vocabulary(tokenizer, prompts):
-    """UserError for a prompt with a word that a closed vocabulary cannot express."""
-    if not has_closed_vocabulary(tokenizer):
-        return
-    for prompt in dict.fromkeys(prompts):
-        words = prompt.split()
-        unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids]
-        if unknown:
-            raise UserError(
-                f"the prompt {prompt!r} has words that this teacher's tokenizer does not know: "
-                f"{', '.join(unknown)}; give it other prompts"
-            )
 
 
 def short_name(path):

@@ -19,9 +19,9 @@ import collect_ode
 import common
 from support import run
 from support.arguments import parse_adm_arguments, parse_adp_arguments
-from support.files import read_prompts
 from support.pairs import Pairs
 from support.parallel import start_processes
+from support.prompts import read_prompts
 from tiny import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
