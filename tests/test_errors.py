@@ -1,10 +1,14 @@
 """Wrong input: one sentence that says what is wrong, exit code 2, no traceback, and the disk as it was."""
 
 import contextlib
+import errno
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 
 import adm
 import adp
@@ -162,8 +166,8 @@ CASES = (
 )
 
 
-def check(code, errors, script, sentence):
-    assert code == 2
+def check(code, errors, script, sentence, wanted=2):
+    assert code == wanted
     assert "Traceback" not in errors
     said = [line for line in errors.splitlines() if line.startswith(f"{script}: ")]
     assert len(said) == 1, errors
@@ -211,3 +215,71 @@ def test_wrong_input_to_two_processes(place):
     assert "adp.py: " in result.stderr
     assert "UserError" not in result.stderr
     assert helpers.take_snapshot(place) == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is no mistake in an argument
+# ----------------------------------------------------------------------------------------------------------
+
+ENDS = (
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 2, "runs/a: No space left on device"),
+    (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 2, "runs/a: Permission denied"),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, "the GPU's memory is full: lower --batch"),
+    (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "the output was closed before the end"),
+    (
+        RuntimeError("[pair.cc] Connection closed by peer [::1]:5"),
+        2,
+        "the connection to another rank is lost",
+    ),
+)
+
+
+def end_with(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("rank", ("0", "1"))
+@pytest.mark.parametrize("error, code, sentence", ENDS, ids=[end[2] for end in ENDS])
+def test_ends_of_any_rank_are_a_sentence(monkeypatch, capfd, error, code, sentence, rank):
+    """The main rank speaks at once, another one after a while, in which torchrun may end it."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr("sys.argv", ["adm.py"])
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        launch(end_with(error))
+    check(end.value.code, capfd.readouterr().err, "adm.py", sentence, code)
+    assert bool(waited) == (rank == "1" or "connection" in sentence)
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        launch(lambda: 1 / 0)
+
+
+def test_output_that_nobody_reads_or_that_is_no_unicode():
+    words = "from support.errors import launch; launch(lambda: print('\\u00fc' * {}))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", words.format(1)]
+    options = {"cwd": helpers.ROOT, "env": environment, "text": True, "timeout": 100}
+    result = subprocess.run(command, capture_output=True, **options)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\\xfc\n", "")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", words.format(100000)]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, **options)
+    assert (result.returncode, result.stderr) == (2, "-c: the output was closed before the end\n")
+
+
+def test_interrupted_while_the_libraries_load():
+    command = [sys.executable, "-c", "import support.interrupt; raise KeyboardInterrupt"]
+    result = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "-c: interrupted\n")
+    for script in (*MAIN, "evaluate.py"):
+        with open(os.path.join(helpers.ROOT, script)) as file:
+            imports = [line for line in file if line.startswith(("import ", "from "))]
+        assert imports[0].startswith("import support.interrupt")
