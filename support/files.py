@@ -56,6 +56,8 @@ def write_atomically(path):
             flush(file)
         os.replace(temporary, path)
         flush(folder or ".")
+    except UserError:
+        raise
     except Exception as error:
         reason = explain_failed_write(error, folder or ".")
         if reason is None:
@@ -66,14 +68,14 @@ def write_atomically(path):
 
 
 def explain_failed_write(error, folder):
-    """Why a write failed, in words; None where the disk is not to blame. Libraries say it in many ways."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    text = str(error)
-    if full or "os error 28" in text or "PytorchStreamWriter failed" in text or "No space left" in text:
-        try:
-            free = shutil.disk_usage(folder).free
-        except OSError:
-            return "the disk is full"
+    """Why a write failed, in words; None where the disk is not to blame. What libraries raise where a disk is
+    full says it in many ways, or not at all."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        free = 0
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if is_full or free < 2**16 or "os error 28" in str(error):
         return f"the disk is full ({free / 1e9:.2f} GB free)"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, FileExistsError):
         return error.strerror
