@@ -12,11 +12,14 @@ one, bit for bit; damage is noticed, or harms nothing; a mistake is one sentence
 import argparse
 import collections
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import pathlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -30,7 +33,11 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 
+import test_images
+import test_prompts
 import torch
+from odd_teachers import ODD, RIGHT
+from PIL import Image
 
 import adm
 import adp
@@ -38,6 +45,7 @@ import collect_ode
 import evaluate
 import helpers
 import sample
+from support import arguments
 from support.errors import launch
 from tiny import shapes
 
@@ -60,13 +68,13 @@ class Command:
     def __str__(self):
         return f"{self.script}.py {' '.join(self.words)} ({self.ranks} ranks)"
 
-    def start(self, folder):
+    def start(self, place):
         """Starts it in this working directory -> Running."""
         port = find_free_port()
-        folder = tempfile.mkdtemp(prefix="output-", dir=folder)
-        return Running([self._fork(rank, port, folder) for rank in range(self.ranks)], folder)
+        folder = tempfile.mkdtemp(prefix="output-", dir=place)
+        return Running([self._fork(rank, port, place, folder) for rank in range(self.ranks)], folder)
 
-    def _fork(self, rank, port, folder):
+    def _fork(self, rank, port, place, folder):
         sys.stdout.flush()
         process = os.fork()
         if process:
@@ -77,6 +85,7 @@ class Command:
             errors = os.open(os.path.join(folder, f"{rank}.err"), os.O_WRONLY | os.O_CREAT)
             os.dup2(output, 1)
             os.dup2(errors, 2)
+            os.chdir(place)
             if self.ranks > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -95,9 +104,9 @@ class Command:
                 sys.stderr.flush()
             os._exit(code)
 
-    def run(self, folder):
+    def run(self, place):
         """Runs it to its end -> Running."""
-        running = self.start(folder)
+        running = self.start(place)
         running.wait()
         return running
 
@@ -246,6 +255,10 @@ class World:
                 raise RuntimeError(f"the undisturbed {script} fails: {running.read()}")
             self.expected[script, ranks] = (digest(folder), running.seconds)
         return self.expected[script, ranks]
+
+    @functools.cache  # noqa: B019
+    def make_teacher(self, family):
+        return helpers.make_teacher(os.path.join(self.place, f"plain-{family}"), 0, family)
 
     @contextlib.contextmanager
     def folder(self):
@@ -483,11 +496,200 @@ def is_weights_of_others(name):
     return name.startswith(("teacher/", "sam.pth"))
 
 
-FAULTS = {
-    "kills": (kill, 100),
-    "signals": (tell, 100),
-    "full disks": (fill_disk, 50),
-    "damage": (damage, 300),
+# ----------------------------------------------------------------------------------------------------------
+# Command lines
+# ----------------------------------------------------------------------------------------------------------
+
+VALUES = [
+    "",
+    " ",
+    "0",
+    "-1",
+    "1",
+    "2",
+    "3",
+    "4",
+    "8",
+    "0.5",
+    "1/8",
+    "1/0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e-30",
+    "1e30",
+]
+VALUES += [
+    "0x10",
+    "1_0",
+    "٣",
+    "99999999999999999999",
+    "true",
+    "None",
+    "x",
+    "..",
+    "/",
+    ".",
+    "-",
+    "--",
+    "~",
+    "$HOME",
+]
+VALUES += [
+    "a/b/c",
+    "a" * 300,
+    "a b",
+    "'",
+    '"',
+    "\n",
+    "\udcff",
+    "名",
+    "*",
+    "a=b",
+    "=",
+    "=x",
+    "x=",
+    "a,b",
+    ",",
+    "32x32",
+]
+VALUES += [
+    "/dev/null",
+    "/proc/x",
+    "file.txt",
+    "folder",
+    "folder/",
+    "sdxl",
+    "cogvideox",
+    "owner/name",
+    "clip,fid",
+]
+
+
+def list_options(script):
+    """[(option, its choices or None, whether it takes a value)] of a script."""
+    found = []
+
+    class Found(Exception):
+        pass
+
+    def collect(parser, argv=None):
+        found.extend(parser._actions)
+        raise Found
+
+    parse_args = arguments.Parser.parse_args
+    arguments.Parser.parse_args = collect
+    try:
+        with contextlib.suppress(Found):
+            SCRIPTS[script].main([])
+    finally:
+        arguments.Parser.parse_args = parse_args
+    return [(action.option_strings[-1], action.choices, action.nargs != 0) for action in found]
+
+
+def type_command(world, dice):
+    """A command line with one to three options changed, added or left half: it runs, or says one sentence."""
+    script = dice.choice(list(SCRIPTS))
+    with world.folder() as place:
+        with open(os.path.join(place, "file.txt"), "w") as file:
+            file.write("a small red circle\n")
+        os.mkdir(os.path.join(place, "folder"))
+        words = world.command(script, "out").words
+        if script in ("adp", "adm"):
+            words += ["--iterations", "1"]
+        for _ in range(dice.randint(1, 3)):
+            words = [*words, *choose_words(script, dice)]
+        running = Command(script, words).start(place)
+        wait_until(running, 20)
+        if running.poll():
+            running.send(signal.SIGKILL, 0)
+            running.wait()
+            return "runs for long"
+        running.wait()
+        fault = running.find_fault(script)
+        if fault:
+            return f"FAILED: {script} {shlex.join(words[2:])}: {fault}"
+        return "refused with a sentence" if any(running.codes.values()) else "runs"
+
+
+def choose_words(script, dice):
+    """An option with a value, at times half or misspelt."""
+    option, choices, takes_value = dice.choice(list_options(script))
+    value = dice.choice([*choices, *VALUES[:3]] if choices else VALUES)
+    if dice.random() < 0.1:
+        return dice.choice(([option], [option[:-1], value], [value], [f"{option}={value}"]))
+    return [option, value] if takes_value else [option]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Other people's files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def try_teacher(odd, world, dice):
+    """An odd teacher of tests/odd_teachers.py, loaded by a command: right, or refused by name."""
+    with world.folder() as place:
+        folder = os.path.join(place, "teacher")
+        shutil.copytree(world.make_teacher(odd.family), folder)
+        odd.change(folder)
+        words = f"--teacher {folder} --count 2 --steps 2 --prompts {world.prompts} --out pairs"
+        command = Command("collect_ode", words.split())
+        running = command.run(place)
+        fault = running.find_fault(command.script)
+        return judge(odd.name, odd.expected == RIGHT, running, fault, command.script)
+
+
+def try_file(name, content, is_right, world, dice):
+    """A picture or a prompt file of tests/test_images.py or tests/test_prompts.py, evaluated."""
+    with world.folder() as place:
+        prompts = os.path.join(place, "prompts.txt")
+        pictures = os.path.join(place, "pictures")
+        os.mkdir(pictures)
+        if callable(content):
+            with open(prompts, "w") as file:
+                file.write("a red circle\n")
+            content(pathlib.Path(pictures, name))
+            shutil.copy(os.path.join(pictures, name), os.path.join(pictures, f"b{name}"))
+        else:
+            prompts = os.path.join(place, name)
+            with open(prompts, "wb") as file:
+                file.write(content)
+            for i in range(4):
+                Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(os.path.join(pictures, f"{i}.png"))
+        words = f"--images x={pictures} --prompts {prompts} --metrics lpips --lpips-net random".split()
+        command = Command("evaluate", [*words, "--lpips-size", "64", "--workers", "0"])
+        running = command.run(place)
+        return judge(name, is_right, running, running.find_fault(command.script), command.script)
+
+
+def judge(name, is_right, running, fault, script):
+    """The outcome of what is to be taken, or to be refused with a sentence."""
+    is_taken = not any(running.codes.values())
+    if fault:
+        return f"FAILED: {name}: {fault}"
+    if is_taken != is_right:
+        return f"FAILED: {name}: {'taken' if is_taken else running.read_sentence(script)}"
+    return "right, and taken" if is_right else "refused with a sentence"
+
+
+def list_strange_files():
+    """Trials of all pictures and prompt files that the tests know."""
+    trials = []
+    for module in (test_images, test_prompts):
+        for cases, is_right in ((module.RIGHT, True), (module.WRONG, False)):
+            for name, content, *_ in cases.values():
+                trials.append(functools.partial(try_file, name, content, is_right))
+    return trials
+
+
+FAULTS = {  # name: the trials
+    "kills": 100 * [kill],
+    "signals": 100 * [tell],
+    "full disks": 50 * [fill_disk],
+    "damage": 300 * [damage],
+    "command lines": 1000 * [type_command],
+    "teachers": [functools.partial(try_teacher, odd) for odd in ODD],
+    "files": list_strange_files(),
 }
 
 
@@ -512,21 +714,20 @@ def main(argv=None):
 
 def run_trials(world, name, args):
     """Runs the trials of a kind, prints the counts by outcome -> the number of failures."""
-    trial, count = FAULTS[name]
-    count = args.count or count
+    trials = FAULTS[name][: args.count]
     outcomes = collections.Counter()
     start = time.monotonic()
-    for i in range(count):
+    for i, trial in enumerate(trials):
         outcome = trial(world, random.Random(f"{args.seed}/{name}/{i}"))
         if outcome.startswith("FAILED"):
             print(f"{name} {i}: {outcome}", flush=True)
             outcome = "FAILED"
         outcomes[outcome] += 1
-    print(f"\n{name}: {count} trials, {time.monotonic() - start:.0f} s")
+    print(f"\n{name}: {len(trials)} trials, {time.monotonic() - start:.0f} s")
     for outcome, number in outcomes.most_common():
         print(f"  {number:4} {outcome}")
     print(flush=True)
-    return outcomes["FAILED"] + sum(number for outcome, number in outcomes.items() if outcome[:3] == "NOT")
+    return sum(number for outcome, number in outcomes.items() if outcome.startswith(("FAILED", "NOT RUN")))
 
 
 if __name__ == "__main__":
