@@ -26,6 +26,7 @@ from support.files import (
     write_atomically,
     write_json,
 )
+from support.folders import describe_difference
 from support.pairs import is_complete, shard_path
 from support.parallel import is_main, own_device, rank, world_size
 from support.rows import Rows
@@ -66,8 +67,12 @@ def main(argv=None):
         "prompts": prompts,
     }
     index_path = os.path.join(out, "index.json")
-    if os.path.exists(index_path) and read_json(index_path) != index:
-        raise UserError(f"{out} holds pairs made with other settings; give another --out, or delete it")
+    old = read_json(index_path)
+    if os.path.exists(index_path) and old != index:
+        difference = describe_difference(old, index)
+        raise UserError(
+            f"{out} holds pairs made with other settings: {difference}; give another --out, or delete it"
+        )
     teacher.check(prompts)
 
     make_folder(out)

@@ -6,6 +6,7 @@ import sys
 
 import torch.distributed as dist
 
+from support.escapes import make_printable
 from support.parallel import is_main
 
 
@@ -34,7 +35,7 @@ def launch(main):
         main()
     except UserError as error:
         if is_main():
-            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+            print(f"{os.path.basename(sys.argv[0])}: {make_printable(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     if dist.is_initialized():
         dist.destroy_process_group()
