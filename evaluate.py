@@ -14,6 +14,7 @@ Metrics: `oracle` (tiny teachers only: exact numbers), `clip`, `pick` (PickScore
 intervals, and with the paper's rows where a metric is the paper's. Writes
 
     OUT/NAME/pictures/0000-0.png ...   prompt number, seed; of a video its frames below one another
+    OUT/NAME/index.json                what they are of: a command with other settings is refused
     OUT/NAME/scores.jsonl              every image's scores
     OUT/report.json, table.md          the numbers
     OUT/grid.png, bars.png             examples, scores
@@ -29,12 +30,10 @@ import os
 import tempfile
 import time
 
-from safetensors.numpy import load_file
-
 from common import FAMILIES, TEACHERS
 from metrics.clip import Clip
 from metrics.fid import Fid
-from metrics.images import wait_for_files
+from metrics.images import wait_for_files, wait_for_scores
 from metrics.lpips import Lpips
 from metrics.oracle import Oracle
 from metrics.paper import select_rows
@@ -42,11 +41,13 @@ from metrics.preference import Hpsv2, Mps, PickScore
 from metrics.report import write_report, write_scores
 from metrics.rows import format_table, make_row, round_values
 from metrics.systems import find_reference, name_systems, open_systems
-from metrics.vbench import read_vbench, run_vbench
+from metrics.vbench import check_vbench, read_vbench, run_vbench
 from support import arguments
 from support.arguments import number, positive, seed_number, whole
 from support.errors import UserError, launch
+from support.escapes import make_printable
 from support.files import has_closed_vocabulary, make_folder, read_prompts
+from support.folders import check_writable
 from support.parallel import is_main, world_size
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # they warn of the workers' forks otherwise
@@ -135,6 +136,9 @@ def check_arguments(args):
     if not args.out and (world_size() > 1 or args.side_by_side or "vbench" in args.metrics):
         these = "several processes, --side-by-side and --metrics vbench"
         raise UserError(f"{these} need a folder for the results: give --out")
+    places = [os.path.dirname(os.path.abspath(path)) for path in (args.json, args.grid) if path]
+    for place in filter(None, (args.out, *places)):
+        check_writable(place)
     if args.weights_dir and not os.path.isdir(args.weights_dir):
         raise UserError(f"there is no folder --weights-dir {args.weights_dir!r}")
     if "vbench" in args.metrics and not args.prompts.endswith(".json"):
@@ -157,6 +161,8 @@ def main(argv=None):
     args = parse(argv)
     if args.prompts.endswith(".json"):
         prompts, dimensions = read_vbench(args.prompts)
+        if "vbench" in args.metrics:
+            check_vbench(prompts, dimensions, args.seeds)
     else:
         prompts, dimensions = read_prompts(args.prompts), None
     with tempfile.TemporaryDirectory() as temporary:
@@ -207,7 +213,7 @@ def evaluate(args, prompts, dimensions, out):
     samples = rows[0]["samples"] // len(prompts)
     interval = "± is half of a 95 % bootstrap interval over the prompts"
     text = f"{format_table(rows, paper)}\n\n{len(prompts)} prompts, {samples} samples each; {interval}.\n"
-    text += "\n".join(f"{name}: {scorer.description}." for name, scorer in scorers.items())
+    text += "\n".join(f"{name}: {make_printable(scorer.description)}." for name, scorer in scorers.items())
     print(text)
     write_report(out, args, prompts, systems, scorers, rows, paper, values, text)
 
@@ -231,9 +237,7 @@ def score(args, prompts, folders, scorers):
             paths[name, metric] = images.score(metric, scorer, texts, args.workers)
     if not is_main():
         return {}
-    for files in paths.values():
-        wait_for_files(files)
-    return {key: [load_file(path) for path in files] for key, files in paths.items()}
+    return {key: wait_for_scores(files) for key, files in paths.items()}
 
 
 if __name__ == "__main__":
