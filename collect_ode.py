@@ -21,11 +21,11 @@ from support.errors import UserError, launch
 from support.files import (
     lock_folder,
     make_folder,
-    read_sealed,
     remove_leftovers,
     short_name,
     write_sealed,
 )
+from support.folders import check_index
 from support.loading import describe_teacher
 from support.pairs import find_problem, shard_path, write_shard
 from support.parallel import is_main, own_device, rank, world_size
@@ -76,13 +76,11 @@ def main(argv=None):
 def collect_missing(args, teacher, prompts, index, out):
     """Writes the index and this rank's share of the shards, but for those that are there. UserError where
     the folder has another index."""
-    path = os.path.join(out, "index.json")
-    if os.path.exists(path) and read_sealed(path) != index:
-        raise UserError(f"{out} holds pairs made with other settings; give another --out, or delete it")
+    check_index(out, index, has_results=os.path.exists(shard_path(out, 0)))
     make_folder(out)
     if is_main():
         remove_leftovers(out)
-        write_sealed(path, index)
+        write_sealed(os.path.join(out, "index.json"), index)
     own = range(math.ceil(args.count / args.shard))[rank() :: world_size()]
     missing = [k for k in own if find_problem(shard_path(out, k), index)]
     total = sum(len(pairs_of_shard(args, k)) for k in missing)

@@ -290,7 +290,7 @@ class Teacher:
 
     def student_scheduler(self, steps):
         """The diffusers scheduler of a student with the teacher's parametrisation."""
-        return make_lcm_scheduler(self.alphas_cumprod.cpu(), self.prediction)
+        return make_lcm_scheduler(self.alphas_cumprod.cpu(), self.prediction, steps)
 
     @functools.cached_property
     def fingerprint(self):

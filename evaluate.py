@@ -14,6 +14,7 @@ Metrics: `oracle` (tiny teachers only: exact numbers), `clip`, `pick` (PickScore
 intervals, and with the paper's rows where a metric is the paper's. Writes
 
     OUT/NAME/pictures/0000-0.png ...   prompt number, seed; of a video its frames below one another
+    OUT/NAME/index.json                what they are of: a command with other settings is refused
     OUT/NAME/scores.jsonl              every image's scores
     OUT/report.json, table.md          the numbers
     OUT/grid.png, bars.png             examples, scores
@@ -30,12 +31,10 @@ import os
 import tempfile
 import time
 
-from safetensors.numpy import load_file
-
 from common import FAMILIES, TEACHERS
 from metrics.clip import Clip
 from metrics.fid import Fid
-from metrics.images import wait_for_files
+from metrics.images import wait_for_files, wait_for_scores
 from metrics.lpips import Lpips
 from metrics.oracle import Oracle
 from metrics.paper import select_rows
@@ -43,11 +42,12 @@ from metrics.preference import Hpsv2, Mps, PickScore
 from metrics.report import check_outputs, write_report, write_scores
 from metrics.rows import describe_samples, format_table, make_row, round_values
 from metrics.systems import find_reference, name_systems, open_systems
-from metrics.vbench import read_prompts_of_table, run_vbench
+from metrics.vbench import check_vbench, read_prompts_of_table, run_vbench
 from support import arguments
 from support.arguments import number, positive, seed_number, whole
 from support.errors import UserError, launch
-from support.files import make_folder
+from support.escapes import make_printable
+from support.files import lock_folder, make_folder
 from support.media import require_video_writer
 from support.parallel import is_main, world_size
 from support.prompts import has_closed_vocabulary
@@ -161,8 +161,12 @@ def main(argv=None):
     if dimensions and not args.metrics:
         args.metrics = ["vbench"]
     check_arguments(args, dimensions)
+    if "vbench" in args.metrics:
+        check_vbench(prompts, dimensions, args.seeds)
     with tempfile.TemporaryDirectory() as temporary:
-        evaluate(args, prompts, dimensions, args.out or temporary)
+        out = args.out or temporary
+        with lock_folder(out):
+            evaluate(args, prompts, dimensions, out)
 
 
 def evaluate(args, prompts, dimensions, out):
@@ -177,6 +181,7 @@ def evaluate(args, prompts, dimensions, out):
     video = bool(teacher and teacher.video)
     for images in folders.values():
         images.check()
+        images.measure()
         check_metrics(args, images, video)
     scorers = {name: SCORERS[name](args, prompts, video) for name in args.metrics if name in SCORERS}
     for path in filter(None, (args.json, args.grid)):
@@ -208,7 +213,8 @@ def evaluate(args, prompts, dimensions, out):
     paper = select_rows(rows[0])
     interval = "± is half of a 95 % bootstrap interval over the prompts"
     text = f"{format_table(rows, paper)}\n\n{describe_samples(rows)}; {interval}.\n"
-    text += "\n".join(f"{name}: {scorer.description}{scorer.note(rows)}." for name, scorer in scorers.items())
+    for name, scorer in scorers.items():
+        text += f"{name}: {make_printable(scorer.description)}{scorer.note(rows)}.\n"
     print(text)
     write_report(out, args, prompts, systems, scorers, rows, paper, values, text)
 
@@ -232,9 +238,7 @@ def score(args, prompts, folders, scorers):
             paths[name, metric] = images.score(metric, scorer, texts, args.workers)
     if not is_main():
         return {}
-    for files in paths.values():
-        wait_for_files(files)
-    return {key: [load_file(path) for path in files] for key, files in paths.items()}
+    return {key: wait_for_scores(files) for key, files in paths.items()}
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@
     python sample.py --student runs/adm-sdxl --export exported/sdxl
 
 Writes OUT/0000-0.png or .mp4 ... (prompt number, seed) and OUT/grid.png: a row a prompt, or a video's
-frames. A sample depends on its prompt's number and its seed alone. Students sample with the steps that they
-were trained for, without guidance."""
+frames; and OUT/index.json, which says what made them: a folder holds the samples of one command. A sample
+depends on its prompt's number and its seed alone. Students sample with the steps that they were trained for,
+without guidance."""
 
 import support.interrupt  # noqa: F401
 import os
+import re
 
 import torch
 from tqdm import tqdm
@@ -18,9 +20,14 @@ from tqdm import tqdm
 import common
 from support import arguments
 from support.arguments import positive, seed_number
+from support.checkpoints import find_checkpoint
 from support.errors import UserError, launch
-from support.files import make_folder, write_atomically
+from support.escapes import make_printable
+from support.export import export, write_line
+from support.files import make_folder, remove_leftovers, write_sealed
+from support.folders import check_index
 from support.media import require_video_writer, save_grid, save_video
+from support.outputs import check_folder, check_new
 from support.prompts import read_prompts
 from support.systems import System
 
@@ -45,46 +52,88 @@ def parse_arguments(argv):
     add("--export", "write the student to this folder as a diffusers pipeline, and draw nothing")
     args = parser.parse_args(argv)
 
-    if args.export and (args.prompt or args.prompts or not args.student):
+    exporting = args.export is not None
+    if exporting and (args.prompt or args.prompts or not args.student):
         raise UserError("--export takes a --student and no prompts")
-    if not args.export and bool(args.prompt) == bool(args.prompts):
+    if not exporting and bool(args.prompt) == bool(args.prompts):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
     if args.prompt_column and not args.prompts:
         raise UserError("--prompt-column says where the prompts of --prompts FILE are: give that, too")
     if args.side_by_side and not args.student:
         raise UserError("--side-by-side compares a --student with its teacher")
-    if args.export and os.path.exists(args.export):
-        raise UserError(f"{args.export} is there already; give another folder")
-    if not all(map(str.strip, args.prompt or ())):
-        raise UserError("a --prompt is empty")
+    for prompt in args.prompt or ():
+        check_prompt(prompt)
+    if exporting:
+        args.export = os.path.abspath(args.export)  # without a slash at the end
+        check_new(args.export)
+    else:
+        check_folder(args.out)
     return args
+
+
+def check_prompt(prompt):
+    """UserError where there is no text in it, or what is no text."""
+    if not prompt.strip():
+        raise UserError("a --prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the --prompt {prompt!r} is not UTF-8 text") from error
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     prompts = read_prompts(args.prompts, args.prompt_column) if args.prompts else args.prompt
-    teacher = common.load_teacher_of_students(args, [args.student] if args.student else [])
-    systems = []
-    if args.side_by_side or not args.student:
-        systems.append(System(teacher, steps=args.steps, guidance=args.guidance))
     if args.student:
-        net, student, _ = common.load_student(args.student, teacher)
-        systems.append(System(teacher, student, net))
-    if args.export:
-        export(systems[-1], args.export)
-        steps = systems[-1].steps
-        print(
-            f"{args.export}: DiffusionPipeline.from_pretrained({args.export!r})"
-            f"(prompt, num_inference_steps={steps}, guidance_scale=1)"
-        )
+        args.student, _ = find_checkpoint(args.student)  # a run that goes on may have another one soon
+    teacher = common.load_teacher_of_students(args, [args.student] if args.student else [])
+    if args.export is not None:
+        export_student(args, teacher)
         return
     if teacher.video:
         require_video_writer()
     teacher.check(prompts)
-    make_folder(args.out)
+    systems = []
+    if args.side_by_side or not args.student:
+        systems.append(System(teacher, steps=args.steps, guidance=args.guidance))
+    if args.student:
+        systems.append(load_system(args, teacher))
+    prepare_folder(args, systems, prompts)
     draw(args, systems, prompts)
     kind = "videos" if teacher.video else "images"
-    print(f"{len(prompts) * len(args.seeds)} {kind} in {args.out}")
+    print(f"{len(prompts) * len(args.seeds)} {kind} in {make_printable(args.out)}")
+
+
+def load_system(args, teacher):
+    net, student, _ = common.load_student(args.student, teacher)
+    return System(teacher, student, net, checkpoint=args.student)
+
+
+def export_student(args, teacher):
+    """Writes the student to --export, and says how to draw with it."""
+    _, student, _ = common.open_student(args.student, teacher)
+    student.scheduler()  # where there is none the weights need not be loaded
+    system = load_system(args, teacher)
+    export(system, args.export)
+    print(f"{make_printable(args.export)}: a diffusers pipeline. It draws this student's samples with")
+    print("import torch; from diffusers import DiffusionPipeline")
+    print(write_line(system, args.export))
+
+
+def prepare_folder(args, systems, prompts):
+    """Makes --out, with an index of what will be in it. UserError where it holds anything else."""
+    index = {
+        "prompts": prompts,
+        "seeds": args.seeds,
+        "fps": args.fps or systems[0].teacher.fps,
+        "systems": [system.describe() for system in systems],
+    }
+    names = os.listdir(args.out) if os.path.isdir(args.out) else []
+    samples = [name for name in names if re.fullmatch(r"\d{4,}-\d+\.(png|mp4)", name)]
+    check_index(args.out, index, bool(samples))
+    make_folder(args.out)
+    remove_leftovers(args.out)
+    write_sealed(os.path.join(args.out, "index.json"), index)
 
 
 def draw(args, systems, prompts):
@@ -113,19 +162,6 @@ def save_sample(args, teacher, pixels, path):
         save_video(pixels, f"{path}.mp4", args.fps or teacher.fps)
     else:
         save_grid(pixels[None], f"{path}.png", padding=0)
-
-
-def export(system, folder):
-    """Writes the student as a complete diffusers pipeline:
-    DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=system.steps, guidance_scale=1)
-    samples as it does. UserError where diffusers has no such scheduler."""
-    pipe = system.teacher.pipe
-    parts = dict(pipe.components)
-    parts[system.teacher.denoiser_name] = system.net
-    parts["scheduler"] = system.student.scheduler()
-    switches = {name: value for name, value in pipe.config.items() if isinstance(value, bool)}
-    with write_atomically(folder) as temporary:
-        type(pipe)(**parts, **switches).save_pretrained(temporary)
 
 
 if __name__ == "__main__":

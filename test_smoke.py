@@ -83,7 +83,7 @@ def test_every_stage(tiny, tmp_path, processes):
 
     run(f"sample.py --student {tmp_path}/one --prompt circle square --seeds 0 1 --out {tmp_path}/images")
     images = ["0000-0.png", "0000-1.png", "0001-0.png", "0001-1.png"]
-    assert list_files(tmp_path / "images") == [*images, "grid.png"]
+    assert list_files(tmp_path / "images") == [*images, "grid.png", "index.json"]
 
     students = ["one", "four"] if processes == 1 else ["one"]
     systems = " ".join(f"--student {name}={tmp_path}/{name}" for name in students)
@@ -137,7 +137,7 @@ def test_every_stage_of_the_other_families(tmp_path, case):
     student = f"--student {tmp_path}/adm"
     run(f"sample.py {student} {prompts} --side-by-side --steps 2 --out {tmp_path}/drawn")
     samples = [f"0000-0.{case['suffix']}", f"0001-0.{case['suffix']}"]
-    assert list_files(tmp_path / "drawn") == [*samples, "grid.png"]
+    assert list_files(tmp_path / "drawn") == [*samples, "grid.png", "index.json"]
     run(f"sample.py {student} --export {tmp_path}/exported")
     assert read_json(tmp_path / "exported/model_index.json")["scheduler"][1] == case["scheduler"]
 

@@ -8,11 +8,12 @@ import time
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from metrics.scores import read_scores, save_scores
 from support.errors import UserError
-from support.files import make_folder, read_json, write_atomically, write_json
+from support.files import make_folder, write_sealed
+from support.folders import check_index
 from support.images import measure_image, open_image
 from support.media import save_grid, save_video
 from support.parallel import is_main, rank, world_size
@@ -43,15 +44,14 @@ class Images:
             self.sizes.add((width, height * self.frames))
 
     def check(self):
-        """UserError where the folder has another system's images, or the same with other settings; and for a
-        found image that open_image refuses by its header."""
-        index = read_json(os.path.join(self.folder, "index.json"))
-        if index and index != self.index:
-            raise UserError(
-                f"{self.folder} holds results of other images, prompts or settings; give another --out, or "
-                "delete it"
-            )
+        """UserError where the folder has another system's images or scores, the same with other settings, or
+        some of which nothing says what they are of."""
+        parts = [os.path.join(self.folder, part) for part in ("pictures", "scores")]
+        has_results = any(os.path.isdir(part) and os.listdir(part) for part in parts)
+        check_index(self.folder, self.index, has_results)
 
+    def measure(self):
+        """Notes the sizes of found images. UserError for one that open_image refuses by its header."""
         if not self.system:
             self.sizes = {measure_image(path) for row in self.files for path in row}
 
@@ -62,7 +62,7 @@ class Images:
     def prepare_folder(self):
         make_folder(os.path.join(self.folder, "pictures") if self.system else self.folder)
         if is_main():
-            write_json(os.path.join(self.folder, "index.json"), self.index)
+            write_sealed(os.path.join(self.folder, "index.json"), self.index)
 
     def draw(self, prompts, seeds, batch):
         """Draws what is missing of this rank's share -> mean seconds an image; None where nothing was."""
@@ -86,7 +86,8 @@ class Images:
         return all(os.path.exists(row[k]) for row in self.files[first : first + batch])
 
     def score(self, metric, scorer, prompts, workers):
-        """Scores what has no scores of this rank's share -> the paths of all ranks' scores, in order."""
+        """Scores what has no scores of this rank's share, or damaged ones -> the paths of all ranks' scores,
+        in order."""
         chunk = max(1, CHUNK // len(self.files[0]))
         digest = hashlib.sha256(json.dumps([scorer.description, chunk]).encode()).hexdigest()[:8]
         folder = os.path.join(self.folder, "scores", f"{metric}-{digest}")
@@ -94,7 +95,7 @@ class Images:
         firsts = range(0, len(prompts), chunk)
         paths = [os.path.join(folder, f"{first:06d}.safetensors") for first in firsts]
         share = list(zip(firsts, paths))[rank() :: world_size()]
-        left = [(first, path) for first, path in share if not os.path.exists(path)]
+        left = [(first, path) for first, path in share if read_scores(path) is None]
 
         chunks = [self.files[first : first + chunk] for first, _ in left]
         loader = load_chunks(chunks, scorer.prepare, workers)
@@ -102,9 +103,7 @@ class Images:
         for (first, path), prepared in zip(bar, loader):
             if isinstance(prepared, UserError):
                 raise prepared
-            columns = scorer.score(prepared, prompts[first : first + chunk])
-            with write_atomically(path) as temporary:
-                save_file(columns, temporary)
+            save_scores(scorer.score(prepared, prompts[first : first + chunk]), path)
         return paths
 
     def read_frames(self, p, k=0):
@@ -170,3 +169,13 @@ def wait_for_files(paths):
     for path in paths:
         while not os.path.exists(path):
             time.sleep(0.2)
+
+
+def wait_for_scores(paths):
+    """The same for files of scores -> what is in each: a damaged one will be written again."""
+    scores = []
+    for path in paths:
+        while (columns := read_scores(path)) is None:
+            time.sleep(0.2)
+        scores.append(columns)
+    return scores

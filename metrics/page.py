@@ -84,12 +84,12 @@ def save_page(a, b, values, prompts, path):
         for name in metrics:
             scores.append([name, f"{values[a.name][name][p]:.3f}", f"{values[b.name][name][p]:.3f}"])
         pages.append({"prompt": prompts[p], "a": embed(a, p), "b": embed(b, p), "scores": scores})
-    script = {
+    parts = {
         "PAGES": json.dumps(pages).replace("<", "\\u003c"),  # no prompt can end the script
-        "NAMES": json.dumps([a.name, b.name]),
+        "NAMES": json.dumps([a.name, b.name]).replace("<", "\\u003c"),
+        "TITLE": html.escape(f"{a.name} and {b.name}"),
     }
-    page = PAGE.replace("TITLE", html.escape(f"{a.name} and {b.name}"))
-    page = re.sub("PAGES|NAMES", lambda match: script[match[0]], page)
+    page = re.sub("TITLE|PAGES|NAMES", lambda match: parts[match[0]], PAGE)
     with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(page)
 

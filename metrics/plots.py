@@ -115,8 +115,8 @@ def save_sheet(images, name, values, prompts, path):
     for i, p in enumerate(chosen):
         axes = figure.add_subplot(2, columns, i + 1)
         axes.imshow(images.read_frames(p)[0])
-        prompt = textwrap.fill(textwrap.shorten(prompts[p], 90), 26).replace("$", r"\$")
-        axes.set_title(f"{name} {values[p]:.3f}\n{prompt}", fontsize=7)
+        prompt = textwrap.fill(textwrap.shorten(prompts[p], 90), 26)
+        axes.set_title(f"{name} {values[p]:.3f}\n{prompt}", fontsize=7, parse_math=False)
         axes.axis("off")
     save_figure(figure, path)
 

@@ -5,6 +5,7 @@ import numpy as np
 from metrics.paper import VBENCH_NOTE
 from metrics.scorer import join_columns
 from metrics.vbench import SUMMARY
+from support.escapes import make_cell
 
 HIDDEN = (
     "prompts",
@@ -114,4 +115,8 @@ def format_vbench(rows):
 def format_markdown(lines):
     """Lists of cells, the heads first -> a Markdown table."""
     rule = ["---"] * len(lines[0])
-    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+    rows = []
+    for line in (lines[0], rule, *lines[1:]):
+        cells = [make_cell(cell) for cell in line]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)

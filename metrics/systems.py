@@ -9,10 +9,14 @@ from metrics.images import Images
 from metrics.report import FILES, name_sheet
 from support.checkpoints import find_checkpoint
 from support.errors import UserError
-from support.files import short_name
+from support.escapes import make_printable
+from support.files import read_json, read_sealed, short_name
+from support.folders import describe_difference
 from support.images import list_images
 from support.parallel import is_main
 from support.systems import System
+
+REPORT = (".html", ".json", ".md", ".png")  # files beside the systems' folders end so
 
 
 def name_systems(students, folders):
@@ -37,39 +41,30 @@ def open_systems(args, prompts, out):
     """-> ({name: its Images}, the teacher or None)."""
     seeds = range(args.seed, args.seed + args.seeds)
     systems, teacher = {}, None
+    # found once, as a run that goes on may have other ones soon
+    checkpoints = {name: find_checkpoint(folder)[0] for name, folder in args.student.items()}
     if args.teacher or args.student:
-        teacher = load_teacher_of_students(args, list(args.student.values()))
+        teacher = load_teacher_of_students(args, list(checkpoints.values()))
         teacher.check(prompts)
     if "teacher" in args.names:
         system = System(teacher, steps=args.steps, guidance=args.guidance)
-        meta = {"guidance": system.guidance}
-        systems["teacher"] = plan_images("teacher", out, system, prompts, seeds, meta)
-    for name, folder in args.student.items():
-        checkpoint = os.path.realpath(find_checkpoint(folder)[0])
-        written = os.path.getmtime(os.path.join(checkpoint, "meta.json"))
-        meta = {"student": checkpoint, "written": written}
-        net, student, _ = load_student(folder, teacher)
-        systems[name] = plan_images(name, out, System(teacher, student, net), prompts, seeds, meta)
+        systems["teacher"] = plan_images("teacher", out, system, prompts, seeds)
+    for name, checkpoint in checkpoints.items():
+        net, student, _ = load_student(checkpoint, teacher)
+        system = System(teacher, student, net, checkpoint=checkpoint)
+        systems[name] = plan_images(name, out, system, prompts, seeds)
     for name, folder in args.images.items():
         systems[name] = find_images(name, out, folder, prompts)
     return systems, teacher
 
 
-def plan_images(name, out, system, prompts, seeds, meta):
+def plan_images(name, out, system, prompts, seeds):
     """The images that a system is to draw, in OUT/NAME/pictures/."""
     folder = os.path.join(out, name)
     files = []
     for p in range(len(prompts)):
         files.append([os.path.join(folder, "pictures", f"{p:04d}-{seed}.png") for seed in seeds])
-    index = {
-        "prompts": prompts,
-        "seeds": list(seeds),
-        "teacher": system.teacher.fingerprint,
-        "resolution": system.teacher.resolution,
-        "frames": system.teacher.frames,
-        "steps": system.steps,
-        **meta,
-    }
+    index = {"prompts": prompts, "seeds": list(seeds), **system.describe()}
     return Images(name, folder, files, index, system)
 
 
@@ -77,14 +72,15 @@ def find_images(name, out, source, prompts=None):
     """The images in the folder `source`, in the order of the numbers in their names: the same number for each
     of the prompts; without prompts each for itself. Results go to OUT/NAME.
 
-    Says what else lies there. UserError where there are none, or the number of prompts does not divide
-    theirs."""
+    Says what else lies there. UserError where there are none, the number of prompts does not divide theirs,
+    or an index beside them says that they are of other prompts."""
     if not os.path.isdir(source):
         raise UserError(f"there is no folder of images {source!r}")
     try:
         files, others = list_images(source)
     except OSError as error:
         raise UserError(f"the folder {source} cannot be read: {error.strerror}") from error
+    others = [name for name in others if name not in ("grid.png", "index.json")]  # sample.py's
     if others and is_main():
         few = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         print(
@@ -93,11 +89,17 @@ def find_images(name, out, source, prompts=None):
     if not files:
         raise UserError(f"the folder {source} has no images")
     files.sort(key=lambda file: ([int(number) for number in re.findall(r"\d+", file)], file))
+    source_index = read_source_index(source) if prompts else None
+    if source_index:
+        check_source(source, source_index, files, prompts)
     count = len(prompts) if prompts else len(files)
     if len(files) % count:
         raise UserError(
             f"the folder {source} has {len(files)} images, which is no multiple of the {count} prompts"
         )
+    if prompts and not source_index and is_main():
+        fits = "no index.json says of which prompts they are; their number fits"
+        print(f"note: the images in {make_printable(source)}: {fits}", file=sys.stderr)
     paths = [os.path.join(source, file) for file in files]
     stamps = [[file, os.path.getsize(path), os.path.getmtime(path)] for file, path in zip(files, paths)]
     index = {"files": stamps}
@@ -106,6 +108,44 @@ def find_images(name, out, source, prompts=None):
     samples = len(paths) // count
     groups = [paths[i : i + samples] for i in range(0, len(paths), samples)]
     return Images(name, os.path.join(out, name), groups, index)
+
+
+def read_source_index(source):
+    """The index of images of sample.py, or of OUT/NAME/pictures of evaluate.py, whose index is in the folder
+    above; None where nothing says what they are of. UserError for a damaged one."""
+    place, name = os.path.split(os.path.abspath(source))
+    for folder in [source, place] if name == "pictures" else [source]:
+        path = os.path.join(folder, "index.json")
+        index = read_sealed(path)
+        if is_index(index):
+            return index
+        if os.path.lexists(path) and not isinstance(read_json(path), dict | list):
+            raise UserError(f"{path}, which says what the images are of, is damaged: draw them again")
+    return None
+
+
+def is_index(value):
+    """Whether it says which prompts and seeds images are of."""
+    parts = [value.get("prompts"), value.get("seeds")] if isinstance(value, dict) else [None]
+    return all(isinstance(part, list) for part in parts)
+
+
+def check_source(source, index, files, prompts):
+    """UserError where an index says that these files are not images of the prompts, all of them and no
+    others."""
+    difference = describe_difference({"prompts": index["prompts"]}, {"prompts": prompts})
+    if difference:
+        raise UserError(f"the images in {source} are of other prompts than --prompts has: {difference}")
+    if len(index.get("systems", ())) > 1:
+        raise UserError(f"the images in {source} show two systems side by side: draw each by itself")
+    if index.get("frames"):
+        raise UserError(f"the images in {source} are a video's frames below one another, not single pictures")
+    wanted = {f"{p:04d}-{seed}" for p in range(len(prompts)) for seed in index["seeds"]}
+    found = {os.path.splitext(file)[0] for file in files}
+    for name in sorted(wanted - found):
+        raise UserError(f"the images in {source} are not all there: {name} is missing")
+    for name in sorted(found - wanted):
+        raise UserError(f"{name} in {source} is none of the images that its index.json names: remove it")
 
 
 def find_reference(out, source):

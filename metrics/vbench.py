@@ -3,11 +3,15 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 
 from support.errors import UserError, first_line
-from support.prompts import is_encodable, open_text, read_prompts
+from support.files import make_folder, remove
+from support.parallel import is_main
+from support.prompts import open_text, read_prompts
 
 # Of each dimension the scores that become 0 and 1 in the summary, and its weight, as in VBench's
 # scripts/constant.py
@@ -34,6 +38,10 @@ SEMANTIC = {
 SUMMARY = ("total", "quality", "semantic")  # in per cent
 
 
+VIDEOS = 5  # of a prompt: what VBench reads of a dimension
+FLICKERING = "temporal_flickering"
+
+
 def read_prompts_of_table(path, column=None):
     """A prompt file -> (prompts, the dimensions of each prompt). The dimensions are those of VBench's own
     list, VBench_full_info.json; None for other files, and where `column` says what to read."""
@@ -43,19 +51,52 @@ def read_prompts_of_table(path, column=None):
             entries = json.load(open_text(path))
     if not entries or not isinstance(entries, list) or not all(map(is_entry, entries)):
         return read_prompts(path, column), None
-    prompts = [entry["prompt_en"] for entry in entries]
-    for prompt in prompts:
-        is_name = prompt and is_encodable(prompt) and not set(prompt) & set("/\0\n")
-        if not is_name or len(prompt.encode()) > 240:
-            raise UserError(f"the prompt {prompt!r} of {path} cannot be a video's name, as VBench wants it")
-    return prompts, [entry["dimension"] for entry in entries]
+    return [entry["prompt_en"] for entry in entries], [entry["dimension"] for entry in entries]
 
 
 def is_entry(value):
-    """Whether it is an entry of VBench's list."""
-    if not isinstance(value, dict) or not {"prompt_en", "dimension"} <= value.keys():
+    """Whether it is a prompt with its dimensions."""
+    if not isinstance(value, dict) or not isinstance(value.get("dimension"), list):
         return False
-    return isinstance(value["prompt_en"], str) and isinstance(value["dimension"], list)
+    prompt = value.get("prompt_en")
+    return is_text(prompt) and all(name in (*QUALITY, *SEMANTIC) for name in value["dimension"])
+
+
+def is_text(value):
+    """Whether it is a text that is not empty, and that UTF-8 can write."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return False
+    return value == value.encode(errors="replace").decode()
+
+
+def check_vbench(prompts, dimensions, seeds):
+    """UserError where VBench could not find a prompt's videos, which it knows by the name PROMPT-INDEX.mp4.
+    Notes where it wants another number of them."""
+    seen = set()
+    for prompt, names in zip(prompts, dimensions):
+        video = name_video(prompt, seeds - 1)
+        if "/" in video or len(video.encode()) > 255:
+            raise UserError(
+                f"--metrics vbench: the prompt {prompt!r} cannot be a file's name, by which VBench finds its "
+                "videos: it has a / or more than 255 bytes; leave it out"
+            )
+        for dimension in names:
+            if (prompt, dimension) in seen:
+                raise UserError(
+                    f"--metrics vbench: the prompt {prompt!r} is twice in the dimension {dimension}, where "
+                    "VBench would find the same videos for both; leave one out"
+                )
+            seen.add((prompt, dimension))
+    notes = []
+    if seeds != VIDEOS:
+        notes.append(f"VBench reads {VIDEOS} videos of every prompt; --seeds {seeds} gives it {seeds}")
+    if any(FLICKERING in names for names in dimensions):
+        notes.append(
+            f"for {FLICKERING} VBench wants --seeds 25 and its static_filter.py run on these videos, which "
+            f"keeps {VIDEOS} that do not move; a score without it is not to be compared with published ones"
+        )
+    for note in notes if is_main() else ():
+        print(f"note: {note}", file=sys.stderr)
 
 
 def run_vbench(folder, videos, prompts, dimensions):
@@ -65,9 +106,9 @@ def run_vbench(folder, videos, prompts, dimensions):
     where it is not, the result is {} and the commands are printed."""
     scores = {}
     for dimension in sorted({name for names in dimensions for name in names}):
-        place = os.path.join(folder, dimension)
-        output = os.path.join(folder, "results", dimension)
-        os.makedirs(place, exist_ok=True)
+        place = os.path.abspath(os.path.join(folder, dimension))
+        output = os.path.abspath(os.path.join(folder, "results", dimension))
+        make_folder(place)
         for paths, prompt, names in zip(videos, prompts, dimensions):
             if dimension in names:
                 link_videos(paths, place, prompt)
@@ -76,20 +117,25 @@ def run_vbench(folder, videos, prompts, dimensions):
         if shutil.which("vbench"):
             scores[dimension] = run_dimension(command, dimension, output)
         else:
-            print(" ".join(command))
+            print(shlex.join(command))
     return summarise(scores) | scores
+
+
+def name_video(prompt, index):
+    return f"{prompt}-{index}.mp4"
 
 
 def link_videos(paths, place, prompt):
     for index, path in enumerate(paths):
-        link = os.path.join(place, f"{prompt}-{index}.mp4")
+        link = os.path.join(place, name_video(prompt, index))
         if not os.path.exists(link):
             os.link(path, link)
 
 
 def run_dimension(command, dimension, output):
     """Runs VBench -> the score of a dimension, the mean over the videos."""
-    os.makedirs(output, exist_ok=True)
+    remove(output)  # what an earlier run found
+    make_folder(output)
     try:
         subprocess.run(command, check=True)
         results = [name for name in os.listdir(output) if name.endswith("eval_results.json")]
@@ -97,8 +143,9 @@ def run_dimension(command, dimension, output):
         with open(newest) as file:
             mean, *_ = json.load(file)[dimension]  # and a list of the videos' scores
         return mean
-    except (subprocess.CalledProcessError, ValueError, KeyError) as error:
-        raise UserError(f"vbench gave no result: {' '.join(command)}: {first_line(error)}") from error
+    except (subprocess.CalledProcessError, ValueError, KeyError, TypeError) as error:
+        reason = first_line(error)
+        raise UserError(f"vbench gave no result: {shlex.join(command)}: {reason}") from error
 
 
 def summarise(scores):

@@ -7,6 +7,7 @@ import re
 import sys
 from fractions import Fraction
 
+from support.escapes import make_printable
 from support.parallel import is_main
 from support.prompts import COLUMNS, PROMPTS
 
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if is_main():
-            print(f"{self.prog}: {message}", file=sys.stderr)
+            print(f"{self.prog}: {make_printable(message)}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -10,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from support.escapes import make_printable
 from support.parallel import is_main
 
 INTERRUPTED = 130  # the exit code of Ctrl-C
@@ -79,7 +80,7 @@ def leave(sentence, code, wait):
     if wait:
         time.sleep(2)
     with contextlib.suppress(OSError):
-        print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {make_printable(sentence)}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:

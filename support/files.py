@@ -19,8 +19,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def short_name(path):
-    """The last part of a teacher's name, folder or hub id, for the names of output folders."""
-    return os.path.basename(os.path.normpath(path))
+    """The last part of a teacher's name, folder or hub id, for the names of output folders; that of the
+    folder which it means where it is "." or ".."."""
+    return os.path.basename(os.path.abspath(path)) or "root"
 
 
 def make_folder(path):

@@ -1,6 +1,9 @@
 """Everything that becomes an image, a video or a plot."""
 
 import math
+import os
+import shutil
+import tempfile
 import textwrap
 
 import numpy as np
@@ -115,9 +118,12 @@ def save_video(pixels, path, fps):
     height, width = pixels.shape[-2:]
     pixels = F.pad(pixels.cpu().float(), (0, width % 2, 0, height % 2), mode="replicate")
     frames = [to_image(frame) for frame in pixels.unbind(1)]
-    with write_atomically(path) as temporary:
+    # ffmpeg would read some of a user's names as options or addresses
+    with tempfile.TemporaryDirectory() as place, write_atomically(path) as temporary:
+        video = os.path.join(place, "video.mp4")
         # 1: no side is scaled to a multiple of 16
-        export_to_video(frames, temporary, fps=fps, quality=9, macro_block_size=1)
+        export_to_video(frames, video, fps=fps, quality=9, macro_block_size=1)
+        shutil.copyfile(video, temporary)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -193,7 +199,7 @@ def draw_curves(curves, titles):
     for row, (heading, names) in enumerate(rows.items()):
         for column, name in enumerate(names):
             axes = figure.add_subplot(grid[row, column])
-            axes.set_title(titles.get(name) or choose_title(name, curves), fontsize=10)
+            axes.set_title(titles.get(name) or choose_title(name, curves), fontsize=10, parse_math=False)
             axes.set_xlabel("iteration")
             if column == 0:
                 axes.set_ylabel(heading, fontsize=12, weight="bold", labelpad=12)

@@ -1,12 +1,23 @@
 """Where results will go, tried before the work begins."""
 
 import os
+import tempfile
 
 from support.errors import UserError
 
 
+def check_new(path):
+    """UserError where there is something at this path, or nothing can be written there."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} is there already; give another folder")
+    check_folder(path)
+
+
 def check_folder(path):
-    """UserError where a folder is none, cannot be made, or cannot be written to."""
+    """UserError where no folder can be made or written at this path, whose parents need not be there. Tries
+    it, in a folder that it removes again."""
+    if not path:
+        raise UserError("the name of a folder is empty")
     place = os.path.abspath(path)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
@@ -14,6 +25,13 @@ def check_folder(path):
         raise UserError(f"the folder {path} cannot be made: {place} is no folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"the folder {path} cannot be written to: {place} does not permit it")
+    missing = os.path.relpath(path, place) + "." * 60  # what is written atomically has a longer name at first
+    try:
+        missing.encode()  # names that are no text are refused as well
+        with tempfile.TemporaryDirectory(dir=place) as trial:
+            os.makedirs(os.path.join(trial, missing))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the folder {path} cannot be written: {error}") from error
 
 
 def check_file(path):

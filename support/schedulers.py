@@ -2,14 +2,22 @@
 
 import math
 
+from support.errors import UserError
+
 EXACT = 1e6  # LCMScheduler's timestep_scaling, with which its step is x0_hat exactly, not nearly
 
 
-def make_lcm_scheduler(alphas_cumprod, prediction):
-    """For students of a variance-preserving teacher: abar at t = 0, 1, ..., T, and the teacher's prediction
-    type."""
+def make_lcm_scheduler(alphas_cumprod, prediction, steps):
+    """For students of a variance-preserving teacher: abar at t = 0, 1, ..., T, the teacher's prediction type,
+    and the student's number of steps. UserError for T steps, the last of which is at diffusers' timestep 0,
+    where an LCMScheduler returns its input."""
     from diffusers import LCMScheduler
 
+    if steps == len(alphas_cumprod) - 1:
+        raise UserError(
+            f"a student of {steps} steps cannot be exported: its last step is at timestep 0, where "
+            f"diffusers' LCMScheduler makes none; train one of at most {steps - 1} steps"
+        )
     betas = 1 - alphas_cumprod[1:] / alphas_cumprod[:-1]
     return LCMScheduler(
         trained_betas=betas.tolist(),
@@ -59,3 +67,16 @@ def make_velocity_scheduler():
         solver_order=1,
         final_sigmas_type="zero",
     )
+
+
+def choose_timesteps(scheduler, times):
+    """The `timesteps` that a pipeline has to be given to sample at a student's times, None where its number
+    of steps is enough. LCMScheduler takes the floor of i T / n as floating point has it, which falls just
+    short of some whole numbers: of 19 x 1000 / 38, for one."""
+    from diffusers import LCMScheduler
+
+    if not isinstance(scheduler, LCMScheduler):
+        return None
+    wanted = [int(t) - 1 for t in times]
+    scheduler.set_timesteps(len(times))
+    return None if scheduler.timesteps.tolist() == wanted else wanted

@@ -1,19 +1,23 @@
 """A student or a teacher, ready to draw, with no difference to its user."""
 
+import os
+
 import torch
 
+from support.files import compute_checksum_of_json, read_sealed
 from support.rows import Rows
 
 
 class System:
     """A student, or a teacher's own sampler: `images` is all that its user sees of the difference."""
 
-    def __init__(self, teacher, student=None, net=None, steps=None, guidance=None):
-        """A student (common.Student) and its network, or neither for the teacher with these steps and
-        guidance."""
+    def __init__(self, teacher, student=None, net=None, steps=None, guidance=None, checkpoint=None):
+        """A student (common.Student), its network and the step folder that they come from, or none of them
+        for the teacher with these steps and guidance."""
         self.teacher = teacher
         self.student = student
         self.net = net
+        self.checkpoint = checkpoint
         self.guidance = teacher.guidance if guidance is None else guidance
         self.steps = student.steps if student else steps or teacher.sampler_steps
         self.nfe = self.steps if student or self.guidance == 1 else 2 * self.steps
@@ -33,3 +37,25 @@ class System:
                 latents = self.teacher.sample(x_T, cond, self.steps, self.guidance)
             pixels.append(self.teacher.decode(latents).clamp(-1, 1).cpu())
         return torch.stack(pixels, dim=1)
+
+    def describe(self):
+        """All that its pictures depend on beside prompts and seeds, {name: value}, for a folder's index."""
+        index = {
+            "teacher": self.teacher.fingerprint,
+            "resolution": list(self.teacher.resolution),
+            "frames": self.teacher.frames,
+            "precision": "fp32" if self.teacher.dtype == torch.float32 else "bf16",
+            "steps": self.steps,
+        }
+        if not self.student:
+            return index | {"guidance": self.guidance}
+        meta = read_sealed(os.path.join(self.checkpoint, "meta.json"))
+        checksums = {
+            name: checksum for name, checksum in meta["files"].items() if name.startswith("student/")
+        }
+        student = {
+            "student": os.path.realpath(self.checkpoint),
+            "parametrisation": self.student.parametrisation,
+            "weights": compute_checksum_of_json(checksums),
+        }
+        return index | student

@@ -487,6 +487,8 @@ def damage(world, dice):
         problem = compare(out, world.expect(script, 1)[0])
         if problem is None:
             return "harmless: the same files in the end"
+        if problem == f"1 files differ: {os.path.relpath(path, out)}" and name.endswith(".png"):
+            return "not read again: what is made of it is there"
         harmless = name.endswith((".txt", ".json", ".model")) and what in ("prompts.txt", "teacher")
         return "taken as it is" if harmless else f"FAILED: {name} ({how}): unnoticed, {problem}"
 

@@ -160,7 +160,7 @@ def test_two_processes_and_an_interruption(teacher_folder, prompts_path, tmp_pat
     assert len(drawings) == 3 * 8 + 1  # each once, but the ones that were stopped
     assert len(scorings) == 2 + 1
 
-    with pytest.raises(UserError, match="other images, prompts or settings"):
+    with pytest.raises(UserError, match=r"its seeds\[0\] is 0, not 1"):
         evaluate.main([*make_command(teacher_folder, prompts_path, tmp_path / "one"), "--seed", "1"])
 
 

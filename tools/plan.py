@@ -6,6 +6,7 @@ stage's own iteration, run on torch's meta device: what changes there changes he
 
 import itertools
 
+from support.escapes import make_printable
 from support.parallel import find_blocks, find_linear_layers
 from tools.meta import count_parameters
 from tools.trace import Networks, change, shorten
@@ -22,7 +23,7 @@ def print_plan(args, stage, iterate):
     networks = Networks(args, stage, iterate)
     rows = count_states(args, networks, args.plan)
     rows |= count_activations(args, networks)
-    print(f"{args.teacher}, --shard {args.shard}, GB on each of {args.plan} GPUs")
+    print(f"{make_printable(args.teacher)}, --shard {args.shard}, GB on each of {args.plan} GPUs")
     print(format_table(rows))
     print(describe_passes(args, networks))
     disk = count_checkpoint(args, networks) / GB

@@ -9,6 +9,7 @@ import statistics
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from metrics.rows import format_markdown
 from support.errors import UserError, launch
 from support.files import read_json
 
@@ -52,12 +53,12 @@ def format_cell(values):
 def main(paths):
     reports = read_reports(paths)
     names = [name for name in flatten(reports[0]["rows"][0]) if not name.startswith(LEFT_OUT)]
-    print("| system | " + " | ".join(names) + " |")
-    print("|" + "---|" * (len(names) + 1))
+    lines = [["system", *names]]
     for rows in zip(*(report["rows"] for report in reports)):
         numbers = [flatten(row) for row in rows]
         cells = [format_cell([row[name] for row in numbers]) for name in names]
-        print(f"| {rows[0]['system']} | " + " | ".join(cells) + " |")
+        lines.append([str(rows[0]["system"]), *cells])
+    print(format_markdown(lines))
     seeds = [report["seed"] for report in reports]
     minutes = [f"{report['minutes']:.1f}" for report in reports]
     print(f"\nseeds {seeds}, minutes {', '.join(minutes)}")
