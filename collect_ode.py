@@ -26,6 +26,7 @@ from support.files import (
     write_atomically,
     write_json,
 )
+from support.loading import describe_teacher
 from support.pairs import is_complete, shard_path
 from support.parallel import is_main, own_device, rank, world_size
 from support.rows import Rows
@@ -54,7 +55,7 @@ def main(argv=None):
     args.guidance = teacher.guidance if args.guidance is None else args.guidance
     out = args.out or os.path.join("pairs", short_name(args.teacher))
     index = {
-        "teacher": args.teacher,
+        "teacher": describe_teacher(args.teacher),
         "fingerprint": teacher.fingerprint,
         "steps": args.steps,
         "guidance": args.guidance,

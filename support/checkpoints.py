@@ -87,6 +87,7 @@ class Run:
         self.meta = {
             "stage": stage,
             "teacher": args.teacher,
+            "variant": args.variant,
             "fingerprint": self.teacher.fingerprint,
             "resolution": self.teacher.resolution,
             "frames": self.teacher.frames,

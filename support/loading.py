@@ -1,35 +1,158 @@
-"""Loads a pipeline's networks so that no weight is missing, made up, or not a number."""
+"""Loads a pipeline so that no weight is missing, made up, left over, or not a number."""
 
-import importlib
+import os
+import re
+import sys
+import textwrap
 
+import torch
 from torch import nn
 
+from support.configs import check_configs, choose_classes, describe_sampler
 from support.errors import UserError
+from support.hub import is_offline
+from support.parallel import is_main
+
+# What files may have beside a network's own weights: tables that it computes, and parts that its class
+# leaves out.
+SURPLUS = re.compile(
+    r"position_ids|pos_embed(ding)?|inv_freq|embed_tokens\.weight|logit_scale"
+    r"|^(text_model\.)?(decoder|vision_model|visual_projection|text_projection|lm_head|classifier)\b"
+)
 
 
-def load_networks(path, config, dtype):
-    """The networks of a diffusers pipeline, a folder or hub id with this model_index.json -> {component:
-    module}.
-
-    UserError for a weight that the files lack, which the libraries would fill with random numbers, and for
-    one that is not finite. Raises what the libraries do for files that are not there."""
-    networks = {}
-    for name, value in config.items():
-        if not isinstance(value, (list, tuple)) or not value[0]:
-            continue
-        kind = getattr(importlib.import_module(value[0]), value[1], None)
-        if isinstance(kind, type) and issubclass(kind, nn.Module):
-            networks[name] = load_network(kind, path, name, dtype)
-    return networks
+def describe_teacher(name):
+    """A teacher as the command line names it -> as a run's files name it: a folder by its absolute path."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def load_network(kind, path, subfolder, dtype):
-    """A network of this class of diffusers or transformers, whole and finite, or a UserError."""
-    net, report = kind.from_pretrained(path, subfolder=subfolder, dtype=dtype, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
+def load_pipeline(name, path, dtype, variant=None):
+    """A teacher's pipeline, folder or hub id -> (the diffusers pipeline, its folder).
+
+    UserError for what is damaged, for what the configs say and is not honoured here (before weights are
+    fetched), and for weights that are not those of the config's network. variant: as in
+    diffusion_pytorch_model.VARIANT.safetensors."""
+    import diffusers
+
+    offline = not os.path.isdir(path) and is_offline()
+    try:
+        index = diffusers.DiffusionPipeline.load_config(path, local_files_only=offline)
+    except Exception as error:  # as below: the libraries raise many kinds for what is missing or damaged
+        raise report(name, path, error, offline) from error
+    classes, switches = choose_classes(name, index)
+    configs = {}
+    for part in ("scheduler", "unet", "transformer", "vae"):
+        if part in classes:
+            configs[part] = read_config(classes[part], path, part, offline)
+    check_configs(name, index["_class_name"], configs, classes)
+
+    try:
+        folder = path
+        if not os.path.isdir(path):
+            folder = diffusers.DiffusionPipeline.download(path, variant=variant, local_files_only=offline)
+    except Exception as error:
+        raise report(name, path, error, offline) from error
+    parts = {}
+    for part, kind in classes.items():
+        parts[part] = load_part(kind, folder, part, dtype, variant) if kind else None
+    other = describe_sampler(classes["scheduler"], configs["scheduler"])
+    if other and is_main():
+        print(
+            f"note: the pipeline of {name} samples with {other}; as a teacher it samples by DDIM steps of the "
+            "same schedule",
+            file=sys.stderr,
+        )
+    return getattr(diffusers, index["_class_name"])(**parts, **switches), folder
+
+
+def report(name, path, error, offline):
+    """The UserError for a teacher that is not there."""
+    where = "" if name == path else f" from {path}"
+    reason = shorten(error)
+    if offline:
+        reason = (
+            "it is no folder here, is not in the hub's cache, and the hub cannot be reached; "
+            "give the folder of a pipeline"
+        )
+    return UserError(f"the teacher {name!r} could not be loaded{where}: {reason}")
+
+
+def read_config(kind, path, part, offline=False):
+    """A component's config, as in its file. UserError where it is missing or damaged."""
+    try:
+        return dict(kind.load_config(path, subfolder=part, local_files_only=offline))
+    except Exception as error:
+        raise UserError(f"the config in {path}/{part} cannot be read: {shorten(error)}") from error
+
+
+def load_part(kind, folder, part, dtype, variant=None):
+    """A component of a class of diffusers or transformers. UserError for what is missing or damaged."""
+    if issubclass(kind, nn.Module):
+        return load_network(kind, folder, part, dtype, variant)
+    try:
+        return kind.from_pretrained(folder, subfolder=part, local_files_only=True)
+    except Exception as error:
+        reason = shorten(error)
+        if any(word in reason.lower() for word in ("sentencepiece", "protobuf", "tiktoken")):
+            reason = "it is a T5 tokenizer that needs two more packages: pip install sentencepiece protobuf"
+        raise UserError(f"{folder}/{part} cannot be loaded: {reason}") from error
+
+
+def load_network(kind, folder, part, dtype, variant=None, local=True):
+    """A network of this class of diffusers or transformers, whole and finite, or a UserError.
+
+    local: whether the hub is not to be asked. As in diffusers, a component that has no files of the variant is read from the others."""
+    place = os.path.join(folder, part) if part else folder
+    variants = list_variants(place)
+    try:
+        net, found = kind.from_pretrained(
+            folder,
+            subfolder=part,
+            dtype=dtype,
+            variant=variant if variant in variants else None,
+            output_loading_info=True,
+            local_files_only=local,
+        )
+    except Exception as error:
+        reason = shorten(error)
+        if variants and "no file named" in reason:
+            reason = f"there are only those of --variant {' or '.join(variants)}"
+        raise UserError(f"the weights in {place} cannot be loaded: {reason}") from error
+    missing = sorted(found["missing_keys"])
     if missing:
-        raise UserError(f"the weights in {path}/{subfolder} are not all there: {missing[0]} is missing")
+        raise UserError(f"the weights in {place} are not all there: {missing[0]} is missing")
+    left = sorted(name for name in found["unexpected_keys"] if not SURPLUS.search(name))
+    if left:
+        raise UserError(f"the weights in {place} are of another network than its config: {left[0]} is left over")
     for name, weight in net.named_parameters():
         if not weight.isfinite().all():
-            raise UserError(f"the weights in {path}/{subfolder} are damaged: {name} is not finite")
+            raise UserError(f"the weights in {place} are damaged: {name} is not finite")
     return net
+
+
+def list_variants(folder):
+    """The variants of the weights in a folder: "fp16" for model.fp16.safetensors, or for one of its shards."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = {re.fullmatch(r"\w+\.(\w+)(-\d+-of-\d+)?\.safetensors", name) for name in names}
+    return sorted({match[1] for match in found if match})
+
+
+def shorten(error):
+    """An error's message in one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300)
+
+
+def load_dinov2(name):
+    """DINOv2, a transformers folder or hub id -> its network, float32. UserError for any other network."""
+    from transformers import AutoConfig, AutoModel
+
+    offline = not os.path.isdir(name) and is_offline()
+    local = offline or os.path.isdir(name)
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=local)
+    except Exception as error:
+        reason = "it is not there, and the hub cannot be reached" if offline else shorten(error)
+        raise UserError(f"the pixel backbone {name!r} could not be loaded: {reason}") from error
+    if not config.model_type.startswith("dinov2"):
+        raise UserError(f"the pixel backbone {name!r} is a {config.model_type}; known are SAM and DINOv2")
+    return load_network(AutoModel, name, "", torch.float32, local=local)

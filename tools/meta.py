@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from common import FAMILIES, TEACHERS
+from support.configs import check_configs, find_class
 from support.errors import UserError
 from support.files import ROOT, read_json
 from support.parallel import choose_dtype
@@ -84,6 +85,7 @@ def make_teacher_on_meta(args, configs):
     """The teacher of these arguments, prepared for training as on a GPU. Its text encoders are not there, its
     prompts have no meaning, and what trains is a copy of its own network."""
     family = FAMILIES[configs["pipeline"]]
+    check(args.teacher, configs)
     dtype = choose_dtype(args.precision, torch.device("cuda"))
     pipe = make_pipeline_on_meta(configs, dtype)
     teacher = family(pipe, args.teacher, META, dtype, args.resolution, args.frames)
@@ -112,6 +114,14 @@ def make_teacher_on_meta(args, configs):
     teacher.trainable = copy_trainable
     teacher.autocast = lambda: GPUAutocast(dtype)
     return teacher
+
+
+def check(name, configs):
+    """UserError for what the teacher's configs say and is not honoured here."""
+    parts = {"scheduler": "scheduler", FAMILIES[configs["pipeline"]].denoiser_name: "denoiser", "vae": "vae"}
+    named = {part: configs[key] for part, key in parts.items()}
+    classes = {part: find_class(config["_class_name"]) for part, config in named.items()}
+    check_configs(name, configs["pipeline"], named, classes)
 
 
 def make_pipeline_on_meta(configs, dtype):
