@@ -97,13 +97,13 @@ class Teacher:
         self.prediction = scheduler.config.prediction_type
         abar = scheduler.alphas_cumprod.double().cpu()
         self.alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), abar]).to(self.device)
-        falls = (self.alphas_cumprod.diff() <= 0).all() and abar[-1] >= 0
+        # some schedulers have 2**-24 in the place of 0
+        falls = (self.alphas_cumprod.diff() < 1e-6).all() and (abar >= 0).all()
         if len(abar) != T or not falls:
             raise UserError(
                 f"the teacher {self.path} has no noise schedule of {T:g} steps that falls from 1 towards 0 "
                 "(trained_betas, beta_start, beta_end)"
             )
-        # some schedulers have 2**-24 in the place of 0
         if self.prediction == "epsilon" and abar[-1] < 1e-6:
             raise UserError(
                 f"the teacher {self.path} predicts noise (prediction_type: epsilon) at zero terminal SNR "

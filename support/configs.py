@@ -258,7 +258,7 @@ def choose_classes(name, index):
     UserError for a pipeline that is not known here, for a component that it lacks or that is of another
     class, and for what it would not read."""
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise UserError(f"the teacher {name!r} is a {show(pipeline)}; known are {', '.join(PIPELINES)}")
     parts = PIPELINES[pipeline]
     switches = {}
@@ -425,12 +425,17 @@ def describe_sampler(kind, config):
     """What the pipeline's own sampler does that the teacher's sampler here does not, in words; "" if nothing.
 
     kind, config: the scheduler's class, and its config as in its file."""
+    if kind.__name__ not in SAME_SAMPLER:
+        return kind.__name__
     fields = FLOW_FIELDS if kind.__name__ in FLOW else DIFFUSION_FIELDS
-    words = [] if kind.__name__ in SAME_SAMPLER else [kind.__name__]
+    words = []
     for field, parameter in list_fields(kind).items():
         value = config.get(field, parameter.default)
-        if fields[field] == SAMPLER and value != parameter.default and words != [kind.__name__]:
+        if fields[field] == SAMPLER and value != parameter.default:
             words.append(f"{field}: {show(value)}")
+    # diffusers' DDIM steps to t - T/n, which is then not where its next step starts
+    if "DDIM" in kind.__name__ and config.get("timestep_spacing") == "linspace":
+        words.append('timestep_spacing: "linspace"')
     return ", ".join(words)
 
 

@@ -36,7 +36,7 @@ def load_pipeline(name, path, dtype, variant=None):
 
     offline = not os.path.isdir(path) and is_offline()
     try:
-        index = diffusers.DiffusionPipeline.load_config(path, local_files_only=offline)
+        index = check_object(diffusers.DiffusionPipeline.load_config(path, local_files_only=offline))
     except Exception as error:  # as below: the libraries raise many kinds for what is missing or damaged
         raise report(name, path, error, offline) from error
     classes, switches = choose_classes(name, index)
@@ -80,22 +80,44 @@ def report(name, path, error, offline):
 def read_config(kind, path, part, offline=False):
     """A component's config, as in its file. UserError where it is missing or damaged."""
     try:
-        return dict(kind.load_config(path, subfolder=part, local_files_only=offline))
+        return check_object(kind.load_config(path, subfolder=part, local_files_only=offline))
     except Exception as error:
         raise UserError(f"the config in {path}/{part} cannot be read: {shorten(error)}") from error
+
+
+def check_object(config):
+    """What a JSON file holds. ValueError where that is no object."""
+    if not isinstance(config, dict):
+        raise ValueError("it is no JSON object")
+    return config
 
 
 def load_part(kind, folder, part, dtype, variant=None):
     """A component of a class of diffusers or transformers. UserError for what is missing or damaged."""
     if issubclass(kind, nn.Module):
         return load_network(kind, folder, part, dtype, variant)
+    if part.startswith("tokenizer"):
+        check_vocabulary_files(folder, part)
     try:
-        return kind.from_pretrained(folder, subfolder=part, local_files_only=True)
+        loaded = kind.from_pretrained(folder, subfolder=part, local_files_only=True)
     except Exception as error:
         reason = shorten(error)
         if any(word in reason.lower() for word in ("sentencepiece", "protobuf", "tiktoken")):
             reason = "it is a T5 tokenizer that needs two more packages: pip install sentencepiece protobuf"
         raise UserError(f"{folder}/{part} cannot be loaded: {reason}") from error
+    if kind.__name__.startswith("CLIPTokenizer") and loaded.model_max_length > 2**20:
+        raise UserError(f"{folder}/{part}/tokenizer_config.json does not say what model_max_length is")
+    return loaded
+
+
+def check_vocabulary_files(folder, part):
+    """UserError for a tokenizer without a vocabulary, of which transformers would make an empty one."""
+    place = os.path.join(folder, part)
+    kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+    if not any(all(os.path.exists(os.path.join(place, file)) for file in files) for files in kinds):
+        raise UserError(
+            f"{place} has no vocabulary: neither tokenizer.json, nor vocab.json and merges.txt, nor spiece.model"
+        )
 
 
 def load_network(kind, folder, part, dtype, variant=None, local=True):
@@ -138,8 +160,9 @@ def list_variants(folder):
 
 
 def shorten(error):
-    """An error's message in one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300)
+    """The first sentence of an error's message, in one line."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(re.split(r"\. (?=[A-Z])", line)[0], 300)
 
 
 def load_dinov2(name):
