@@ -96,10 +96,11 @@ class Teacher:
         network is t = n + 1, both ends are exact, and nothing divides by alpha_T."""
         self.prediction = scheduler.config.prediction_type
         abar = scheduler.alphas_cumprod.double().cpu()
-        self.alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), abar]).to(self.device)
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), abar])
+        self.alphas_cumprod = abar.to(self.device)
         # some schedulers have 2**-24 in the place of 0
-        falls = (self.alphas_cumprod.diff() < 1e-6).all() and (abar >= 0).all()
-        if len(abar) != T or not falls:
+        falls = (abar.diff() < 1e-6).all() and (abar >= 0).all()
+        if len(abar) != T + 1 or not falls:
             raise UserError(
                 f"the teacher {self.path} has no noise schedule of {T:g} steps that falls from 1 towards 0 "
                 "(trained_betas, beta_start, beta_end)"

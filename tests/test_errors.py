@@ -94,7 +94,7 @@ CASES = (
     # pairs
     (
         f"{LATENT} --pairs pairs-other",
-        "the pairs in pairs-other come from the teacher other, not from teacher",
+        "other, not from teacher",
     ),
     (f"{LATENT} --pairs pairs-damaged", "the shard pairs-damaged/00001.safetensors is missing or damaged"),
     (
