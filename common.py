@@ -562,11 +562,10 @@ def try_out(teacher):
     try:
         raw = teacher.raw(teacher.denoiser, x, t, teacher.null(1))
     except Exception as error:  # of many kinds, as parts can misfit in many ways
-        raise UserError(
-            f"the teacher {teacher.path} cannot be used, its parts do not fit together: {shorten(error)}"
-        ) from error
+        reason = shorten(error)
+        raise UserError(f"the parts of the teacher {teacher.path} do not fit together: {reason}") from error
     if raw.shape != x.shape or not raw.isfinite().all():
-        raise UserError(f"the teacher {teacher.path} cannot be used: it does not predict as many finite numbers")
+        raise UserError(f"the teacher {teacher.path} cannot be used: its predictions are no finite latents")
 
 
 def load_teacher_from(args, device):

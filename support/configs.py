@@ -138,7 +138,9 @@ UNET_FIELDS = {
     **honour("addition_time_embed_dim", "projection_class_embeddings_input_dim", "cross_attention_norm"),
     **honour("addition_embed_type_num_heads", "resnet_time_scale_shift", "resnet_skip_time_act"),
     **honour("resnet_out_scale_factor", "time_embedding_type", "time_embedding_dim", "conv_in_kernel"),
-    **honour("time_embedding_act_fn", "timestep_post_act", "conv_out_kernel", "mid_block_only_cross_attention"),
+    **honour(
+        "time_embedding_act_fn", "timestep_post_act", "conv_out_kernel", "mid_block_only_cross_attention"
+    ),
     "addition_embed_type": ("text_time",),
     "attention_type": ("default",),
     "class_embed_type": ABSENT,
@@ -299,7 +301,9 @@ def check_configs(name, pipeline, configs, classes):
         known = PIPELINES[pipeline][part]
         kind = config.get("_class_name", classes[part].__name__)
         if kind not in known.classes:
-            raise refuse(name, file, "_class_name", kind, f"known with {pipeline}: {', '.join(known.classes)}")
+            raise refuse(
+                name, file, "_class_name", kind, f"known with {pipeline}: {', '.join(known.classes)}"
+            )
         whole[part] = fill_config(classes[part], config)
         check_fields(name, file, whole[part], classes[part], known.fields)
     vae = whole.pop("vae")
@@ -353,7 +357,7 @@ def is_among(value, values):
 
 
 def is_like(value, default, may_be_null):
-    """Whether a config's value is of the kind of its class's default, or a list of such, as of one a block."""
+    """Whether a config's value is of the kind of its class's default, or a list (of one for each block)."""
     if value is None:
         return default is None or may_be_null or isinstance(default, bool)
     if default is None:
@@ -403,7 +407,7 @@ def read_size(name, sample_size, factor):
     size = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size] * 2
     if len(size) != 2 or not all(is_number(side) and side > 0 for side in size):
         raise UserError(
-            f"the teacher {name} does not say at which resolution it draws (sample_size: {show(sample_size)}): "
+            f"the teacher {name} does not say how large it draws (sample_size: {show(sample_size)}): "
             "give --resolution"
         )
     return size[0] * factor, size[1] * factor

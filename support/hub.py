@@ -4,10 +4,14 @@ import functools
 import os
 import re
 
+WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+
 
 def is_hub_id(name):
-    """Whether a name that is no folder may be one of the hub's, OWNER/NAME."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not os.path.exists(name)
+    """Whether a name may be one of the hub's, OWNER/NAME: nothing is there of this name, and it is no path of
+    a file of weights."""
+    looks_so = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(WEIGHTS)
+    return bool(looks_so) and not os.path.exists(name)
 
 
 @functools.cache

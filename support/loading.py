@@ -52,14 +52,16 @@ def load_pipeline(name, path, dtype, variant=None):
             folder = diffusers.DiffusionPipeline.download(path, variant=variant, local_files_only=offline)
     except Exception as error:
         raise report(name, path, error, offline) from error
+    if variant and not any(variant in list_variants(os.path.join(folder, part)) for part in classes):
+        raise UserError(f"the teacher {name!r} has no weights of --variant {variant}")
     parts = {}
     for part, kind in classes.items():
         parts[part] = load_part(kind, folder, part, dtype, variant) if kind else None
     other = describe_sampler(classes["scheduler"], configs["scheduler"])
     if other and is_main():
         print(
-            f"note: the pipeline of {name} samples with {other}; as a teacher it samples by DDIM steps of the "
-            "same schedule",
+            f"note: the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps on the same "
+            "schedule",
             file=sys.stderr,
         )
     return getattr(diffusers, index["_class_name"])(**parts, **switches), folder
@@ -71,9 +73,11 @@ def report(name, path, error, offline):
     reason = shorten(error)
     if offline:
         reason = (
-            "it is no folder here, is not in the hub's cache, and the hub cannot be reached; "
+            "it is no folder here, nor in the hub's cache, and the hub cannot be reached; "
             "give the folder of a pipeline"
         )
+    elif not os.path.isdir(path):
+        reason = f"it is no folder here, and on the hub: {reason}"
     return UserError(f"the teacher {name!r} could not be loaded{where}: {reason}")
 
 
@@ -116,14 +120,15 @@ def check_vocabulary_files(folder, part):
     kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
     if not any(all(os.path.exists(os.path.join(place, file)) for file in files) for files in kinds):
         raise UserError(
-            f"{place} has no vocabulary: neither tokenizer.json, nor vocab.json and merges.txt, nor spiece.model"
+            f"{place} has no vocabulary: no tokenizer.json, nor vocab.json and merges.txt, nor spiece.model"
         )
 
 
 def load_network(kind, folder, part, dtype, variant=None, local=True):
     """A network of this class of diffusers or transformers, whole and finite, or a UserError.
 
-    local: whether the hub is not to be asked. As in diffusers, a component that has no files of the variant is read from the others."""
+    As in diffusers, a component that has no files of the variant is read from the others. local: the hub is
+    not asked."""
     place = os.path.join(folder, part) if part else folder
     variants = list_variants(place)
     try:
@@ -138,14 +143,15 @@ def load_network(kind, folder, part, dtype, variant=None, local=True):
     except Exception as error:
         reason = shorten(error)
         if variants and "no file named" in reason:
-            reason = f"there are only those of --variant {' or '.join(variants)}"
+            names = " or ".join(variants)
+            reason = f"there are only those of --variant {names}"
         raise UserError(f"the weights in {place} cannot be loaded: {reason}") from error
     missing = sorted(found["missing_keys"])
     if missing:
         raise UserError(f"the weights in {place} are not all there: {missing[0]} is missing")
     left = sorted(name for name in found["unexpected_keys"] if not SURPLUS.search(name))
     if left:
-        raise UserError(f"the weights in {place} are of another network than its config: {left[0]} is left over")
+        raise UserError(f"the weights in {place} do not fit its config: {left[0]} is left over")
     for name, weight in net.named_parameters():
         if not weight.isfinite().all():
             raise UserError(f"the weights in {place} are damaged: {name} is not finite")
@@ -153,7 +159,7 @@ def load_network(kind, folder, part, dtype, variant=None, local=True):
 
 
 def list_variants(folder):
-    """The variants of the weights in a folder: "fp16" for model.fp16.safetensors, or for one of its shards."""
+    """The variants of the weights in a folder: "fp16" for model.fp16.safetensors, and for its shards."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = {re.fullmatch(r"\w+\.(\w+)(-\d+-of-\d+)?\.safetensors", name) for name in names}
     return sorted({match[1] for match in found if match})

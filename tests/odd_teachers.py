@@ -1,11 +1,11 @@
-"""Teachers that are not what one expects: how each is made of a tiny pipeline, and what is to be said of it."""
+"""Odd teachers: how each is made of a tiny pipeline, and what is to be said of it."""
 
 import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,7 @@ VAE = "vae/config.json"
 UNET = "unet/config.json"
 TRANSFORMER = "transformer/config.json"
 
-# Changes: each makes a function of the folder -----------------------------------------------------------------
+# Changes: each is a function of the folder ----------------------------------------------------------------
 
 
 def edit(file, **fields):
@@ -197,7 +197,9 @@ def list_scheduler_classes():
 def refused(family, file, field, value, why=""):
     """A value of a field that is refused by name."""
     shown = json.dumps(value)
-    return Odd(f"{family}: {field} {shown[:40]}", family, edit(file, **{field: value}), f"{field}: {shown}, {why}")
+    return Odd(
+        f"{family}: {field} {shown[:40]}", family, edit(file, **{field: value}), f"{field}: {shown}, {why}"
+    )
 
 
 ODD = [
@@ -205,9 +207,20 @@ ODD = [
     *list_scheduler_classes(),
     Odd("Euler, trailing", "sdxl", set_scheduler("EulerDiscreteScheduler"), RIGHT),
     Odd("Euler, bare", "sdxl", replace_scheduler("EulerDiscreteScheduler", **SCALED), RIGHT),
-    Odd("as the real SDXL's", "sdxl", set_scheduler(
-        "EulerDiscreteScheduler", timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False,
-        skip_prk_steps=True, interpolation_type="linear", use_karras_sigmas=False), RIGHT),
+    Odd(
+        "as the real SDXL's",
+        "sdxl",
+        set_scheduler(
+            "EulerDiscreteScheduler",
+            timestep_spacing="leading",
+            steps_offset=1,
+            set_alpha_to_one=False,
+            skip_prk_steps=True,
+            interpolation_type="linear",
+            use_karras_sigmas=False,
+        ),
+        RIGHT,
+    ),
     Odd("leading steps", "sdxl", edit(SCHEDULER, timestep_spacing="leading", steps_offset=1), RIGHT),
     Odd("linspace steps", "sdxl", edit(SCHEDULER, timestep_spacing="linspace"), RIGHT),
     Odd("v prediction", "sdxl", edit(SCHEDULER, prediction_type="v_prediction"), RIGHT),
@@ -216,25 +229,51 @@ ODD = [
     Odd("trained_betas", "sdxl", edit(SCHEDULER, trained_betas=[0.01] * 1000), RIGHT),
     Odd("Karras's sigmas", "sdxl", set_scheduler("HeunDiscreteScheduler", use_karras_sigmas=True), RIGHT),
     Odd("v at zero SNR", "sdxl", edit(SCHEDULER, prediction_type="v_prediction", **ZERO_SNR), RIGHT),
-    Odd("v at Euler's zero SNR", "sdxl", set_scheduler(
-        "EulerDiscreteScheduler", prediction_type="v_prediction", **ZERO_SNR), RIGHT),
+    Odd(
+        "v at Euler's zero SNR",
+        "sdxl",
+        set_scheduler("EulerDiscreteScheduler", prediction_type="v_prediction", **ZERO_SNR),
+        RIGHT,
+    ),
     Odd("no SNR shift", "cogvideox", edit(SCHEDULER, snr_shift_scale=1.0), RIGHT),
     Odd("SNR above zero", "cogvideox", edit(SCHEDULER, rescale_betas_zero_snr=False), RIGHT),
     Odd("epsilon at zero SNR", "sdxl", edit(SCHEDULER, **ZERO_SNR), EPSILON_AT_ZERO),
-    Odd("epsilon at Euler's zero SNR", "sdxl", set_scheduler("EulerDiscreteScheduler", **ZERO_SNR),
-        EPSILON_AT_ZERO),
-    Odd("epsilon at DPM's zero SNR", "sdxl", set_scheduler("DPMSolverMultistepScheduler", **ZERO_SNR),
-        EPSILON_AT_ZERO),
+    Odd(
+        "epsilon at Euler's zero SNR",
+        "sdxl",
+        set_scheduler("EulerDiscreteScheduler", **ZERO_SNR),
+        EPSILON_AT_ZERO,
+    ),
+    Odd(
+        "epsilon at DPM's zero SNR",
+        "sdxl",
+        set_scheduler("DPMSolverMultistepScheduler", **ZERO_SNR),
+        EPSILON_AT_ZERO,
+    ),
     Odd("epsilon, cosine betas", "sdxl", edit(SCHEDULER, beta_schedule="squaredcos_cap_v2"), EPSILON_AT_ZERO),
-    Odd("zero SNR unread", "sdxl", set_scheduler("PNDMScheduler", **ZERO_SNR),
-        "rescale_betas_zero_snr: true, which a PNDMScheduler does not read"),
-    Odd("SNR shift unread", "cogvideox", set_scheduler("DDIMScheduler"),
-        "snr_shift_scale: 3.0, which a DDIMScheduler does not read"),
+    Odd(
+        "zero SNR unread",
+        "sdxl",
+        set_scheduler("PNDMScheduler", **ZERO_SNR),
+        "rescale_betas_zero_snr: true, which a PNDMScheduler does not read",
+    ),
+    Odd(
+        "SNR shift unread",
+        "cogvideox",
+        set_scheduler("DDIMScheduler"),
+        "snr_shift_scale: 3.0, which a DDIMScheduler does not read",
+    ),
     Odd("betas above 1", "sdxl", edit(SCHEDULER, beta_end=1.5), EPSILON_AT_ZERO),
     Odd("betas below 0", "sdxl", edit(SCHEDULER, trained_betas=[-0.01] * 1000), "no noise schedule of 1000"),
-    Odd("short trained_betas", "sdxl", edit(SCHEDULER, trained_betas=[0.01] * 9), "no noise schedule of 1000"),
-    Odd("two classes", "cogvideox", edit(SCHEDULER, _class_name="EDMEulerScheduler"),
-        '_class_name: "EDMEulerScheduler", known with CogVideoXPipeline'),
+    Odd(
+        "short trained_betas", "sdxl", edit(SCHEDULER, trained_betas=[0.01] * 9), "no noise schedule of 1000"
+    ),
+    Odd(
+        "two classes",
+        "cogvideox",
+        edit(SCHEDULER, _class_name="EDMEulerScheduler"),
+        '_class_name: "EDMEulerScheduler", known with CogVideoXPipeline',
+    ),
     refused("sdxl", SCHEDULER, "num_train_timesteps", 500, "known here is 1000"),
     refused("sdxl", SCHEDULER, "num_train_timesteps", "1000", "known here is 1000"),
     refused("sd3", SCHEDULER, "num_train_timesteps", 500, "known here is 1000"),
@@ -247,13 +286,27 @@ ODD = [
     refused("sdxl", SCHEDULER, "steps_offset", 7),
     refused("sdxl", SCHEDULER, "beta_start", "0.1", "which is of the wrong type"),
     refused("sdxl", SCHEDULER, "sigma_data", 0.5, "a field of which nothing is known here"),
-    Odd("beta_schedule of another library", "sdxl", edit(SCHEDULER, beta_schedule="sqrt"), "cannot be loaded"),
-    Odd("flow sigmas", "sdxl", set_scheduler("UniPCMultistepScheduler", use_flow_sigmas=True),
-        "use_flow_sigmas: true"),
-    Odd("continuous timesteps", "sdxl", set_scheduler("EulerDiscreteScheduler", timestep_type="continuous"),
-        'timestep_type: "continuous"'),
-    Odd("learned variance", "sdxl", set_scheduler("DDPMScheduler", variance_type="learned_range"),
-        'variance_type: "learned_range"'),
+    Odd(
+        "beta_schedule of another library", "sdxl", edit(SCHEDULER, beta_schedule="sqrt"), "cannot be loaded"
+    ),
+    Odd(
+        "flow sigmas",
+        "sdxl",
+        set_scheduler("UniPCMultistepScheduler", use_flow_sigmas=True),
+        "use_flow_sigmas: true",
+    ),
+    Odd(
+        "continuous timesteps",
+        "sdxl",
+        set_scheduler("EulerDiscreteScheduler", timestep_type="continuous"),
+        'timestep_type: "continuous"',
+    ),
+    Odd(
+        "learned variance",
+        "sdxl",
+        set_scheduler("DDPMScheduler", variance_type="learned_range"),
+        'variance_type: "learned_range"',
+    ),
     Odd("shift 1", "sd3", edit(SCHEDULER, shift=1.0), RIGHT),
     Odd("Heun's flow", "sd3", replace_scheduler("FlowMatchHeunDiscreteScheduler", shift=2.0), RIGHT),
     refused("sd3", SCHEDULER, "shift", 0, "it must be above 0"),
@@ -280,12 +333,25 @@ ODD = [
     refused("sd3", VAE, "shift_factor", "0.1", "it must be a number"),
     refused("sdxl", VAE, "latent_channels", 16, "but the denoiser's in_channels are 4"),
     refused("sdxl", VAE, "out_channels", 4),
-    Odd("short latents_mean", "sdxl", edit(VAE, latents_mean=[0.1], latents_std=STD),
-        "it must be a number for each of the latent_channels"),
-    Odd("another autoencoder", "sdxl", edit(INDEX, vae=["diffusers", "AutoencoderTiny"]),
-        "known is AutoencoderKL"),
+    Odd(
+        "short latents_mean",
+        "sdxl",
+        edit(VAE, latents_mean=[0.1], latents_std=STD),
+        "it must be a number for each of the latent_channels",
+    ),
+    Odd(
+        "another autoencoder",
+        "sdxl",
+        edit(INDEX, vae=["diffusers", "AutoencoderTiny"]),
+        "known is AutoencoderKL",
+    ),
     # denoisers
-    Odd("inpainting's channels", "sdxl", edit(UNET, in_channels=9), "out_channels: 4, not the 9 of in_channels"),
+    Odd(
+        "inpainting's channels",
+        "sdxl",
+        edit(UNET, in_channels=9),
+        "out_channels: 4, not the 9 of in_channels",
+    ),
     refused("sdxl", UNET, "out_channels", 8, "not the 4 of in_channels"),
     refused("sdxl", UNET, "addition_embed_type", None, 'known here is "text_time"'),
     refused("sdxl", UNET, "addition_embed_type", "text"),
@@ -303,15 +369,28 @@ ODD = [
     Odd("fewer layers than weights", "sd3", edit(TRANSFORMER, num_layers=3), "the weights in"),
     Odd("fewer layers than weights, CogVideoX", "cogvideox", edit(TRANSFORMER, num_layers=3), "is left over"),
     Odd("more layers than weights", "sd3", edit(TRANSFORMER, num_layers=5), "the weights in"),
-    Odd("another width than the weights'", "sd3", edit(TRANSFORMER, caption_projection_dim=64),
-        "the weights in"),
-    Odd("dual attention without weights", "sd3", edit(TRANSFORMER, dual_attention_layers=[0]),
-        "the weights in"),
+    Odd(
+        "another width than the weights'",
+        "sd3",
+        edit(TRANSFORMER, caption_projection_dim=64),
+        "the weights in",
+    ),
+    Odd(
+        "dual attention without weights",
+        "sd3",
+        edit(TRANSFORMER, dual_attention_layers=[0]),
+        "the weights in",
+    ),
     refused("sd3", TRANSFORMER, "out_channels", 8, "not the 4 of in_channels"),
     refused("cogvideox", TRANSFORMER, "patch_size_t", 2, "known here is null"),
     refused("cogvideox", TRANSFORMER, "ofs_embed_dim", 512, "known here is null"),
     refused("cogvideox", TRANSFORMER, "use_learned_positional_embeddings", True),
-    Odd("image-to-video's channels", "cogvideox", edit(TRANSFORMER, in_channels=8), "4, not the 8 of in_channels"),
+    Odd(
+        "image-to-video's channels",
+        "cogvideox",
+        edit(TRANSFORMER, in_channels=8),
+        "4, not the 8 of in_channels",
+    ),
     Odd("Cog: sample_frames", "cogvideox", edit(TRANSFORMER, sample_frames=10), "multiple of 8, plus 1"),
     # pipelines
     Odd("no force_zeros", "sdxl", edit(INDEX, force_zeros_for_empty_prompt=False), RIGHT),
@@ -323,13 +402,27 @@ ODD = [
     refused("sdxl", INDEX, "unet", ["antigravity", "UNet"], "known is UNet2DConditionModel"),
     refused("sdxl", INDEX, "controlnet", ["diffusers", "ControlNetModel"], "which a StableDiffusionXL"),
     refused("sd3", INDEX, "tokenizer", [None, None], "known is CLIPTokenizer"),
-    Odd("SD3 without T5", "sd3", all_of(
-        edit(INDEX, text_encoder_3=[None, None], tokenizer_3=[None, None]),
-        delete("text_encoder_3", "tokenizer_3")), RIGHT),
-    Odd("inpainting", "sdxl", edit(INDEX, _class_name="StableDiffusionXLInpaintPipeline"),
-        'is a "StableDiffusionXLInpaintPipeline"; known are'),
-    Odd("refiner", "sdxl", edit(INDEX, _class_name="StableDiffusionXLImg2ImgPipeline"),
-        'is a "StableDiffusionXLImg2ImgPipeline"; known are'),
+    Odd(
+        "SD3 without T5",
+        "sd3",
+        all_of(
+            edit(INDEX, text_encoder_3=[None, None], tokenizer_3=[None, None]),
+            delete("text_encoder_3", "tokenizer_3"),
+        ),
+        RIGHT,
+    ),
+    Odd(
+        "inpainting",
+        "sdxl",
+        edit(INDEX, _class_name="StableDiffusionXLInpaintPipeline"),
+        'is a "StableDiffusionXLInpaintPipeline"; known are',
+    ),
+    Odd(
+        "refiner",
+        "sdxl",
+        edit(INDEX, _class_name="StableDiffusionXLImg2ImgPipeline"),
+        'is a "StableDiffusionXLImg2ImgPipeline"; known are',
+    ),
     Odd("custom code", "sdxl", edit(INDEX, _class_name=["pipeline", "Mine"]), "known are"),
     Odd("no class", "sdxl", take_out(INDEX, "_class_name"), "is a null; known are"),
     # files
@@ -342,33 +435,73 @@ ODD = [
     Odd("U-Net: no config", "sdxl", delete(UNET), "unet cannot be read"),
     Odd("text encoder: no JSON", "sdxl", write("text_encoder/config.json", b"{"), "text_encoder cannot"),
     Odd("text encoder: a null", "sdxl", write("text_encoder/config.json", b"null"), "text_encoder cannot"),
-    Odd("text encoder: layers left over", "sdxl", edit("text_encoder/config.json", num_hidden_layers=1),
-        "is left over"),
-    Odd("text encoder: too few positions", "sdxl", edit("tokenizer/tokenizer_config.json",
-        model_max_length=77), "do not fit together"),
+    Odd(
+        "text encoder: layers left over",
+        "sdxl",
+        edit("text_encoder/config.json", num_hidden_layers=1),
+        "is left over",
+    ),
+    Odd(
+        "text encoder: too few positions",
+        "sdxl",
+        edit("tokenizer/tokenizer_config.json", model_max_length=77),
+        "do not fit together: ",
+    ),
     Odd("text encoder: truncated", "sdxl", truncate(TEXT_WEIGHTS, 5000), "text_encoder cannot be loaded"),
     Odd("text encoder: empty", "sdxl", truncate(TEXT_WEIGHTS, 0), "text_encoder cannot be loaded"),
     Odd("U-Net: truncated", "sdxl", truncate(UNET_WEIGHTS, 5000), "unet cannot be loaded"),
     Odd("VAE: broken header", "sdxl", write(VAE_WEIGHTS, b"\xff" * 64), "vae cannot be loaded"),
-    Odd("VAE: not finite", "sdxl", change_weights(VAE_WEIGHTS, lambda state: state[min(state)].fill_(torch.nan)),
-        "is not finite"),
-    Odd("U-Net: a weight missing", "sdxl", change_weights(UNET_WEIGHTS, lambda state: state.pop("conv_in.bias")),
-        "conv_in.bias is missing"),
-    Odd("U-Net: code in a pickle", "sdxl", put_pickle(UNET_WEIGHTS, "unet/diffusion_pytorch_model.bin"),
-        "unet cannot be loaded"),
-    Odd("text encoder: code in a pickle", "sdxl", put_pickle(TEXT_WEIGHTS, "text_encoder/pytorch_model.bin"),
-        "text_encoder cannot be loaded"),
+    Odd(
+        "VAE: not finite",
+        "sdxl",
+        change_weights(VAE_WEIGHTS, lambda state: state[min(state)].fill_(torch.nan)),
+        "is not finite",
+    ),
+    Odd(
+        "U-Net: a weight missing",
+        "sdxl",
+        change_weights(UNET_WEIGHTS, lambda state: state.pop("conv_in.bias")),
+        "conv_in.bias is missing",
+    ),
+    Odd(
+        "U-Net: code in a pickle",
+        "sdxl",
+        put_pickle(UNET_WEIGHTS, "unet/diffusion_pytorch_model.bin"),
+        "unet cannot be loaded",
+    ),
+    Odd(
+        "text encoder: code in a pickle",
+        "sdxl",
+        put_pickle(TEXT_WEIGHTS, "text_encoder/pytorch_model.bin"),
+        "text_encoder cannot be loaded",
+    ),
     Odd("U-Net: torch's file", "sdxl", put_tensors(UNET_WEIGHTS, "unet/diffusion_pytorch_model.bin"), RIGHT),
-    Odd("U-Net: only fp16", "sdxl", rename(UNET_WEIGHTS, "unet/diffusion_pytorch_model.fp16.safetensors"),
-        "there are only those of --variant fp16"),
-    Odd("text encoder: only fp16", "sdxl", rename(TEXT_WEIGHTS, "text_encoder/model.fp16.safetensors"),
-        "there are only those of --variant fp16"),
+    Odd(
+        "U-Net: only fp16",
+        "sdxl",
+        rename(UNET_WEIGHTS, "unet/diffusion_pytorch_model.fp16.safetensors"),
+        "there are only those of --variant fp16",
+    ),
+    Odd(
+        "text encoder: only fp16",
+        "sdxl",
+        rename(TEXT_WEIGHTS, "text_encoder/model.fp16.safetensors"),
+        "there are only those of --variant fp16",
+    ),
     Odd("no tokenizer", "sdxl", delete("tokenizer"), "tokenizer has no vocabulary"),
     Odd("tokenizer: no words", "sdxl", delete("tokenizer/tokenizer.json"), "has no vocabulary"),
     Odd("tokenizer: no JSON", "sdxl", write("tokenizer/tokenizer.json", b"{"), "tokenizer cannot be loaded"),
-    Odd("tokenizer: no config", "sdxl", delete("tokenizer/tokenizer_config.json"),
-        "does not say what model_max_length is"),
-    Odd("T5's tokenizer: no JSON", "cogvideox", write("tokenizer/tokenizer.json", b"[]"),
-        "tokenizer cannot be loaded"),
+    Odd(
+        "tokenizer: no config",
+        "sdxl",
+        delete("tokenizer/tokenizer_config.json"),
+        "does not say what model_max_length is",
+    ),
+    Odd(
+        "T5's tokenizer: no JSON",
+        "cogvideox",
+        write("tokenizer/tokenizer.json", b"[]"),
+        "tokenizer cannot be loaded",
+    ),
     Odd("T5: truncated", "cogvideox", truncate(TEXT_WEIGHTS, 5000), "text_encoder cannot be loaded"),
 ]

@@ -1,15 +1,14 @@
 """Odd teachers: each computes what its own pipeline does, or is refused in one sentence that says why."""
 
-import os
 import shutil
 
 import diffusers
 import pytest
 import torch
+from odd_teachers import ODD, RIGHT
 
 import common
 import helpers
-from odd_teachers import ODD, RIGHT
 from support import configs
 from support.errors import UserError
 
