@@ -14,20 +14,20 @@ score, which follows the student G_theta. Algorithm 1 [method of class ADM], T =
                         + E relu(1 - D_tau(x_real, t - dt, c)) [discriminator_loss].
 """
 
+import support.interrupt  # noqa: F401
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 from common import T, hinge_discriminator, hinge_generator
 from support.arguments import parse_adm_arguments
-from support.checkpoints import Run
 from support.errors import launch
-from support.files import read_training_prompts
 from support.parallel import freeze, start_processes, sync_gradients
+from support.prompts import read_training_prompts
 from support.rows import Rows, draw_integer, draw_rows
+from support.run import Run
 from support.tensors import detach, mean_of_rows
 from support.training import Means, MovingAverage, clip_gradient, log_cosine, prepare, set_lr
 from tools.plan import print_plan
@@ -41,11 +41,11 @@ class MicroBatch:
     prompts: list  # B strings
     k: int  # t' = student.times[k]; 0 is T, pure noise
     cond: dict = None  # c: {name: [B, ...]}
-    x_t_prime: Tensor = None  # latents, the student's input
-    x0_hat: Tensor = None  # latents, the student's sample
-    s: Tensor = None  # [B], t - dt
-    x_fake: Tensor = None  # latents at time s, detached
-    x_real: Tensor = None  # latents at time s
+    x_t_prime: torch.Tensor = None  # latents, the student's input
+    x0_hat: torch.Tensor = None  # latents, the student's sample
+    s: torch.Tensor = None  # [B], t - dt
+    x_fake: torch.Tensor = None  # latents at time s, detached
+    x_real: torch.Tensor = None  # latents at time s
     maps_fake: list = None  # D's maps of x_fake, detached: [B, C_i, (F,) H_i, W_i] each
 
 
@@ -202,7 +202,7 @@ def main(argv=None):
     args = parse_adm_arguments(__doc__, argv, common.TEACHERS, common.FAMILIES, ADM.student_losses)
     if args.plan:
         return print_plan(args, ADM, iterate)
-    prompts = read_training_prompts(args.prompts)
+    prompts = read_training_prompts(args.prompts, args.prompt_column)
     teacher = common.load_training_teacher(args, start_processes(args.seed))
     teacher.check(prompts)
     adm = ADM(args, teacher, prompts)

@@ -15,21 +15,21 @@ discriminator D_tau2 (SAM's image encoder with heads). One iteration [method of 
 3. Update tau by the hinge loss of x~_0 and of the pairs' x_0, noised anew to t' [discriminator_loss].
 """
 
+import support.interrupt  # noqa: F401
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 from common import T, hinge_discriminator, hinge_generator, weigh
 from support.arguments import parse_adp_arguments
-from support.checkpoints import Run
 from support.errors import launch
 from support.files import short_name
 from support.pairs import Pairs
 from support.parallel import freeze, start_processes, sync_gradients
 from support.rows import Rows, draw_rows
+from support.run import Run
 from support.tensors import detach
 from support.training import Means, MovingAverage, clip_gradient, prepare, set_lr
 from tools.plan import print_plan
@@ -43,8 +43,8 @@ class MicroBatch:
     numbers: list  # of the pairs, B
     prompts: list  # of the pairs, B strings
     cond: dict = None  # c: {name: [B, ...]}
-    x_0: Tensor = None  # latents, the clean end of the pairs
-    t_prime: Tensor = None  # [B], t', the latent discriminator's time (not the student's, as in adm.py)
+    x_0: torch.Tensor = None  # latents, the clean end of the pairs
+    t_prime: torch.Tensor = None  # [B], t', the latent discriminator's time (not the student's, as in adm.py)
     maps_fake: list = None  # the discriminators' maps of x~_0, detached: [B, C_i, (F,) H_i, W_i] each
 
 

@@ -7,11 +7,11 @@ Writes OUT/00000.safetensors ... (x_T, x_0 as [n, C, (F,) H, W], half precision;
 OUT/index.json, which says what they are. A pair depends on --seed and its number alone: any number of ranks
 writes the same files, and a repeated command skips the shards that are there."""
 
+import support.interrupt  # noqa: F401
 import math
 import os
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import common
@@ -19,16 +19,17 @@ from support import arguments
 from support.arguments import positive, seed_number
 from support.errors import UserError, launch
 from support.files import (
+    lock_folder,
     make_folder,
-    read_json,
-    read_training_prompts,
+    read_sealed,
+    remove_leftovers,
     short_name,
-    write_atomically,
-    write_json,
+    write_sealed,
 )
 from support.loading import describe_teacher
-from support.pairs import is_complete, shard_path
+from support.pairs import find_problem, shard_path, write_shard
 from support.parallel import is_main, own_device, rank, world_size
+from support.prompts import read_training_prompts
 from support.rows import Rows
 
 
@@ -36,7 +37,7 @@ def parse_arguments(argv):
     parser = arguments.Parser(__doc__, common.TEACHERS, common.FAMILIES)
     arguments.add_teacher_arguments(parser)
     arguments.add_sampler_arguments(parser)
-    arguments.add_prompts_argument(parser)
+    arguments.add_training_prompts(parser)
     add = parser.group("method")
     add("--count", "number of pairs; each takes a random prompt", type=positive, default=4096)
     add = parser.group("run")
@@ -48,7 +49,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    prompts = read_training_prompts(args.prompts)
+    prompts = read_training_prompts(args.prompts, args.prompt_column)
     device = own_device()  # the ranks share nothing but the list of shards: no group, no waiting
     teacher = common.load_teacher_from(args, device)
     args.steps = args.steps or teacher.sampler_steps
@@ -59,6 +60,7 @@ def main(argv=None):
         "fingerprint": teacher.fingerprint,
         "steps": args.steps,
         "guidance": args.guidance,
+        "precision": str(teacher.dtype).removeprefix("torch."),
         "seed": args.seed,
         "resolution": teacher.resolution,
         "latent_shape": list(teacher.latent_shape),
@@ -66,23 +68,30 @@ def main(argv=None):
         "shard": args.shard,
         "prompts": prompts,
     }
-    index_path = os.path.join(out, "index.json")
-    before = read_json(index_path) or {}
-    before["teacher"] = index["teacher"]  # its fingerprint is compared: the folder may have moved
-    if os.path.exists(index_path) and before != index:
-        raise UserError(f"{out} holds pairs made with other settings; give another --out, or delete it")
     teacher.check(prompts)
+    with lock_folder(out):
+        collect_missing(args, teacher, prompts, index, out)
 
+
+def collect_missing(args, teacher, prompts, index, out):
+    """Writes the index and this rank's share of the shards, but for those that are there. UserError where
+    the folder has another index."""
+    path = os.path.join(out, "index.json")
+    before = read_sealed(path) or {}
+    before["teacher"] = index["teacher"]  # its fingerprint is compared: the folder may have moved
+    if os.path.exists(path) and before != index:
+        raise UserError(f"{out} holds pairs made with other settings; give another --out, or delete it")
     make_folder(out)
     if is_main():
-        write_json(index_path, index)
+        remove_leftovers(out)
+        write_sealed(path, index)
     own = range(math.ceil(args.count / args.shard))[rank() :: world_size()]
-    missing = [k for k in own if not is_complete(shard_path(out, k))]
+    missing = [k for k in own if find_problem(shard_path(out, k), index)]
     total = sum(len(pairs_of_shard(args, k)) for k in missing)
     with tqdm(total=total, disable=not is_main(), unit="pair", desc="ODE pairs") as bar:
         for k in missing:
-            with write_atomically(shard_path(out, k)) as temporary:
-                save_file(collect(args, teacher, prompts, pairs_of_shard(args, k), bar), temporary)
+            tensors = collect(args, teacher, prompts, pairs_of_shard(args, k), bar)
+            write_shard(shard_path(out, k), tensors, index)
 
 
 def pairs_of_shard(args, k):

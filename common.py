@@ -8,7 +8,6 @@ float32. A row is one sample of the batch."""
 
 import contextlib
 import functools
-import importlib
 import math
 import os
 
@@ -20,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
-from support.files import check_vocabulary
 from support.hub import is_hub_id
 from support.loading import load_dinov2, load_network, load_pipeline, shorten
 from support.lora import make_adapted
 from support.parallel import choose_dtype, compile_blocks, own_device, shard
+from support.prompts import check_vocabulary
 from support.sam import load_sam_encoder, make_sam_encoder_on_meta
 from support.schedulers import make_flow_scheduler, make_lcm_scheduler, make_velocity_scheduler
 from support.tensors import broadcast, concatenate
@@ -537,8 +536,6 @@ def read_taps(taps, run):
 def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None, variant=None):
     """A known name, a pipeline folder or a hub id -> Teacher. UserError for what is no teacher of a known
     family, or would not be computed as its own pipeline does. variant: of the weights' files."""
-    for library in ("diffusers", "transformers"):
-        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
     path = TEACHERS.get(name, name)
     if not os.path.isdir(path) and not is_hub_id(path):
         names = ", ".join(TEACHERS)
@@ -561,6 +558,8 @@ def try_out(teacher):
     t = torch.full((1,), T, device=teacher.device)
     try:
         raw = teacher.raw(teacher.denoiser, x, t, teacher.null(1))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of many kinds, as parts can misfit in many ways
         reason = shorten(error)
         raise UserError(f"the parts of the teacher {teacher.path} do not fit together: {reason}") from error
@@ -702,7 +701,7 @@ def start_student(init, teacher, steps=None):
 
 def open_student(path, teacher, steps=None):
     """A checkpoint -> (its folder, Student, meta). UserError for a student of another teacher."""
-    folder, meta = find_checkpoint(path)
+    folder, meta = find_checkpoint(path, "student")
     if meta["fingerprint"] != teacher.fingerprint:
         source = meta["teacher"]
         raise UserError(f"the checkpoint {folder} was distilled from {source}, not from {teacher.path}")

@@ -25,6 +25,7 @@ An image depends on its prompt's number and its seed alone, and scores on the im
 writes the same files. A repeated command goes on where the last one ended, and scores by further metrics.
 """
 
+import support.interrupt  # noqa: F401
 import os
 import tempfile
 import time
@@ -39,15 +40,17 @@ from metrics.lpips import Lpips
 from metrics.oracle import Oracle
 from metrics.paper import select_rows
 from metrics.preference import Hpsv2, Mps, PickScore
-from metrics.report import write_report, write_scores
-from metrics.rows import format_table, make_row, round_values
+from metrics.report import check_outputs, write_report, write_scores
+from metrics.rows import describe_samples, format_table, make_row, round_values
 from metrics.systems import find_reference, name_systems, open_systems
-from metrics.vbench import read_vbench, run_vbench
+from metrics.vbench import read_prompts_of_table, run_vbench
 from support import arguments
 from support.arguments import number, positive, seed_number, whole
 from support.errors import UserError, launch
-from support.files import has_closed_vocabulary, make_folder, read_prompts
+from support.files import make_folder
+from support.media import require_video_writer
 from support.parallel import is_main, world_size
+from support.prompts import has_closed_vocabulary
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # they warn of the workers' forks otherwise
 
@@ -73,7 +76,8 @@ def parse(argv):
     add("--student", f"{again} a run folder of adp.py or adm.py", action="append")
     order = "the same number for every prompt, in the prompts' order"
     add("--images", f"{again} images that are there, {order}", action="append")
-    add("--prompts", "text file, a prompt a line; or VBench_full_info.json", required=True)
+    files = f"{arguments.PROMPTS_HELP}; or VBench_full_info.json"
+    arguments.add_prompts_arguments(parser, "what is measured", files, required=True)
     add("--seeds", "samples of every prompt", type=positive, default=8)
     add("--seed", "first of the seeds", type=seed_number, default=0)
     reference = "the system that others are compared with; for FID also a folder of images"
@@ -110,17 +114,12 @@ def parse(argv):
     if not args.names:
         raise UserError("give a --teacher, a --student, --images, or several of them")
     args.reference = args.reference or args.names[0]
-    if args.metrics:
-        args.metrics = args.metrics.split(",")
-    elif args.prompts.endswith(".json"):
-        args.metrics = ["vbench"]
-    else:
-        args.metrics = []  # the teacher decides
-    check_arguments(args)
+    args.metrics = args.metrics.split(",") if args.metrics else []
     return args
 
 
-def check_arguments(args):
+def check_arguments(args, dimensions):
+    """UserError for what cannot work. dimensions: of the prompts, None where they are not VBench's."""
     systems = f"none of the systems {', '.join(args.names)}"
     for name in args.metrics:
         if name not in METRICS:
@@ -137,28 +136,31 @@ def check_arguments(args):
         raise UserError(f"{these} need a folder for the results: give --out")
     if args.weights_dir and not os.path.isdir(args.weights_dir):
         raise UserError(f"there is no folder --weights-dir {args.weights_dir!r}")
-    if "vbench" in args.metrics and not args.prompts.endswith(".json"):
-        wanted = "give its VBench_full_info.json as --prompts"
-        raise UserError(f"--metrics vbench wants VBench's own prompts: {wanted}")
+    if "vbench" in args.metrics:
+        require_video_writer()
+        if not dimensions:
+            wanted = "give its VBench_full_info.json as --prompts"
+            raise UserError(f"--metrics vbench wants VBench's own prompts: {wanted}")
+    check_outputs(args)
 
 
-def check_metrics(args, images):
-    """UserError for a metric that is not for these images."""
+def check_metrics(args, images, video):
+    """UserError for a metric that is not for these images. video: whether the table is of videos."""
     kind = "images" if images.frames == 1 else "videos"
-    for name in args.metrics:
+    for name in args.metrics if images.name in args.names else ["fid"]:
         takes = SCORERS[name].takes if name in SCORERS else ("videos",)
         if kind not in takes:
             raise UserError(f"--metrics {name} is for {' and '.join(takes)}, not for {kind}")
-    if "lpips" in args.metrics and images.name in args.names and len(images.files[0]) < 2:
-        raise UserError("--metrics lpips compares images of one prompt: give --seeds 2 or more")
+        if name in SCORERS:
+            SCORERS[name].check(images, video)
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.prompts.endswith(".json"):
-        prompts, dimensions = read_vbench(args.prompts)
-    else:
-        prompts, dimensions = read_prompts(args.prompts), None
+    prompts, dimensions = read_prompts_of_table(args.prompts, args.prompt_column)
+    if dimensions and not args.metrics:
+        args.metrics = ["vbench"]
+    check_arguments(args, dimensions)
     with tempfile.TemporaryDirectory() as temporary:
         evaluate(args, prompts, dimensions, args.out or temporary)
 
@@ -172,10 +174,10 @@ def evaluate(args, prompts, dimensions, out):
     folders = dict(systems)
     if args.reference not in systems:
         folders[args.reference] = find_reference(out, args.reference)
+    video = bool(teacher and teacher.video)
     for images in folders.values():
         images.check()
-        check_metrics(args, images)
-    video = bool(teacher and teacher.video)
+        check_metrics(args, images, video)
     scorers = {name: SCORERS[name](args, prompts, video) for name in args.metrics if name in SCORERS}
     for path in filter(None, (args.json, args.grid)):
         make_folder(os.path.dirname(path) or ".")
@@ -204,10 +206,9 @@ def evaluate(args, prompts, dimensions, out):
         write_scores(images, columns, prompts)
 
     paper = select_rows(rows[0])
-    samples = rows[0]["samples"] // len(prompts)
     interval = "± is half of a 95 % bootstrap interval over the prompts"
-    text = f"{format_table(rows, paper)}\n\n{len(prompts)} prompts, {samples} samples each; {interval}.\n"
-    text += "\n".join(f"{name}: {scorer.description}." for name, scorer in scorers.items())
+    text = f"{format_table(rows, paper)}\n\n{describe_samples(rows)}; {interval}.\n"
+    text += "\n".join(f"{name}: {scorer.description}{scorer.note(rows)}." for name, scorer in scorers.items())
     print(text)
     write_report(out, args, prompts, systems, scorers, rows, paper, values, text)
 

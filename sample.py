@@ -9,6 +9,7 @@ Writes OUT/0000-0.png or .mp4 ... (prompt number, seed) and OUT/grid.png: a row 
 frames. A sample depends on its prompt's number and its seed alone. Students sample with the steps that they
 were trained for, without guidance."""
 
+import support.interrupt  # noqa: F401
 import os
 
 import torch
@@ -17,9 +18,10 @@ from tqdm import tqdm
 import common
 from support import arguments
 from support.arguments import positive, seed_number
-from support.errors import UserError, launch, require
-from support.files import make_folder, read_prompts, write_atomically
-from support.media import save_grid, save_video
+from support.errors import UserError, launch
+from support.files import make_folder, write_atomically
+from support.media import require_video_writer, save_grid, save_video
+from support.prompts import read_prompts
 from support.systems import System
 
 
@@ -31,7 +33,7 @@ def parse_arguments(argv):
     student = "a run folder of adp.py or adm.py, or one of its checkpoints"
     add("--student", student, shown="the teacher draws")
     add("--prompt", "prompts", nargs="+")
-    add("--prompts", "text file, a prompt a line")
+    arguments.add_prompts_arguments(parser, "what is drawn")
     seeds = "a sample of every prompt for each seed"
     add("--seeds", seeds, type=seed_number, nargs="+", default=[0], shown=0)
     side_by_side = "the teacher's sample of the same noise on the left of the student's"
@@ -47,6 +49,8 @@ def parse_arguments(argv):
         raise UserError("--export takes a --student and no prompts")
     if not args.export and bool(args.prompt) == bool(args.prompts):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
+    if args.prompt_column and not args.prompts:
+        raise UserError("--prompt-column says where the prompts of --prompts FILE are: give that, too")
     if args.side_by_side and not args.student:
         raise UserError("--side-by-side compares a --student with its teacher")
     if args.export and os.path.exists(args.export):
@@ -58,7 +62,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    prompts = read_prompts(args.prompts) if args.prompts else args.prompt
+    prompts = read_prompts(args.prompts, args.prompt_column) if args.prompts else args.prompt
     teacher = common.load_teacher_of_students(args, [args.student] if args.student else [])
     systems = []
     if args.side_by_side or not args.student:
@@ -75,8 +79,7 @@ def main(argv=None):
         )
         return
     if teacher.video:
-        require("imageio", "imageio", "writes mp4 files")
-        require("imageio_ffmpeg", "imageio-ffmpeg", "writes mp4 files")
+        require_video_writer()
     teacher.check(prompts)
     make_folder(args.out)
     draw(args, systems, prompts)

@@ -42,7 +42,7 @@ class OpenClip(Scorer):
         self.model.eval()
 
     def prepare(self, image):
-        return self.preprocess(image.convert("RGB"))
+        return self.preprocess(image)
 
     @torch.no_grad()
     def score(self, images, prompts):
@@ -73,5 +73,5 @@ class Clip(OpenClip):
         side = min(image.size)
         left = (image.width - side) // 2
         top = (image.height - side) // 2
-        square = image.convert("RGB").crop((left, top, left + side, top + side))
+        square = image.crop((left, top, left + side, top + side))
         return self.preprocess(square.resize((256, 256), Image.Resampling.LANCZOS))

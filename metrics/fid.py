@@ -5,9 +5,11 @@ import torch
 
 from metrics.scorer import Scorer
 from metrics.weights import read_weights, report_mismatch
-from support.errors import require
+from support.errors import UserError, require
 from support.files import fetch
 from support.parallel import own_device
+
+FEATURES = 2048  # of Inception
 
 
 class Fid(Scorer):
@@ -28,14 +30,19 @@ class Fid(Scorer):
         path = fetch(self.URL, "give --weights-dir DIR with it", args.weights_dir)
         read_weights(path)  # the library unpickles it: only after it has been read as tensors alone
         try:
-            self.model = NoTrainInceptionV3("inception-v3-compat", ["2048"], path).to(self.device)
+            self.model = NoTrainInceptionV3("inception-v3-compat", [str(FEATURES)], path).to(self.device)
         except RuntimeError as error:
             raise report_mismatch(path, error) from error
+
+    @classmethod
+    def check(cls, images, video):
+        if images.count() < 2:
+            raise UserError(f"--metrics fid wants more than one image; {images.name} has one")
 
     def prepare(self, image):
         from PIL import Image
 
-        resized = image.convert("RGB").resize((299, 299), Image.Resampling.BICUBIC)
+        resized = image.resize((299, 299), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
     @torch.no_grad()
@@ -53,4 +60,17 @@ class Fid(Scorer):
             distance.update(torch.from_numpy(part["features"]), real=False)
         for part in reference:
             distance.update(torch.from_numpy(part["features"]), real=True)
-        return {"fid": distance.compute().item()}
+        counts = distance.fake_features_num_samples.item(), distance.real_features_num_samples.item()
+        return {"fid": distance.compute().item(), "fid_images": counts}
+
+    def note(self, rows):
+        note = ""
+        for row in rows:
+            own, reference = row["fid_images"]
+            note += f"; {row['system']} of {own:,} and {reference:,} images"
+        if any(min(row["fid_images"]) < FEATURES for row in rows):
+            note += (
+                f"; fewer than {FEATURES:,} images do not fill the covariance of as many features: compare "
+                "with FIDs of as many images alone"
+            )
+        return note

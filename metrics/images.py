@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from support.errors import UserError
 from support.files import make_folder, read_json, write_atomically, write_json
+from support.images import measure_image, open_image
 from support.media import save_grid, save_video
 from support.parallel import is_main, rank, world_size
 
@@ -23,7 +24,8 @@ CHUNK = 64
 class Images:
     """A system's images: files[p][k] is sample k of prompt p. A video's frames are below one another in it.
 
-    `system` draws them; None where they were found. `index` says what they are of, and is kept with them."""
+    `system` draws them; None where they were found. `index` says what they are of, and is kept with them.
+    `sizes`: all (width, height) that they have, of found ones after check()."""
 
     def __init__(self, name, folder, files, index, system=None):
         self.name = name
@@ -33,18 +35,29 @@ class Images:
         self.system = system
         self.frames = 1
         self.fps = None
+        self.sizes = set()
         if system:
             self.frames = system.teacher.frames or 1
             self.fps = system.teacher.fps
+            height, width = system.teacher.resolution
+            self.sizes.add((width, height * self.frames))
 
     def check(self):
-        """UserError where the folder has another system's images, or the same with other settings."""
+        """UserError where the folder has another system's images, or the same with other settings; and for a
+        found image that open_image refuses by its header."""
         index = read_json(os.path.join(self.folder, "index.json"))
         if index and index != self.index:
             raise UserError(
                 f"{self.folder} holds results of other images, prompts or settings; give another --out, or "
                 "delete it"
             )
+
+        if not self.system:
+            self.sizes = {measure_image(path) for row in self.files for path in row}
+
+    def count(self):
+        """How many images there are."""
+        return len(self.files) * len(self.files[0])
 
     def prepare_folder(self):
         make_folder(os.path.join(self.folder, "pictures") if self.system else self.folder)
@@ -86,22 +99,17 @@ class Images:
         chunks = [self.files[first : first + chunk] for first, _ in left]
         loader = load_chunks(chunks, scorer.prepare, workers)
         bar = tqdm(left, desc=f"{self.name}, {metric}", unit="batch", disable=not is_main())
-        try:
-            for (first, path), prepared in zip(bar, loader):
-                columns = scorer.score(prepared, prompts[first : first + chunk])
-                with write_atomically(path) as temporary:
-                    save_file(columns, temporary)
-        except OSError as error:
-            reason = str(error).splitlines()[-1]
-            raise UserError(f"an image of {self.name} cannot be read: {reason}") from error
+        for (first, path), prepared in zip(bar, loader):
+            if isinstance(prepared, UserError):
+                raise prepared
+            columns = scorer.score(prepared, prompts[first : first + chunk])
+            with write_atomically(path) as temporary:
+                save_file(columns, temporary)
         return paths
 
     def read_frames(self, p, k=0):
         """Sample k of prompt p as PIL images: one, or a video's frames."""
-        from PIL import Image
-
-        with Image.open(self.files[p][k]) as image:
-            image = image.convert("RGB")
+        image = open_image(self.files[p][k])
         height = image.height // self.frames
         tops = [i * height for i in range(self.frames)]
         return [image.crop((0, top, image.width, top + height)) for top in tops]
@@ -125,7 +133,8 @@ class Images:
 
 
 class Prepared(torch.utils.data.Dataset):
-    """Files [P][K] of each chunk -> what a scorer wants, [P, K, ...]."""
+    """Files [P][K] of each chunk -> what a scorer wants, [P, K, ...]; a UserError where an image cannot be
+    read, returned: what a worker process raises comes with its traceback."""
 
     def __init__(self, chunks, prepare):
         self.chunks = chunks
@@ -136,18 +145,12 @@ class Prepared(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         prompts = []
-        for row in self.chunks[i]:
-            prompts.append(torch.stack([self.read(path) for path in row]))
-        return torch.stack(prompts)
-
-    def read(self, path):
-        from PIL import Image
-
         try:
-            with Image.open(path) as image:
-                return self.prepare(image)
-        except OSError as error:
-            raise OSError(f"{path}: {error}") from error
+            for row in self.chunks[i]:
+                prompts.append(torch.stack([self.prepare(open_image(path)) for path in row]))
+        except UserError as error:
+            return error
+        return torch.stack(prompts)
 
 
 def load_chunks(chunks, prepare, workers):

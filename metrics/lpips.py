@@ -8,7 +8,7 @@ import torch
 
 from metrics.scorer import Scorer, read_pixels
 from metrics.weights import load_weights, read_weights
-from support.errors import require
+from support.errors import UserError, require
 from support.files import fetch
 from support.parallel import own_device
 
@@ -43,6 +43,11 @@ class Lpips(Scorer):
             self.load(args.lpips_net, args.weights_dir)
         self.model.to(self.device).eval()
 
+    @classmethod
+    def check(cls, images, video):
+        if len(images.files[0]) < 2:
+            raise UserError("--metrics lpips compares images of one prompt: give --seeds 2 or more")
+
     def build(self, net, lpips):
         """The network with random weights, always the same; channels have LPIPS's weights or equal ones."""
         package = require("lpips", "lpips", "computes the LPIPS diversity")
@@ -64,7 +69,7 @@ class Lpips(Scorer):
     def prepare(self, image):
         from PIL import Image
 
-        resized = image.convert("RGB").resize((self.size, self.size), Image.Resampling.LANCZOS)
+        resized = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
         return read_pixels(resized)
 
     @torch.no_grad()

@@ -35,6 +35,17 @@ class Oracle(Scorer):
         except ValueError as error:
             raise UserError(f"--metrics oracle: {error}") from error
 
+    @classmethod
+    def check(cls, images, video):
+        from tiny import shapes
+
+        wanted = (shapes.SIDE, shapes.SIDE * shapes.FRAMES if video else shapes.SIDE)
+        for width, height in images.sizes - {wanted}:
+            raise UserError(
+                f"--metrics oracle is for the tiny teachers' images of {wanted[0]}x{wanted[1]} pixels; "
+                f"{images.name} has one of {width}x{height}"
+            )
+
     def prepare(self, image):
         pixels = read_pixels(image)
         return pixels.unflatten(1, (-1, self.side)) if self.video else pixels

@@ -45,7 +45,7 @@ class HubClip(Scorer):
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
 
     def prepare(self, image):
-        return self.process(images=image.convert("RGB"), return_tensors="pt").pixel_values[0]
+        return self.process(images=image, return_tensors="pt").pixel_values[0]
 
     def tokenize(self, texts):
         """Texts -> token ids [n, the model's length]."""

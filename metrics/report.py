@@ -8,7 +8,39 @@ import time
 from metrics.page import save_page
 from metrics.plots import save_bars, save_differences, save_examples, save_sheet
 from metrics.rows import round_values
+from support.errors import UserError
 from support.files import ROOT, write_atomically, write_json
+from support.outputs import check_file, check_folder
+
+FILES = ("report.json", "table.md", "grid.png", "bars.png", "differences.png", "side-by-side.html")
+
+
+def check_outputs(args):
+    """UserError for results that could not be written, or would overwrite each other or the prompts."""
+    if args.grid and not args.grid.lower().endswith(".png"):
+        raise UserError(f"--grid {args.grid}: it is a PNG file, give it a name that ends in .png")
+    given = {"report.json": args.json, "grid.png": args.grid}
+    paths = list(filter(None, given.values()))
+    if args.out:
+        check_folder(args.out)
+        sheets = [name_sheet(name) for name in args.names]
+        paths += [os.path.join(args.out, file) for file in (*FILES, *sheets) if not given.get(file)]
+        for name in args.names:
+            check_folder(os.path.join(args.out, name))
+    taken = {os.path.realpath(args.prompts)}
+    for path in paths:
+        check_file(path)
+        place = os.path.realpath(path)
+        if place in taken:
+            raise UserError(
+                f"two files would be {path}: give --json, --grid and --prompts names of their own"
+            )
+        taken.add(place)
+
+
+def name_sheet(system):
+    """The file of a system's best and worst prompts."""
+    return f"best-and-worst-{system}.png"
 
 
 def write_scores(images, columns, prompts):
@@ -67,7 +99,7 @@ def write_report(out, args, prompts, systems, scorers, rows, paper, values, text
     for name, images in systems.items():
         if values[name]:
             metric, scores = next(iter(values[name].items()))
-            save_sheet(images, metric, scores, prompts, os.path.join(out, f"best-and-worst-{name}.png"))
+            save_sheet(images, metric, scores, prompts, os.path.join(out, name_sheet(name)))
     if args.side_by_side:
         first, second = args.side_by_side
         page = os.path.join(out, "side-by-side.html")

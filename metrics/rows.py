@@ -6,7 +6,16 @@ from metrics.paper import VBENCH_NOTE
 from metrics.scorer import join_columns
 from metrics.vbench import SUMMARY
 
-HIDDEN = ("prompts", "samples", "tv_uniform", "accuracy_of", "ci", "vbench", "seconds_per_image")
+HIDDEN = (
+    "prompts",
+    "samples",
+    "tv_uniform",
+    "accuracy_of",
+    "ci",
+    "vbench",
+    "seconds_per_image",
+    "fid_images",
+)
 
 
 def make_row(images, scorers, scores, references):
@@ -49,6 +58,16 @@ def round_values(value):
     if value is None or isinstance(value, (str, int)):
         return value
     return round(float(value), 5)
+
+
+def describe_samples(rows):
+    """How many samples the numbers are of."""
+    prompts = rows[0]["prompts"]
+    counts = {row["system"]: row["samples"] // prompts for row in rows}
+    if len(set(counts.values())) == 1:
+        return f"{prompts} prompts, {rows[0]['samples'] // prompts} samples each"
+    parts = [f"{count} of {system}" for system, count in counts.items()]
+    return f"{prompts} prompts, samples each: {', '.join(parts)}"
 
 
 def format_table(rows, paper=()):

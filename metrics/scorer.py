@@ -14,8 +14,13 @@ class Scorer:
     takes = ("images",)  # what it is for: "images", "videos"
     description = ""  # model, weights and settings: what has to stand beside a number
 
+    @classmethod
+    def check(cls, images, video):
+        """UserError for images (metrics.images.Images) that it cannot score. video: as above."""
+
     def prepare(self, image):
-        """A PIL image (of a video its frames below one another) -> tensor. Runs in DataLoader's workers."""
+        """An RGB PIL image (of a video its frames below one another) -> tensor. Runs in DataLoader's
+        workers."""
         raise NotImplementedError
 
     def score(self, prepared, prompts):
@@ -28,6 +33,10 @@ class Scorer:
         """Lists of what score() gave, a system's and the reference's -> {name: number or {name: number}}."""
         return {name: column.mean() for name, column in join_columns(scores).items()}
 
+    def note(self, rows):
+        """What has to stand below a table of these rows, beside the description: the end of a sentence."""
+        return ""
+
 
 def join_columns(scores):
     """A list of {column: array} -> {column: one array over all samples}."""
@@ -35,6 +44,6 @@ def join_columns(scores):
 
 
 def read_pixels(image):
-    """PIL image -> [3, H, W] in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    """PIL image, RGB -> [3, H, W] in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1) / 127.5 - 1

@@ -2,12 +2,16 @@
 
 import os
 import re
+import sys
 
 from common import load_student, load_teacher_of_students
 from metrics.images import Images
+from metrics.report import FILES, name_sheet
 from support.checkpoints import find_checkpoint
 from support.errors import UserError
 from support.files import short_name
+from support.images import list_images
+from support.parallel import is_main
 from support.systems import System
 
 
@@ -18,8 +22,9 @@ def name_systems(students, folders):
     named = {}
     for entry in (*students, *folders):
         name, folder = entry.split("=", 1) if "=" in entry else (short_name(entry), entry)
-        if not re.fullmatch(r"[\w-][\w.-]*", name):
-            allowed = "a name of letters, digits, dots, - and _"
+        is_file = name in FILES or name.startswith(name_sheet("").removesuffix(".png"))
+        if is_file or not re.fullmatch(r"[\w-][\w.-]{0,59}", name):
+            allowed = "at most 60 letters, digits, dots, - and _, and not the name of a file of the report"
             raise UserError(f"{name!r} cannot be a system's name: write NAME=FOLDER with {allowed}")
         if name == "teacher" or name in named:
             raise UserError(f"there are two systems called {name!r}: write NAME=FOLDER to tell them apart")
@@ -72,13 +77,24 @@ def find_images(name, out, source, prompts=None):
     """The images in the folder `source`, in the order of the numbers in their names: the same number for each
     of the prompts; without prompts each for itself. Results go to OUT/NAME.
 
-    UserError where there are none, or the number of prompts does not divide theirs."""
+    Says what else lies there. UserError where there are none, or the number of prompts does not divide
+    theirs."""
     if not os.path.isdir(source):
         raise UserError(f"there is no folder of images {source!r}")
-    files = [file for file in os.listdir(source) if is_sample(file)]
+    try:
+        files, others = list_images(source)
+    except OSError as error:
+        raise UserError(f"the folder {source} cannot be read: {error.strerror}") from error
+    if others and is_main():
+        few = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        print(
+            f"note: {len(others)} files of {source} are no images and are passed over: {few}", file=sys.stderr
+        )
+    if not files:
+        raise UserError(f"the folder {source} has no images")
     files.sort(key=lambda file: ([int(number) for number in re.findall(r"\d+", file)], file))
     count = len(prompts) if prompts else len(files)
-    if not files or len(files) % count:
+    if len(files) % count:
         raise UserError(
             f"the folder {source} has {len(files)} images, which is no multiple of the {count} prompts"
         )
@@ -90,11 +106,6 @@ def find_images(name, out, source, prompts=None):
     samples = len(paths) // count
     groups = [paths[i : i + samples] for i in range(0, len(paths), samples)]
     return Images(name, os.path.join(out, name), groups, index)
-
-
-def is_sample(file):
-    """An image's name, but for the grid that sample.py leaves beside them."""
-    return file.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and file != "grid.png"
 
 
 def find_reference(out, source):

@@ -1,12 +1,13 @@
 """VBench: its list of prompts, its layout of videos, its command, and its summary of the dimensions."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 
 from support.errors import UserError, first_line
-from support.files import read_json
+from support.prompts import is_encodable, open_text, read_prompts
 
 # Of each dimension the scores that become 0 and 1 in the summary, and its weight, as in VBench's
 # scripts/constant.py
@@ -33,16 +34,28 @@ SEMANTIC = {
 SUMMARY = ("total", "quality", "semantic")  # in per cent
 
 
-def read_vbench(path):
-    """VBench_full_info.json, VBench's own prompt list -> (prompts, [the dimensions of each])."""
-    entries = read_json(path)
-    wanted = {"prompt_en", "dimension"}
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and wanted <= set(e) for e in entries):
-        raise UserError(
-            f"{path} is not VBench's prompt list: VBench_full_info.json has entries with prompt_en and "
-            "dimension"
-        )
-    return [entry["prompt_en"] for entry in entries], [entry["dimension"] for entry in entries]
+def read_prompts_of_table(path, column=None):
+    """A prompt file -> (prompts, the dimensions of each prompt). The dimensions are those of VBench's own
+    list, VBench_full_info.json; None for other files, and where `column` says what to read."""
+    entries = None
+    if path.lower().endswith(".json") and not column:
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # read_prompts says what is wrong
+            entries = json.load(open_text(path))
+    if not entries or not isinstance(entries, list) or not all(map(is_entry, entries)):
+        return read_prompts(path, column), None
+    prompts = [entry["prompt_en"] for entry in entries]
+    for prompt in prompts:
+        is_name = prompt and is_encodable(prompt) and not set(prompt) & set("/\0\n")
+        if not is_name or len(prompt.encode()) > 240:
+            raise UserError(f"the prompt {prompt!r} of {path} cannot be a video's name, as VBench wants it")
+    return prompts, [entry["dimension"] for entry in entries]
+
+
+def is_entry(value):
+    """Whether it is an entry of VBench's list."""
+    if not isinstance(value, dict) or not {"prompt_en", "dimension"} <= value.keys():
+        return False
+    return isinstance(value["prompt_en"], str) and isinstance(value["dimension"], list)
 
 
 def run_vbench(folder, videos, prompts, dimensions):

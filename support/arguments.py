@@ -7,8 +7,10 @@ import re
 import sys
 from fractions import Fraction
 
-from support.files import PROMPTS
 from support.parallel import is_main
+from support.prompts import COLUMNS, PROMPTS
+
+PROMPTS_HELP = "a prompt a line; or a .csv, .tsv, .jsonl, .json or .parquet file"
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,10 +134,18 @@ def add_sampler_arguments(parser):
     add("--guidance", "the teacher's classifier-free guidance scale", type=non_negative, shown=shown)
 
 
-def add_prompts_argument(parser):
-    add = parser.group("method")
+def add_prompts_arguments(parser, title, text=PROMPTS_HELP, **options):
+    """A file of prompts; support.prompts reads it. options: of argparse, for --prompts."""
+    add = parser.group(title)
+    add("--prompts", text, **options)
+    columns = "the column or key of --prompts that has them"
+    add("--prompt-column", columns, metavar="NAME", shown=", ".join(COLUMNS))
+
+
+def add_training_prompts(parser):
+    """The same of a stage, with prompts to begin with."""
     shown = "prompts/general.txt, 64 of our own to try things with"
-    add("--prompts", "text file, a prompt a line", default=PROMPTS, shown=shown)
+    add_prompts_arguments(parser, "method", default=PROMPTS, shown=shown)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -161,7 +171,7 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     """The arguments of adm.py. losses: the names that --loss may have."""
     parser = Parser(doc, teachers, families)
     add_teacher_arguments(parser)
-    add_prompts_argument(parser)
+    add_training_prompts(parser)
     add = parser.group("method")
     add("--init", "checkpoint of adp.py or adm.py to start from", shown="the teacher")
     shown = f"those of --init, else the paper's: {parser.default_of('student_steps')}"
@@ -275,4 +285,6 @@ def add_training_arguments(parser):
     add("--log-every", "iterations between two lines of metrics", type=positive, default=10)
     add("--save-every", "iterations between two checkpoints", type=positive, default=500)
     add("--keep", "newest checkpoints that are kept", type=positive, default=3)
+    patience = "iterations in a row with gradients that are not finite, after which the run ends"
+    add("--patience", patience, type=positive, default=20)
     add("--seed", "seed of everything random", type=seed_number, default=0)

@@ -1,12 +1,18 @@
 """What becomes of a user's mistake: one clear sentence and exit code 2."""
 
+import contextlib
 import importlib
 import os
+import re
 import sys
+import time
 
+import torch
 import torch.distributed as dist
 
 from support.parallel import is_main
+
+INTERRUPTED = 130  # the exit code of Ctrl-C
 
 
 class UserError(Exception):
@@ -29,12 +35,53 @@ def require(module, package, does):
 
 
 def launch(main):
-    """Runs a script's main(); a UserError becomes one sentence, said once, and exit code 2."""
+    """Runs a script's main(). A mistake, a full disk, an unreadable file, a GPU that is too small becomes one
+    sentence and exit code 2, on whichever rank it happens; Ctrl-C exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # a prompt that the terminal cannot show
     try:
         main()
-    except UserError as error:
-        if is_main():
-            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        leave("interrupted", INTERRUPTED, wait=not is_main())
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        # most mistakes are made on all ranks, and the main one speaks for them
+        leave(sentence, 2, wait=not is_main() or is_lost_connection(error))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def explain(error):
+    """What a person is to know of an error; None for one that is a defect of this program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: lower --batch, or see what --plan says of --shard and --lora"
+    if isinstance(error, BrokenPipeError):
+        return "the output was closed before the end"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if is_lost_connection(error):
+        return "the connection to another rank is lost"
+    return None
+
+
+def is_lost_connection(error):
+    return isinstance(error, RuntimeError) and re.search(r"[Cc]onnection (closed|reset) by peer", str(error))
+
+
+def leave(sentence, code, wait):
+    """Ends this process with a sentence. wait: for torchrun, which ends all ranks when one fails."""
+    if wait:
+        time.sleep(2)
+    with contextlib.suppress(OSError):
+        print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again
+    raise SystemExit(code) from None

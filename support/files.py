@@ -1,11 +1,14 @@
 """Files: written in one move, read without trust, fetched once a machine."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
-import sys
+import socket
 
 import torch
 
@@ -13,56 +16,6 @@ from support.errors import UserError
 from support.parallel import is_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PROMPTS = os.path.join(ROOT, "prompts", "general.txt")  # 64 of our own, to try things with
-
-
-def read_prompts(path):
-    """A text file with a prompt a line -> list of str. UserError where there is none, it is not text, or
-    empty."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8 text") from error
-    except OSError as error:
-        raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from error
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UserError(f"the prompt file {path} has no prompts; write one a line")
-    if any("\0" in prompt for prompt in prompts):
-        raise UserError(f"the prompt file {path} is not text")
-    return prompts
-
-
-def read_training_prompts(path):
-    """read_prompts, with a note where it is the built-in list."""
-    prompts = read_prompts(path)
-    if is_main() and os.path.realpath(path) == os.path.realpath(PROMPTS):
-        print(
-            f"note: the {len(prompts)} built-in prompts are only to try things with; a student needs as many "
-            "as you can get: give --prompts FILE",
-            file=sys.stderr,
-        )
-    return prompts
-
-
-def has_closed_vocabulary(tokenizer):
-    """Whether it knows a few words only, as those of the tiny teachers."""
-    return len(tokenizer) <= 1000
-
-
-def check_vocabulary(tokenizer, prompts):
-    """UserError for a prompt with a word that a closed vocabulary cannot express."""
-    if not has_closed_vocabulary(tokenizer):
-        return
-    for prompt in dict.fromkeys(prompts):
-        words = prompt.split()
-        unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids]
-        if unknown:
-            raise UserError(
-                f"the prompt {prompt!r} has words that this teacher's tokenizer does not know: "
-                f"{', '.join(unknown)}; give it other prompts"
-            )
 
 
 def short_name(path):
@@ -77,53 +30,244 @@ def make_folder(path):
         raise UserError(f"the folder {path} cannot be made: {error.strerror}") from error
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Writing
+# ----------------------------------------------------------------------------------------------------------
+
+LEFTOVER = re.compile(r"\.writing-(\w+)-(\d+)-.+")  # what write_atomically writes to: host, process, name
+HOST = re.sub(r"\W", "", socket.gethostname()) or "host"
+UMASK = os.umask(0)  # there is no other way to ask for it
+os.umask(UMASK)
+
+
 @contextlib.contextmanager
 def write_atomically(path):
     """A temporary path to write to (a file or a folder), moved to `path` at the end: readers never see half
-    of it.
+    of it, not even after a power cut. It ends as `path` does, for libraries that choose a format by the
+    suffix.
 
-    It ends as `path` does, for libraries that choose a format by the suffix."""
-    stem, suffix = os.path.splitext(path)
-    temporary = f"{stem}.tmp{os.getpid()}{suffix}"
+    UserError where it cannot be written: a full disk, a folder that may not be written to."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".writing-{HOST}-{os.getpid()}-{name}")
     try:
         yield temporary
+        for file in list_files(temporary):
+            os.chmod(file, 0o666 & ~UMASK)  # some libraries make files that nobody else can read
+            flush(file)
         os.replace(temporary, path)
+        flush(folder or ".")
+    except Exception as error:
+        reason = explain_failed_write(error, folder or ".")
+        if reason is None:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}") from error
     finally:
         remove(temporary)
 
 
+def explain_failed_write(error, folder):
+    """Why a write failed, in words; None where the disk is not to blame. Libraries say it in many ways."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    if full or "os error 28" in text or "PytorchStreamWriter failed" in text or "No space left" in text:
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError:
+            return "the disk is full"
+        return f"the disk is full ({free / 1e9:.2f} GB free)"
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, FileExistsError):
+        return error.strerror
+    return None
+
+
+def list_files(path):
+    """All files below a folder, or the file itself."""
+    if os.path.isfile(path):
+        return [path]
+    return [os.path.join(place, name) for place, _, names in os.walk(path) for name in names]
+
+
+def flush(path):
+    """Has a file's or a folder's content on the disk when it returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder, of_all=False):
+    """Removes what killed processes of this machine were writing in a folder, and with `of_all`, for who
+    alone may write there, those of other machines; nothing else."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        match = LEFTOVER.fullmatch(name)
+        if not match:
+            continue
+        host, process = match.groups()
+        is_dead = of_all if host != HOST else not is_alive(int(process))
+        if is_dead:
+            remove(os.path.join(folder, name))
+
+
+def is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def remove(path):
     """A file or a folder with all that is in it, if it is there."""
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
-    elif os.path.exists(path):
+    elif os.path.lexists(path):
         os.remove(path)
+
+
+@contextlib.contextmanager
+def lock_folder(folder):
+    """Inside, no other command can work in this folder; the lock ends with its holder, however that ends.
+    UserError where another has it. Only the main rank takes it: the others belong to it.
+
+    (The library filelock leaves its file behind.)"""
+    if not is_main():
+        yield
+        return
+    is_new = not os.path.isdir(folder)
+    make_folder(folder)
+    path = os.path.join(folder, ".lock")
+    lock = take_lock(path)
+    if lock is None:
+        raise UserError(
+            f"another process works in {folder}: wait for it, or give another --out "
+            "(the processes of one run are started by torchrun)"
+        )
+    try:
+        yield
+    finally:
+        remove(path)
+        os.close(lock)
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                os.rmdir(folder)
+
+
+def take_lock(path):
+    """The descriptor of a locked file; None where another process has locked it."""
+    while True:
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            folder = os.path.dirname(path)
+            reason = explain_failed_write(error, folder)
+            raise UserError(f"the folder {folder} cannot be written to: {reason}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except OSError:
+            return lock  # a file system without locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(lock)):
+                return lock
+        os.close(lock)  # its holder removed it in between
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------
 
 
 def read_json(path):
     """The file's value; None where it is not there or damaged."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             return json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
 def read_json_lines(path):
-    """The values in a file with one JSON value a line; a damaged line is passed over."""
+    """The dictionaries in a file with one a line; damaged lines are passed over."""
     values = []
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                with contextlib.suppress(ValueError):
-                    values.append(json.loads(line))
+                value = parse_line(line)
+                if value is not None:
+                    values.append(value)
+    return values
+
+
+def parse_line(line):
+    """A line of JSON -> its dictionary, or None."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def sample_json_lines(path, count):
+    """At most about `count` of the lines, evenly spaced over the file, read without reading the rest."""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    if size < 400 * count:
+        return read_json_lines(path)
+    values = []
+    with open(path, "rb") as file:
+        for i in range(count):
+            file.seek(size * i // count)
+            if i:
+                file.readline()  # the rest of a line
+            value = parse_line(file.readline().decode("utf-8", errors="replace"))
+            if value is not None:
+                values.append(value)
     return values
 
 
 def write_json(path, value):
-    with write_atomically(path) as temporary, open(temporary, "w") as file:
+    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.write("\n")
+
+
+def write_sealed(path, values):
+    """write_json of a dictionary with a checksum of its own."""
+    write_json(path, {**values, "checksum": compute_checksum_of_json(values)})
+
+
+def read_sealed(path):
+    """What write_sealed wrote; None where the file is not there, damaged, or was edited."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        return None
+    checksum = values.pop("checksum", None)
+    return values if checksum == compute_checksum_of_json(values) else None
+
+
+def compute_checksum_of_json(values):
+    """The xxh3 hash of a value that JSON can hold."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+
+
+def compute_checksum(path):
+    """A file's xxh3 hash, which tells damage, not malice."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_tensors(path):

@@ -33,7 +33,10 @@ def load_pipeline(name, path, dtype, variant=None):
     fetched), and for weights that are not those of the config's network. variant: as in
     diffusion_pytorch_model.VARIANT.safetensors."""
     import diffusers
+    import transformers
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     offline = not os.path.isdir(path) and is_offline()
     try:
         index = check_object(diffusers.DiffusionPipeline.load_config(path, local_files_only=offline))
@@ -60,8 +63,8 @@ def load_pipeline(name, path, dtype, variant=None):
     other = describe_sampler(classes["scheduler"], configs["scheduler"])
     if other and is_main():
         print(
-            f"note: the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps on the same "
-            "schedule",
+            f"note: the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps along the "
+            "same schedule",
             file=sys.stderr,
         )
     return getattr(diffusers, index["_class_name"])(**parts, **switches), folder

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from support.errors import require
-from support.files import read_json_lines, write_atomically
+from support.files import sample_json_lines, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------
 # Images and videos
@@ -99,14 +99,19 @@ def measure(text, font):
     return math.ceil(box[2]), math.ceil(box[3])
 
 
+def require_video_writer():
+    """UserError where the packages that write mp4 files are missing."""
+    require("imageio", "imageio", "writes mp4 files")
+    require("imageio_ffmpeg", "imageio-ffmpeg", "writes mp4 files")
+
+
 def save_video(pixels, path, fps):
     """Pixels [3, F, H, W] in [-1, 1] -> an mp4 file.
 
     An odd side grows by a row or column: H.264 keeps the colours of 2 x 2 pixels together."""
     from diffusers.utils import export_to_video
 
-    require("imageio", "imageio", "writes mp4 files")
-    require("imageio_ffmpeg", "imageio-ffmpeg", "writes mp4 files")
+    require_video_writer()
     height, width = pixels.shape[-2:]
     pixels = F.pad(pixels.cpu().float(), (0, width % 2, 0, height % 2), mode="replicate")
     frames = [to_image(frame) for frame in pixels.unbind(1)]
@@ -153,7 +158,7 @@ def save_curves(metrics, path, titles=None):
     """metrics.jsonl -> a PNG file with a panel for every quantity; no file where there is nothing to draw.
 
     titles {name: title} come before our own."""
-    curves = collect_curves(read_json_lines(metrics))
+    curves = collect_curves(sample_json_lines(metrics, 2000))
     if curves:
         save_figure(draw_curves(curves, titles or {}), path)
 

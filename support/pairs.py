@@ -4,35 +4,40 @@ import math
 import os
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from support.errors import UserError
-from support.files import read_json
+from support.files import compute_checksum_of_json, read_sealed, write_atomically
+from support.parallel import is_main
 
 INDEX = {"teacher", "fingerprint", "latent_shape", "count", "shard", "prompts"}  # what is read of index.json
-TENSORS = {"x_T", "x_0", "prompt"}  # of a shard: [n, C, (F,) H, W] twice, and prompt numbers [n]
+TENSORS = ("x_T", "x_0", "prompt")  # of a shard: [n, C, (F,) H, W] twice, and prompt numbers [n]
 
 
 class Pairs:
     """A folder of ODE pairs; rows are read from disk as they are asked for.
 
-    UserError where the folder is not there, not complete, or of another teacher."""
+    UserError where the folder is not there, not complete, damaged, or of another teacher."""
 
     def __init__(self, folder, teacher=None):
-        self.index = read_json(os.path.join(folder, "index.json")) or {}
-        if not set(self.index) >= INDEX:
+        path = os.path.join(folder, "index.json")
+        if not os.path.exists(path):
             raise UserError(
                 f"there are no ODE pairs in {folder!r}: run collect_ode.py --teacher ... --out {folder} first"
             )
+        self.index = read_sealed(path)
+        if self.index is None or not set(self.index) >= INDEX:
+            raise UserError(f"{path} is damaged, or was edited: collect the pairs again, with another --out")
         if teacher:
             self._check(folder, teacher)
         self.shards = []
         for k in range(math.ceil(self.index["count"] / self.index["shard"])):
             path = shard_path(folder, k)
-            if not is_complete(path):
-                raise UserError(
-                    f"the shard {path} is missing or damaged: delete it, and run collect_ode.py again"
-                )
+            problem = find_problem(path, self.index, thorough=is_main())
+            if problem:
+                raise UserError(f"the shard {path} is {problem}: delete it, and run collect_ode.py again")
             self.shards.append(safe_open(path, "pt"))
 
     def _check(self, folder, teacher):
@@ -67,10 +72,36 @@ def shard_path(folder, k):
     return os.path.join(folder, f"{k:05d}.safetensors")
 
 
-def is_complete(path):
-    """Whether the shard is there and undamaged."""
+def write_shard(path, tensors, index):
+    """Writes a shard of the pairs that `index` describes. tensors: {name of TENSORS: tensor}."""
+    metadata = {"index": compute_checksum_of_json(index), "tensors": compute_checksum(tensors)}
+    with write_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def find_problem(path, index, thorough=True):
+    """What is wrong with a shard, in a word or two; None if it is that of this index, whole, and, which
+    takes reading all of it (thorough), as it was written."""
+    if not os.path.exists(path):
+        return "missing"
     try:
         with safe_open(path, "pt") as shard:
-            return set(shard.keys()) >= TENSORS
+            metadata = shard.metadata() or {}
+            if not set(shard.keys()) >= set(TENSORS):
+                return "damaged"
+            if metadata.get("index") != compute_checksum_of_json(index):
+                return "not of these pairs"
+            if not thorough:
+                return None
+            tensors = {name: shard.get_tensor(name) for name in TENSORS}
     except (OSError, SafetensorError):
-        return False
+        return "damaged"
+    return None if compute_checksum(tensors) == metadata.get("tensors") else "damaged"
+
+
+def compute_checksum(tensors):
+    """The xxh3 hash of a shard's tensors."""
+    digest = xxhash.xxh3_128()
+    for name in TENSORS:
+        digest.update(tensors[name].contiguous().numpy())
+    return digest.hexdigest()

@@ -17,11 +17,11 @@ import adm
 import adp
 import collect_ode
 import common
-from support import checkpoints
+from support import run
 from support.arguments import parse_adm_arguments, parse_adp_arguments
-from support.files import read_prompts
 from support.pairs import Pairs
 from support.parallel import start_processes
+from support.prompts import read_prompts
 from tiny import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -176,5 +176,5 @@ def make_runs_comparable(patch=setattr):
 
     patch: setattr, or a test's monkeypatch.setattr."""
     patch(torch.optim, "AdamW", SteadyAdamW)
-    patch(checkpoints, "save_preview", lambda *_: None)
-    patch(checkpoints, "save_curves", lambda *_: None)
+    patch(run, "save_preview", lambda *_: None)
+    patch(run, "save_curves", lambda *_: None)

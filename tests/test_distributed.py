@@ -13,7 +13,7 @@ import adm
 import adp
 import common
 import helpers
-from support import checkpoints
+from support import run
 from support.errors import UserError
 from tools.bench import free_port
 
@@ -217,13 +217,13 @@ def test_compiled_blocks_do_what_they_do_uncompiled(arguments_of, tmp_path, monk
 def test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains(arguments_of, tmp_path, monkeypatch):
     """A student of adapters alone: the plain network that is saved does what backbone and adapter do."""
     methods = []
-    save = checkpoints.Run.save
+    save = run.Run.save
 
-    def keep_method(run, step, prompts):
-        methods.append(run.method)
-        save(run, step, prompts)
+    def keep_method(self, step, prompts):
+        methods.append(self.method)
+        save(self, step, prompts)
 
-    monkeypatch.setattr(checkpoints.Run, "save", keep_method)
+    monkeypatch.setattr(run.Run, "save", keep_method)
     words = ["--out", str(tmp_path), "--lr", "1e-2", "--head-lr", "1e-2"]
     adm.main([*arguments_of("adm lora"), *words])
     method = methods[-1]
@@ -305,7 +305,7 @@ FAILING = """
 import os, sys
 sys.path.insert(0, {root!r})
 import adm
-from support.checkpoints import Run
+from support.run import Run
 log = Run.log
 
 def fail(run, step):

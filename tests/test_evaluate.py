@@ -232,7 +232,7 @@ def test_a_broken_image_is_named(folders, tmp_path, workers):
     (tmp_path / "broken/0.png").write_bytes((folders / "good/0000-0.png").read_bytes()[:60])
     (tmp_path / "one.txt").write_text("a red circle\n")
     arguments = ["--images", f"{tmp_path}/broken", "--prompts", str(tmp_path / "one.txt")]
-    with pytest.raises(UserError, match=r"^an image of broken cannot be read: .*broken/0\.png[^\n]*$"):
+    with pytest.raises(UserError, match=r"^the image .*broken/0\.png cannot be read: [^\n]*truncated$"):
         evaluate.main([*arguments, "--metrics", "oracle", "--workers", workers])
 
 
@@ -264,8 +264,12 @@ def test_the_metric_that_fits_is_the_default(teacher_folder, prompts_path, folde
     monkeypatch.setattr(evaluate, "has_closed_vocabulary", lambda tokenizer: False)
     assert measure(*teacher) == ["clip"]
 
-    vbench = ["--student", "runs/adm", "--prompts", "VBench_full_info.json", "--out", "runs/vbench"]
-    assert evaluate.parse(vbench).metrics == ["vbench"]
+    info = tmp_path / "any.json"
+    info.write_text(json.dumps([{"prompt_en": "a red circle", "dimension": ["color"]}]))
+    with pytest.raises(UserError, match="--metrics vbench is for videos, not for images"):
+        evaluate.main(["--images", f"{folders}/good", "--prompts", str(info), "--out", str(tmp_path / "out")])
+    info.write_text(json.dumps([{"prompt": line} for line in ("a red circle", "a square", "a triangle")]))
+    assert measure("--images", f"{folders}/good", "--prompts", str(info)) == ["clip"]
 
 
 def test_vbench(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import adm
 import adp
 import helpers
 from support.errors import UserError
-from support.files import PROMPTS
+from support.prompts import PROMPTS
 from support.sam import make_sam_encoder_on_meta
 from tools.meta import GPUAutocast, count_parameters
 from tools.plan import (

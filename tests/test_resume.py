@@ -1,12 +1,13 @@
 """An interrupted and resumed run is the uninterrupted one, bit for bit; and what a checkpoint is."""
 
+import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ import adm
 import adp
 import common
 import helpers
-from support import checkpoints
+from support import files
+from support import run as runs
 from support.checkpoints import find_checkpoint
 from support.errors import UserError
 from support.files import remove
@@ -32,7 +34,7 @@ def interrupt(monkeypatch):
     """A function that runs main(arguments) up to iteration `step`, after its line of metrics."""
 
     def run_until(step, main, arguments):
-        log = checkpoints.Run.log
+        log = runs.Run.log
 
         def stop(run, now):
             log(run, now)
@@ -40,7 +42,7 @@ def interrupt(monkeypatch):
                 raise Interrupted
 
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(checkpoints.Run, "log", stop)
+            patch.setattr(runs.Run, "log", stop)
             main(arguments)
 
     return run_until
@@ -79,11 +81,20 @@ def test_resumed_run_is_the_uninterrupted_one(request, tmp_path, interrupt, name
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+@pytest.fixture(scope="session")
+def dmd(adm_arguments):
+    """A function: a run's folder, further words -> the arguments of a two-step student by the DMD loss."""
+
+    def make_arguments(folder, words=""):
+        return [*adm_arguments, "--out", str(folder), *f"--loss dmd --steps 2 {words}".split()]
+
+    return make_arguments
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, adm_arguments):
+def finished(tmp_path_factory, dmd):
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    words = "--loss dmd --steps 2 --save-every 1"
-    adm.main([*adm_arguments, "--out", str(folder), *words.split()])
+    adm.main(dmd(folder, "--save-every 1"))
     return folder
 
 
@@ -106,23 +117,76 @@ def test_checkpoint_says_what_it_holds(finished, teacher):
     assert sorted(os.listdir(finished / "samples")) == [f"{step}.png" for step in steps]
 
 
-@pytest.mark.parametrize("missing", ("meta.json", "state", "student/config.json"))
-def test_half_a_checkpoint_is_refused(finished, teacher, adm_arguments, tmp_path, missing):
-    half = shutil.copytree(finished, tmp_path / "half")
-    remove(half / "step_000002" / missing)
-    before = helpers.take_snapshot(half)
-    with pytest.raises(UserError, match="not a complete checkpoint"):
-        common.load_student(str(half), teacher)
-    words = "--loss dmd --steps 2 --resume"
-    with pytest.raises(UserError, match="not a complete checkpoint"):
-        adm.main([*adm_arguments, "--out", str(half), *words.split()])
-    assert helpers.take_snapshot(half) == before
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def edit(path):
+    path.write_text(path.read_text().replace('"step": 2', '"step": "two"'))
+
+
+WEIGHTS = "student/diffusion_pytorch_model.safetensors"
+META = "its meta.json is missing or damaged"
+DAMAGE = {  # what happens to a file of the newest checkpoint, and what is said of it
+    "no meta": ("meta.json", remove, META),
+    "half a meta": ("meta.json", lambda path: os.truncate(path, 99), META),
+    "an edited meta": ("meta.json", edit, META),
+    "another meta": ("meta.json", lambda path: path.write_text("[]"), META),
+    "no state": ("state", remove, "its state/G.pt is missing"),
+    "no config": ("student/config.json", remove, "its student/config.json is missing"),
+    "a bit of state": ("state/opt_f.pt", flip_a_byte, "its state/opt_f.pt is damaged"),
+    "half a state": ("state/f.pt", lambda path: os.truncate(path, 5000), "its state/f.pt is damaged"),
+    "a bit of the student": (WEIGHTS, flip_a_byte, f"its {WEIGHTS} is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_the_newest_whole_checkpoint_is_taken(finished, teacher, dmd, tmp_path, capfd, name):
+    """Whatever `latest` says, which names the damaged one; and what was passed over, and why, is said."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    newest = run / "step_000002"
+    file, damage, reason = DAMAGE[name]
+    damage(newest / file)
+    capfd.readouterr()
+    if "state" not in reason:
+        _, _, meta = common.load_student(str(run), teacher)
+        assert meta["step"] == 1
+        assert f"{newest} is passed over: {reason}" in capfd.readouterr().err
+        with pytest.raises(UserError, match="is not a complete checkpoint: its"):
+            common.load_student(str(newest), teacher)
+    if "student/" not in reason or "config" in reason:
+        adm.main(dmd(run, "--resume"))
+        errors = capfd.readouterr().err
+        assert f"{newest} is passed over: {reason}" in errors
+        assert f"going on from {run / 'step_000001'}" in errors
+        assert helpers.read_metrics(run) == helpers.read_metrics(finished)
+        states = [helpers.read_state(folder / "step_000002") for folder in (run, finished)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_a_run_without_a_whole_checkpoint_starts_anew(finished, dmd, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for step in ("step_000001", "step_000002"):
+        remove(run / step / "meta.json")
+    arguments = dmd(run, "--save-every 1")
+    before = helpers.take_snapshot(run)
+    with pytest.raises(UserError, match="holds a run already"):
+        adm.main(arguments)
+    assert helpers.take_snapshot(run) == before
+    adm.main([*arguments, "--resume"])
+    states = [helpers.read_state(folder / "step_000002") for folder in (run, finished)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 OTHER_RUNS = (
-    ("--steps 4", "its steps is 2, not 4"),
-    ("--steps 2 --head-width 64", "with these settings"),
-    ("--steps 2 --ema 0.5", "with these settings"),
+    ("--loss dmd --steps 4", "its steps is 2, not 4"),
+    ("--steps 2", "its --loss is dmd, not adm"),
+    ("--loss dmd --steps 2 --seed 1", "its --seed is 0, not 1"),
+    ("--loss dmd --steps 2 --lora 2", "its --lora is 0, not 2"),
+    ("--loss dmd --steps 2 --head-width 64", "its --head-width is 128, not 64"),
+    ("--loss dmd --steps 2 --ema 0.5", "with these settings"),
 )
 
 
@@ -132,6 +196,92 @@ def test_resuming_as_another_kind_of_run_is_refused(finished, adm_arguments, opt
     with pytest.raises(UserError, match=reason):
         adm.main([*adm_arguments, "--out", str(finished), *options.split(), "--resume"])
     assert helpers.take_snapshot(finished) == before
+
+
+def test_resuming_with_other_settings_says_so(finished, dmd, tmp_path, capfd):
+    run = shutil.copytree(finished, tmp_path / "run")
+    other = tmp_path / "other.txt"
+    other.write_text("a small red circle\n")
+    words = f"--resume --iterations 3 --lr 2e-4 --guidance 3 --prompts {other} --keep 9"
+    capfd.readouterr()
+    adm.main(dmd(run, words))
+    errors = capfd.readouterr().err
+    said = [line for line in errors.splitlines() if " from here on" in line]
+    assert len(said) == 5
+    for words in ("--lr was 0.0001, and is 0.0002", "--guidance was 8.0, and is 3.0", "--iterations was 2"):
+        assert words in errors
+    assert f"and is {other} from here on" in errors
+    assert "the data were" in errors
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Whose folder it is
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ("metrics.jsonl", "curves.png", "latest"))
+def test_what_no_run_wrote_is_not_written_over(adm_arguments, tmp_path, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    for own in (name, "notes.tmp5.txt", ".writing-not-ours"):
+        (run / own).write_text('{"step": 1, "of": "another program"}\n')
+    before = helpers.take_snapshot(run)
+    with pytest.raises(UserError, match=f"{name} is no run's of this project"):
+        adm.main([*adm_arguments, "--out", str(run)])
+    assert helpers.take_snapshot(run) == before
+
+
+def test_only_what_was_left_by_dead_processes_is_removed(adm_arguments, tmp_path):
+    run = tmp_path / "run"
+    (run / "samples").mkdir(parents=True)
+    own = ("notes.tmp5.txt", ".writing-not-ours", "a.tmp", "samples/mine.png", "step_2", "step_000002.txt")
+    for name in own:
+        (run / name).write_text("mine")
+    process = subprocess.Popen(["true"])
+    process.wait()
+    left = (f".writing-{files.HOST}-{process.pid}-step_000001", ".writing-another-1-curves.png")
+    for name in left:
+        (run / name).mkdir()
+    (run / "samples" / left[0]).write_text("half")
+    adm.main([*adm_arguments, "--out", str(run), "--loss", "dmd", "--iterations", "1"])
+    names = os.listdir(run) + [f"samples/{name}" for name in os.listdir(run / "samples")]
+    assert set(own) <= set(names)
+    assert [name for name in names if ".writing" in name] == [".writing-not-ours"]
+
+
+def test_a_folder_has_one_command_at_a_time(adm_arguments, teacher_folder, prompts_file, tmp_path):
+    """The second is refused and leaves no trace; the lock goes with a holder that is killed."""
+    folder = tmp_path / "folder"
+    holder = (
+        "import sys, time; from support.files import lock_folder\n"
+        "with lock_folder(sys.argv[1]): print('locked', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", holder, str(folder)]
+    process = subprocess.Popen(command, cwd=helpers.ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    before = helpers.take_snapshot(folder)
+    source = ["--teacher", teacher_folder, "--prompts", prompts_file, "--count", "2", "--steps", "1"]
+    with pytest.raises(UserError, match=f"another process works in {folder}"):
+        adm.main([*adm_arguments, "--out", str(folder)])
+    with pytest.raises(UserError, match=f"another process works in {folder}"):
+        helpers.collect(*source, "--out", str(folder))
+    assert helpers.take_snapshot(folder) == before
+    process.kill()
+    process.wait()
+    helpers.collect(*source, "--out", str(folder))
+    assert sorted(os.listdir(folder)) == ["00000.safetensors", "index.json"]
+
+
+def test_files_have_the_mode_of_the_umask(finished, pairs_folder):
+    mode = 0o666 & ~files.UMASK
+    paths = [finished / "latest", finished / "metrics.jsonl", finished / "curves.png"]
+    paths += files.list_files(finished / "step_000002") + files.list_files(pairs_folder)
+    assert {os.stat(path).st_mode & 0o777 for path in paths} == {mode}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ends
+# ----------------------------------------------------------------------------------------------------------
 
 
 KILLED = """
@@ -151,20 +301,17 @@ adm.main({arguments!r})
 """
 
 
-def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(
-    finished, adm_arguments, tmp_path
-):
+def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(finished, dmd, tmp_path):
     run = tmp_path / "run"
-    words = "--loss dmd --steps 2 --save-every 1"
-    arguments = [*adm_arguments, "--out", str(run), *words.split()]
+    arguments = dmd(run, "--save-every 1")
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(root=helpers.ROOT, arguments=arguments))
     assert helpers.run_script(str(script)).returncode == -signal.SIGKILL
     assert (run / "latest").read_text() == "step_000001\n"
     assert not (run / "step_000002").exists()
-    assert [name for name in os.listdir(run) if name.startswith("step_000002.tmp")]
+    assert [name for name in os.listdir(run) if name.startswith(".writing")]
     adm.main([*arguments, "--resume"])
-    assert not [name for name in os.listdir(run) if ".tmp" in name]
+    assert not [name for name in os.listdir(run) if name.startswith(".")]
     assert helpers.read_metrics(run) == helpers.read_metrics(finished)
     states = [helpers.read_state(folder / "step_000002") for folder in (run, finished)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
@@ -201,40 +348,95 @@ def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path, processes):
 
 
 def test_only_the_newest_checkpoints_are_kept(adm_arguments, tmp_path):
+    """By number, not as text; a folder with other things in it is no checkpoint of ours."""
     run = tmp_path / "run"
-    (run / "step_000001.tmp123").mkdir(parents=True)  # a killed process's
-    words = "--loss dmd --iterations 4 --save-every 1 --keep 2"
+    for name in ("step_000000", "step_1000000"):
+        (run / name).mkdir(parents=True)
+    (run / "step_000000/notes.txt").write_text("mine")
+    words = "--loss dmd --iterations 4 --save-every 1 --keep 3 --resume"
     adm.main([*adm_arguments, "--out", str(run), *words.split()])
     kept = sorted(name for name in os.listdir(run) if name.startswith("step_"))
-    assert kept == ["step_000003", "step_000004"]
+    assert kept == ["step_000000", "step_000003", "step_000004", "step_1000000"]
 
 
-def test_the_millionth_checkpoint_is_newer_than_those_with_a_digit_less(adm_arguments, tmp_path):
-    run = tmp_path / "run"
-    for name in ("step_999999", "step_1000000"):
-        (run / name).mkdir(parents=True)
-    method = types.SimpleNamespace(folder=str(run), args=types.SimpleNamespace(keep=2))
-    checkpoints.Run._prune(method, 1000001)
-    assert sorted(os.listdir(run)) == ["step_1000000"]
+def test_runs_that_are_not_finite_end_and_keep_their_checkpoints(finished, dmd, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    arguments = dmd(run, "--save-every 1 --keep 2")
+    arguments += ["--resume", "--iterations", "40", "--lr", "1e30", "--patience", "3"]
+    with pytest.raises(UserError, match="3 iterations in a row made no update, as .*loss_G.*lower the learn"):
+        adm.main(arguments)
+    assert (run / "step_000002").exists()
+    counts = [line["left_out"] for line in helpers.read_metrics(run) if line["step"] > 2]
+    assert counts[0] == 0
+    assert min(counts[1:]) >= 1
 
 
-def test_a_damaged_line_of_metrics_costs_that_line_alone(finished, adm_arguments, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(finished, dmd, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    iterate = adm.iterate
+
+    def spoil(method, step, minimise):
+        iterate(method, step, minimise)
+        next(method.f.parameters()).data.view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(adm, "iterate", spoil)
+    arguments = dmd(run, "--resume --iterations 3")
+    with pytest.raises(UserError, match="after 3 iterations weights are not finite, and are not saved"):
+        adm.main(arguments)
+    names = sorted(name for name in os.listdir(run) if "step_" in name)
+    assert names == ["step_000001", "step_000002"]
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_was_written(finished, dmd, tmp_path, monkeypatch):
+    """A checkpoint's ends the run with a sentence; a preview's or curve's is said, and training goes on."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    arguments = dmd(run, "--resume")
+    flush = files.flush
+    full = []
+
+    def fail(path):
+        if full[0] in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(path)
+
+    monkeypatch.setattr(files, "flush", fail)
+    full.append("state/G.pt")
+    before = helpers.take_snapshot(run)
+    with pytest.raises(UserError, match=r"step_000003 cannot be written: the disk is full \(.* GB free\)"):
+        adm.main([*arguments, "--iterations", "3"])
+    after = helpers.take_snapshot(run)
+    assert {path: digest for path, digest in after.items() if "metrics" not in path}.items() <= before.items()
+    full[0] = ".png"
+    adm.main([*arguments, "--iterations", "3"])
+    assert (run / "latest").read_text() == "step_000003\n"
+    assert not (run / "samples/step_000003.png").exists()
+
+
+def test_curves_of_a_long_run_read_no_more_than_those_of_a_short_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps({"step": 1234567, "loss_G": 1.0, "padding": "x" * 60})
+    path.write_text(f"{line}\n" * 100000)
+    lines = files.sample_json_lines(str(path), 2000)
+    assert len(lines) == 2000
+    assert all(line["step"] == 1234567 for line in lines)
+
+
+def test_a_damaged_line_of_metrics_costs_that_line_alone(finished, dmd, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     first, second = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(f"{first}\n\0\0{{\n{second}\n")
-    words = "--loss dmd --steps 2 --iterations 3 --resume"
-    adm.main([*adm_arguments, "--out", str(run), *words.split()])
+    adm.main(dmd(run, "--iterations 3 --resume"))
     assert [line["step"] for line in helpers.read_metrics(run)] == [1, 2, 3]
 
 
 def test_nodes_that_find_different_checkpoints_are_refused(adm_arguments, tmp_path, monkeypatch):
     """The main rank's mean of all starts is not its own where another node's --out is another disk's."""
-    average = checkpoints.average
+    average = runs.average
 
     def average_with_another(values):
         return {"start": 250.0} if "start" in values else average(values)
 
-    monkeypatch.setattr(checkpoints, "average", average_with_another)
+    monkeypatch.setattr(runs, "average", average_with_another)
     with pytest.raises(UserError, match="not the same on all nodes"):
         adm.main([*adm_arguments, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()

@@ -16,9 +16,9 @@ import adp
 import collect_ode
 import common
 import support.rows
-from support.checkpoints import Run
 from support.files import ROOT, read_json
 from support.pairs import Pairs
+from support.run import Run
 from support.training import peak_memory_mb
 from tools.passes import count_passes
 

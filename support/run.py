@@ -1,0 +1,405 @@
+"""A training run: its folder and lock, its metrics, when it saves, how it ends and how it goes on."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+
+import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from support.checkpoints import (
+    describe_files,
+    find_newest,
+    is_ours,
+    list_checkpoints,
+    restore_optimizer,
+    save_network,
+)
+from support.errors import UserError, first_line
+from support.files import (
+    compute_checksum_of_json,
+    lock_folder,
+    make_folder,
+    parse_line,
+    remove,
+    remove_leftovers,
+    short_name,
+    write_atomically,
+    write_sealed,
+)
+from support.loading import describe_teacher
+from support.lora import Adapted
+from support.media import save_curves, save_grid, save_video
+from support.parallel import average, gather, gather_zero1, is_main, lay_out, wait_for_all, world_size
+from support.rows import Rows
+from support.training import peak_memory_mb
+
+PARTS = ("G", "f", "heads", "ema", "opt_G", "opt_f", "opt_heads")  # of ADP or ADM, where it has them: state/
+AHEAD = 64  # iterations whose prompts are encoded at once with --offload
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# What a run is: with another value it is another run
+IDENTITY = ("stage", "fingerprint", "resolution", "frames", "parametrisation", "steps")
+IDENTITY_ARGUMENTS = ("loss", "init", "seed", "lora", "head_width")
+# What does not change the numbers, or is compared as part of the above
+FREE = (
+    "teacher",
+    "variant",
+    "out",
+    "resume",
+    "plan",
+    "gpu_gb",
+    "log_every",
+    "save_every",
+    "keep",
+    "patience",
+)
+FREE += ("shard", "offload", "compile", "checkpointing")
+
+
+class Run:
+    """RUN/step_000500/{student/, state/, meta.json}, RUN/latest, metrics.jsonl, curves.png and samples/.
+
+    `method` is an ADP or ADM. student/ is a plain diffusers model folder with the weights to sample with;
+    state/ has a file for each of PARTS, the same for any number of ranks and any --shard: all that training
+    goes on from. meta.json says what made them, with their checksums. UserError if the folder holds a run
+    and --resume is not given, or a run of another kind, or something else, or if it is in use."""
+
+    def __init__(self, stage, args, method):
+        self.args = args
+        self.method = method
+        self.student = method.student
+        self.teacher = method.teacher
+        self.parts = {name: getattr(method, name) for name in PARTS if getattr(method, name, None)}
+        self.folder = args.out or os.path.join("runs", f"{stage}-{short_name(args.teacher)}")
+        self.metrics = os.path.join(self.folder, "metrics.jsonl")
+        self.updates = getattr(args, "ttur", 1)  # draws of an iteration
+        self.start = 0
+        self.signal = None  # what asked this rank to stop
+        self.leaving = False  # whether the ranks have agreed to
+        self.left_out = 0  # updates since the last line of metrics whose gradients were not finite
+        self.streak = 0  # iterations in a row with such an update
+        self.meta = {
+            "stage": stage,
+            "teacher": describe_teacher(args.teacher),
+            "variant": args.variant,
+            "fingerprint": self.teacher.fingerprint,
+            "resolution": self.teacher.resolution,
+            "frames": self.teacher.frames,
+            "parametrisation": self.student.parametrisation,
+            "steps": self.student.steps,
+            "data": describe_data(method),
+            "processes": world_size(),
+            "arguments": vars(args),
+            "torch": torch.__version__,
+        }
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_folder(self.folder))
+            self._open(stage)
+            self.lock = stack.pop_all()  # `iterations` releases it
+
+    def _open(self, stage):
+        if list_checkpoints(self.folder) and not self.args.resume:
+            raise UserError(
+                f"{self.folder} holds a run already: add --resume to go on with it, or give another --out"
+            )
+        found = find_newest(self.folder, "state")
+        if found:
+            self._restore(*found)
+        else:
+            self._check_that_nothing_foreign_is_there()
+        # this waits for all, too: every rank has looked before the main one writes
+        if average({"start": self.start})["start"] != self.start:
+            raise UserError(f"{self.folder} is not the same on all nodes: give an --out that they share")
+        make_folder(os.path.join(self.folder, "samples"))
+        if is_main():
+            self._tidy()
+        self.bar = tqdm(
+            desc=stage,
+            total=self.args.iterations,
+            initial=self.start,
+            disable=not is_main(),
+            mininterval=1,
+            dynamic_ncols=True,
+        )
+        self.clock = time.perf_counter()
+
+    def _check_that_nothing_foreign_is_there(self):
+        """UserError where a new run would write over something that no run of this project wrote."""
+        if self._has_own_metrics():
+            return
+        for name in ("metrics.jsonl", "curves.png", "latest"):
+            if os.path.exists(os.path.join(self.folder, name)):
+                raise UserError(f"{self.folder}/{name} is no run's of this project: give another --out")
+
+    def _has_own_metrics(self):
+        """Whether metrics.jsonl is what a run leaves that ended before its first checkpoint."""
+        if not os.path.isfile(self.metrics):
+            return False
+        with open(self.metrics, encoding="utf-8", errors="replace") as file:
+            first = file.readline()
+        line = parse_line(first)
+        return not first or bool(line and {"step", "seconds", "peak_mb"} <= set(line))
+
+    def _say(self, sentence):
+        if is_main():
+            print(f"note: {sentence}", file=sys.stderr)
+
+    def _tidy(self):
+        """Removes what a killed process left: half a checkpoint, and lines of iterations that will come
+        again."""
+        for place in (self.folder, os.path.join(self.folder, "samples")):
+            remove_leftovers(place, of_all=True)
+        if not os.path.exists(self.metrics):
+            return
+        with write_atomically(self.metrics) as temporary, open(temporary, "w") as kept:
+            with open(self.metrics, encoding="utf-8", errors="replace") as file:
+                for text in file:
+                    line = parse_line(text)
+                    if line and line.get("step", math.inf) <= self.start:
+                        kept.write(json.dumps(line) + "\n")
+
+    # Going on ---------------------------------------------------------------------------------------------
+
+    def _restore(self, folder, meta):
+        self._compare(folder, meta)
+        kept = {name.removesuffix(".pt") for name in os.listdir(os.path.join(folder, "state"))}
+        if kept != set(self.parts):
+            ours, theirs = ", ".join(sorted(self.parts)), ", ".join(sorted(kept))
+            raise UserError(
+                f"{folder} cannot be resumed with these settings: its state is of {theirs}, not of {ours}"
+            )
+        try:
+            for name, part in self.parts.items():
+                path = os.path.join(folder, "state", f"{name}.pt")
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                if isinstance(part, torch.optim.Optimizer):
+                    restore_optimizer(part, state)
+                else:
+                    part.load_state_dict(tree_map(lay_out, state, part.state_dict()))
+        except (RuntimeError, KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+            reason = first_line(error)
+            raise UserError(f"{folder} cannot be resumed with these settings: {reason}") from error
+        self.start = meta["step"]
+        self._say(f"going on from {folder}")
+
+    def _compare(self, folder, meta):
+        """UserError where the checkpoint is another run's; says what else differs."""
+        ours = json.loads(json.dumps(self.meta))
+        before, now = meta["arguments"], ours["arguments"]
+        values = {name: (meta[name], ours[name]) for name in IDENTITY}
+        for name in IDENTITY_ARGUMENTS:
+            values[name_option(name)] = (before.get(name), now.get(name))
+        for name, (old, new) in values.items():
+            if old != new:
+                raise UserError(f"{folder} cannot be resumed: its {name} is {old}, not {new}")
+        for name, value in now.items():
+            old = before.get(name)
+            if name not in FREE and old != value:
+                self._say(f"{name_option(name)} was {old}, and is {value} from here on")
+        for name in ("data", "processes"):
+            if meta.get(name) != ours[name]:
+                self._say(f"the {name} were {meta.get(name)}, and are {ours[name]} from here on")
+
+    def iterations(self):
+        """The numbers of the iterations that are left.
+
+        SIGTERM, SIGINT and SIGHUP end them, on all ranks together, after the present one and its
+        checkpoint, so that a preempted job goes on with --resume. The handler only notes the signal; the
+        ranks agree in `is_due`. Raises KeyboardInterrupt at the end where it was SIGINT."""
+
+        def note(number, frame):
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in STOP}
+        try:
+            for step in range(self.start, self.args.iterations):
+                if self.args.offload and (step - self.start) % AHEAD == 0:
+                    self._encode_ahead(step)
+                yield step
+                if self.leaving:
+                    break
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.bar.close()
+            self.lock.close()
+        if self.leaving and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def _encode_ahead(self, step):
+        prompts = []
+        for later in range(step, min(step + AHEAD, self.args.iterations)):
+            for update in range(self.updates):
+                for b in self.method.draw(later, update):
+                    prompts += b.prompts
+        self.teacher.offload.encode_ahead(prompts)
+
+    # Saying how it goes -----------------------------------------------------------------------------------
+
+    def log(self, step):
+        """A line of the iteration's metrics, averaged over the ranks. UserError after --patience iterations
+        in a row with an update that was left out, since its gradient was not finite."""
+        self.bar.update()
+        metrics = self.method.log.take()
+        self._count_left_out(metrics)
+        if step % self.args.log_every:
+            return
+        values = average(metrics)
+        now = time.perf_counter()
+        seconds = (now - self.clock) / self.args.log_every
+        self.clock = now
+        if not is_main():
+            return
+        line = {"step": step, **values, "left_out": self.left_out}
+        line |= {"seconds": seconds, "peak_mb": peak_memory_mb()}
+        with self._spare_the_run("metrics.jsonl"), open(self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {name: f"{value:.3g}" for name, value in list(values.items())[:4]}
+        if self.left_out:
+            shown["left_out"] = self.left_out
+        self.bar.set_postfix(shown)
+        self.left_out = 0
+
+    def _count_left_out(self, metrics):
+        norms = {name: value for name, value in metrics.items() if name.startswith("norm_")}
+        losses = [name.replace("norm", "loss") for name, norm in norms.items() if not math.isfinite(norm)]
+        self.left_out += len(losses)
+        self.streak = self.streak + 1 if losses else 0
+        if self.streak >= self.args.patience:
+            raise UserError(
+                f"{self.streak} iterations in a row made no update, as {' and '.join(losses)} gave gradients "
+                "that are not finite: lower the learning rates or --guidance, and go on from a checkpoint of "
+                f"before with --resume (delete those in {self.folder} that are of after)"
+            )
+
+    @contextlib.contextmanager
+    def _spare_the_run(self, what):
+        """Inside, what cannot be written is said, and training goes on: a full disk may be emptied in
+        time."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            self._say(f"{what} was not written: {first_line(error)}")
+
+    # Saving -----------------------------------------------------------------------------------------------
+
+    def is_due(self, step):
+        """Whether to save now: every --save-every, at the end, and on every rank when one was told to
+        stop."""
+        told = average({"told": float(self.signal is not None)})["told"]
+        self.leaving = told > 0
+        last = step == self.args.iterations
+        return self.leaving or last or step % self.args.save_every == 0
+
+    def save(self, step, prompts):
+        """A checkpoint, in one move, and samples of the first prompts from fixed noise. All ranks gather and
+        sample, the main one writes. UserError where weights are not finite, and where the disk is full."""
+        self._check_finite(step)
+        net = self.method.G
+        folder = os.path.join(self.folder, f"step_{step:06d}")
+        with write_atomically(folder) if is_main() else contextlib.nullcontext() as temporary:
+            weights = self._write_state(temporary)
+            with self.method.ema.use():
+                if isinstance(net, Adapted):
+                    weights = net.merge()
+                elif self.method.ema.average:
+                    weights = gather(net.state_dict())
+                if is_main():
+                    save_network(self.teacher.denoiser, weights, os.path.join(temporary, "student"))
+            if is_main():
+                meta = {"step": step, **self.meta, "files": describe_files(temporary)}
+                write_sealed(os.path.join(temporary, "meta.json"), meta)
+                self._make_way_for(folder)
+        if is_main():
+            with write_atomically(os.path.join(self.folder, "latest")) as temporary:
+                with open(temporary, "w") as file:
+                    file.write(os.path.basename(folder) + "\n")
+            self._prune()
+            with self._spare_the_run("curves.png"):
+                save_curves(self.metrics, os.path.join(self.folder, "curves.png"))
+        with self.method.ema.use(), self._spare_the_run("the preview"):
+            path = os.path.join(self.folder, "samples", f"step_{step:06d}")
+            save_preview(self.student, net, prompts, self.args.seed, path)
+        wait_for_all()
+        self.clock = time.perf_counter()
+
+    def _check_finite(self, step):
+        """UserError where a network's weights are not finite, before a good checkpoint goes for them."""
+        parts = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        finite = all(bool(p.isfinite().all()) for part in parts for p in part.parameters())
+        if average({"finite": float(finite)})["finite"] < 1:
+            raise UserError(
+                f"after {step} iterations weights are not finite, and are not saved: lower the learning "
+                "rates, and go on from the last checkpoint with --resume"
+            )
+
+    def _write_state(self, folder):
+        """Writes every part -> the student's whole weights, so that they need not be gathered twice."""
+        if is_main():
+            os.makedirs(os.path.join(folder, "state"))
+        for name, part in self.parts.items():
+            zero1 = isinstance(part, ZeroRedundancyOptimizer)
+            state = gather_zero1(part) if zero1 else gather(part.state_dict())
+            if is_main():
+                torch.save(state, os.path.join(folder, "state", f"{name}.pt"))
+            if name == "G":
+                weights = state
+            del state  # before the next part's
+        return weights
+
+    def _make_way_for(self, folder):
+        """A checkpoint of this number, which was passed over, goes; what is not ours moves aside."""
+        if not os.path.lexists(folder):
+            return
+        if os.path.isdir(folder) and is_ours(folder):
+            remove(folder)
+        else:
+            os.rename(folder, f"{folder}.not-ours-{time.time_ns()}")
+
+    def _prune(self):
+        """Removes all but the newest --keep checkpoints; none while updates are left out, as the newest may
+        be of no use."""
+        if self.streak:
+            return
+        for older in list_checkpoints(self.folder)[self.args.keep :]:
+            if is_ours(older):
+                remove(older)
+
+
+def describe_data(method):
+    """A short name for what a method learns from: its pairs or its prompts."""
+    data = method.pairs.index if hasattr(method, "pairs") else method.prompts
+    return compute_checksum_of_json(data)[:8]
+
+
+def name_option(name):
+    return f"--{name.replace('_', '-')}"
+
+
+@torch.no_grad()
+def save_preview(student, net, prompts, seed, path):
+    """Samples of fixed noise and of the first prompts: 16 images to path.png, or 4 videos to path.mp4 and
+    their frames to path.png. All ranks draw them, since shares of `net` are of no use alone; the main one
+    writes."""
+    teacher = student.teacher
+    count = 4 if teacher.video else 16
+    prompts = (prompts * count)[:count]
+    latents = student.sample(
+        net, Rows(range(count), ("preview", seed), teacher.device), teacher.encode(prompts)
+    )
+    if not is_main():
+        return
+    pixels = teacher.decode(latents).clamp(-1, 1)
+    save_grid(pixels, f"{path}.png")
+    if teacher.video and importlib.util.find_spec("imageio_ffmpeg") and importlib.util.find_spec("imageio"):
+        side_by_side = torch.cat(list(pixels), dim=-1)
+        save_video(side_by_side, f"{path}.mp4", teacher.fps)

@@ -1,0 +1,530 @@
+"""Faults: kills, signals, full disks, damaged files and hostile input, in numbers, at random but repeatable.
+
+    python tests/faults.py                 all of them, about an hour of one core
+    python tests/faults.py --only kills,signals --count 20 --seed 3
+
+Each trial runs the real main() of a stage, on one or two ranks, in a process forked from this one, so that
+it costs a second instead of the libraries' import. Two ranks are watched as torchrun does: when one fails,
+the others are told to end. A trial's outcome is a few words; those that begin with FAILED are failures, and
+are printed. What must hold: a killed, told or starved command, repeated, gives the files of an undisturbed
+one, bit for bit; damage is noticed, or harms nothing; a mistake is one sentence and exit code 2."""
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
+
+import torch
+
+import adm
+import adp
+import collect_ode
+import evaluate
+import helpers
+import sample
+from support.errors import launch
+from tiny import shapes
+
+SCRIPTS = {"collect_ode": collect_ode, "adp": adp, "adm": adm, "sample": sample, "evaluate": evaluate}
+PATIENCE = 100  # seconds after which a command counts as hanging
+
+# ----------------------------------------------------------------------------------------------------------
+# Commands
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """A stage's command: a script's name, its words, and how many ranks it runs on."""
+
+    def __init__(self, script, words, ranks=1):
+        self.script = script
+        self.words = words
+        self.ranks = ranks
+
+    def __str__(self):
+        return f"{self.script}.py {' '.join(self.words)} ({self.ranks} ranks)"
+
+    def start(self, folder):
+        """Starts it in this working directory -> Running."""
+        port = find_free_port()
+        folder = tempfile.mkdtemp(prefix="output-", dir=folder)
+        return Running([self._fork(rank, port, folder) for rank in range(self.ranks)], folder)
+
+    def _fork(self, rank, port, folder):
+        sys.stdout.flush()
+        process = os.fork()
+        if process:
+            return process
+        code = 1
+        try:
+            output = os.open(os.path.join(folder, f"{rank}.out"), os.O_WRONLY | os.O_CREAT)
+            errors = os.open(os.path.join(folder, f"{rank}.err"), os.O_WRONLY | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(errors, 2)
+            if self.ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            sys.argv = [f"{self.script}.py", *self.words]
+            launch(SCRIPTS[self.script].main)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except KeyboardInterrupt:
+            code = 130  # before launch() takes care of it
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def run(self, folder):
+        """Runs it to its end -> Running."""
+        running = self.start(folder)
+        running.wait()
+        return running
+
+
+class Running:
+    """The processes of a command, and what becomes of them."""
+
+    def __init__(self, processes, folder):
+        self.processes = processes
+        self.folder = folder
+        self.codes = {}  # of the processes that have ended
+        self.since = time.monotonic()
+
+    def poll(self):
+        """Whether some of them still run."""
+        for process in self.processes:
+            if process not in self.codes:
+                ended, status = os.waitpid(process, os.WNOHANG)
+                if ended:
+                    self.codes[process] = os.waitstatus_to_exitcode(status)
+        return len(self.codes) < len(self.processes)
+
+    def send(self, number, rank):
+        process = self.processes[rank]
+        if process not in self.codes:
+            os.kill(process, number)
+
+    def wait(self):
+        """Waits for the end -> exit codes by rank. When one fails the others are told to end, after a while
+        killed."""
+        failed = None
+        while self.poll():
+            now = time.monotonic()
+            if failed is None and any(self.codes.values()):
+                failed = now
+                for rank in range(len(self.processes)):
+                    self.send(signal.SIGTERM, rank)
+            if now - self.since > PATIENCE or (failed and now - failed > 10):
+                for rank in range(len(self.processes)):
+                    self.send(signal.SIGKILL, rank)
+            time.sleep(0.01)
+        self.seconds = time.monotonic() - self.since
+        return [self.codes[process] for process in self.processes]
+
+    def read(self, kind="err"):
+        """What all ranks printed."""
+        texts = []
+        for rank in range(len(self.processes)):
+            with open(os.path.join(self.folder, f"{rank}.{kind}"), errors="replace") as file:
+                texts.append(file.read())
+        return "\n".join(texts)
+
+    def find_fault(self, script):
+        """What is wrong with how it ended, whatever it was to do; None if nothing is."""
+        codes = list(self.codes.values())
+        errors = self.read()
+        if self.seconds > PATIENCE:
+            return "hangs"
+        if "Traceback" in errors:
+            return f"traceback: {errors.strip().splitlines()[-1][:150]}"
+        if 2 in codes:
+            said = {line for line in errors.splitlines() if line.startswith(f"{script}.py: ")}
+            lost = {line for line in said if line.endswith("the connection to another rank is lost")}
+            if len(said - lost) != 1:
+                return f"{len(said)} sentences"
+        elif set(codes) - {0, 130}:
+            return f"exit codes {codes}"
+        return None
+
+    def read_sentence(self, script):
+        for line in self.read().splitlines():
+            if line.startswith(f"{script}.py: "):
+                return line
+        return ""
+
+
+def find_free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The world of the trials
+# ----------------------------------------------------------------------------------------------------------
+
+
+class World:
+    """A tiny teacher and all that the stages make of it, made once; commands that make it again elsewhere."""
+
+    def __init__(self, place):
+        self.place = place
+        self.teacher = helpers.make_teacher(os.path.join(place, "teacher"), seed=0)
+        self.sam = helpers.save_sam(helpers.make_sam(seed=0), os.path.join(place, "sam.pth"))
+        self.prompts = os.path.join(place, "prompts.txt")
+        prompts, _, _ = shapes.split_prompts()
+        with open(self.prompts, "w") as file:
+            file.write("\n".join(prompts[:6]) + "\n")
+        self.expected = {}  # (script, ranks): (digest of its files, seconds)
+        self.pairs = self.make("collect_ode")
+        self.adp = self.make("adp")
+        self.run = self.make("adm")
+
+    def command(self, script, out, ranks=1, words=()):
+        """The command of a script that writes to `out`."""
+        source = ["--teacher", self.teacher]
+        if script in ("adp", "adm"):
+            source += [
+                "--batch",
+                "2",
+                "--iterations",
+                "6",
+                "--save-every",
+                "2",
+                "--keep",
+                "2",
+                "--log-every",
+                "1",
+                "--resume",
+            ]
+            source += ["--head-width", "32", "--lr", "1e-4", "--head-lr", "1e-4"]
+        own = {
+            "collect_ode": lambda: f"--count 12 --shard 3 --steps 2 --batch 3 --prompts {self.prompts}",
+            "adp": lambda: f"--pairs {self.pairs} --pixel-backbone {self.sam} --warmup 2",
+            "adm": lambda: f"--prompts {self.prompts} --steps 2 --fake-lr 1e-4 --ema 0.9",
+            "sample": lambda: f"--student {self.run} --prompts {self.prompts} --seeds 0 1",
+            "evaluate": lambda: (
+                f"--steps 1 --student {self.run} --prompts {self.prompts} --seeds 2 --batch 2 --workers 0 "
+                "--metrics oracle"
+            ),
+        }
+        words = [*source, *own[script]().split(), "--out", out, *words]
+        return Command(script, words, ranks)
+
+    def make(self, script):
+        """Runs a script undisturbed -> its folder."""
+        folder = os.path.join(self.place, script)
+        self.expect(script, 1, folder)
+        return folder
+
+    def expect(self, script, ranks, folder=None):
+        """(digest, seconds) of an undisturbed command."""
+        if (script, ranks) not in self.expected:
+            folder = folder or os.path.join(self.place, f"{script}-{ranks}")
+            running = self.command(script, folder, ranks).run(self.place)
+            if any(running.codes.values()):
+                raise RuntimeError(f"the undisturbed {script} fails: {running.read()}")
+            self.expected[script, ranks] = (digest(folder), running.seconds)
+        return self.expected[script, ranks]
+
+    @contextlib.contextmanager
+    def folder(self):
+        """A folder for a trial, which is removed."""
+        place = tempfile.mkdtemp(prefix="trial-", dir=self.place)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place)
+
+
+def digest(folder):
+    """{file below a folder: hash of what any repetition has to reproduce}."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            with open(path, "rb") as file:
+                content = file.read()
+            if name in ("report.json", "curves.png", "table.md", "bars.png"):
+                content = b""  # seconds
+            if name in ("meta.json", "metrics.jsonl"):
+                content = drop_times(content)
+            found[os.path.relpath(path, folder)] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def drop_times(content):
+    """The lines of JSON without what differs from run to run."""
+    kept = [line for line in content.decode().splitlines() if '"out":' not in line and "checksum" not in line]
+    parsed = []
+    for line in kept:
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                value = {name: v for name, v in value.items() if name not in ("seconds", "peak_mb")}
+                line = json.dumps(value)
+        parsed.append(line)
+    return "\n".join(parsed).encode()
+
+
+def compare(folder, expected):
+    """None where a folder's digest is as expected, or what differs."""
+    found = digest(folder)
+    different = sorted(
+        name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+    )
+    return f"{len(different)} files differ: {', '.join(different[:3])}" if different else None
+
+
+def repeat(world, script, ranks, out):
+    """Repeats a disturbed command -> what is wrong with the result, or None."""
+    running = world.command(script, out, ranks).run(world.place)
+    if any(running.codes.values()):
+        return f"the repetition ends with {list(running.codes.values())}: {running.read()[-300:]}"
+    return running.find_fault(script) or compare(out, world.expect(script, ranks)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The faults
+# ----------------------------------------------------------------------------------------------------------
+
+STAGES = ("collect_ode", "adp", "adm", "evaluate")  # those of several ranks
+
+
+def kill(world, dice):
+    """SIGKILL to a rank at any moment, once or twice; then the command again."""
+    script = dice.choice(STAGES)
+    ranks = dice.choice((1, 2))
+    _, seconds = world.expect(script, ranks)
+    with world.folder() as place:
+        out = os.path.join(place, "out")
+        for _ in range(dice.choice((1, 2))):
+            running = world.command(script, out, ranks).start(place)
+            wait_until(running, dice.uniform(0, 1.2 * seconds))
+            running.send(signal.SIGKILL, dice.randrange(ranks))
+            running.wait()
+        problem = repeat(world, script, ranks, out)
+        return f"FAILED: {problem}" if problem else f"{script}: the same files in the end"
+
+
+def wait_until(running, seconds):
+    while running.poll() and time.monotonic() - running.since < seconds:
+        time.sleep(0.005)
+
+
+def tell(world, dice):
+    """SIGTERM, SIGINT or SIGHUP to a rank at any moment, once or twice; then the command again."""
+    script = dice.choice((*STAGES, "adp", "adm"))
+    ranks = dice.choice((1, 2))
+    number = dice.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    _, seconds = world.expect(script, ranks)
+    with world.folder() as place:
+        out = os.path.join(place, "out")
+        running = world.command(script, out, ranks).start(place)
+        moment = dice.uniform(0, 1.1 * seconds)
+        for _ in range(dice.choice((1, 2))):
+            wait_until(running, moment)
+            running.send(number, dice.randrange(ranks))
+            moment += dice.uniform(0, 0.1)
+        codes = running.wait()
+        errors = running.read()
+        if "Traceback" in errors:
+            return f"FAILED: traceback at {number.name}: {errors[-300:]}"
+        if running.seconds > PATIENCE:
+            return "FAILED: hangs"
+        saved = os.path.exists(os.path.join(out, "latest"))
+        problem = repeat(world, script, ranks, out)
+        if problem:
+            return f"FAILED after {number.name}: {problem}"
+        before = all(code < 0 for code in codes) or not saved
+        return f"{script}: ends {'at once' if before else 'saved'}, the same files in the end"
+
+
+def fill_disk(world, dice):
+    """A disk that is full at any moment; then the command again with room."""
+    script = dice.choice((*STAGES, "sample", "adp", "adm"))
+    expected, _ = world.expect(script, 1)
+    with world.folder() as place:
+        disk = os.path.join(place, "disk")
+        os.mkdir(disk)
+        needed = sum(os.path.getsize(path) for path in list_all(os.path.join(world.place, script)))
+        size = int(needed * dice.uniform(0.02, 1.4)) + 8192
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
+        if subprocess.run(mount, capture_output=True).returncode:
+            return "NOT RUN: no right to mount a disk of a chosen size here"
+        try:
+            out = os.path.join(disk, "out")
+            running = world.command(script, out).run(place)
+            fault = running.find_fault(script)
+            sentence = running.read_sentence(script)
+            room = os.path.join(place, "room")
+            shutil.copytree(out, room) if os.path.isdir(out) else os.mkdir(room)
+        finally:
+            subprocess.run(["umount", disk], check=True)
+        if fault:
+            return f"FAILED: {fault}"
+        if any(running.codes.values()) and "the disk is full" not in sentence:
+            return f"FAILED: says {sentence!r}"
+        problem = repeat(world, script, 1, room)
+        if problem and "samples/" not in problem:  # a preview that did not fit is not drawn again
+            return f"FAILED: {problem}"
+        how = "one sentence" if any(running.codes.values()) else "training goes on"
+        return f"{how}, the same files in the end"
+
+
+def list_all(folder):
+    return [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+
+
+def spoil(path, dice):
+    """Damages a file, or removes it -> how."""
+    size = os.path.getsize(path)
+    kind = dice.choice(("cut", "flip", "zeros", "gone", "longer", "empty", "folder"))
+    if kind == "gone":
+        os.remove(path)
+    elif kind == "folder":
+        os.remove(path)
+        os.mkdir(path)
+    elif kind == "cut":
+        os.truncate(path, dice.randrange(max(1, size)))
+    elif kind == "empty":
+        os.truncate(path, 0)
+    elif kind == "longer":
+        with open(path, "ab") as file:
+            file.write(dice.randbytes(100))
+    else:
+        with open(path, "r+b") as file:
+            start = dice.randrange(max(1, size))
+            file.seek(start)
+            byte = file.read(1) or b"\0"
+            file.seek(start)
+            file.write(bytes(64) if kind == "zeros" else bytes([byte[0] ^ (1 << dice.randrange(8))]))
+    return kind
+
+
+# what is damaged: what the command reads of the world (True), or what it wrote itself and reads again
+READERS = (
+    ("collect_ode", "teacher"),
+    ("collect_ode", "out"),
+    ("adp", "collect_ode"),
+    ("adp", "sam.pth"),
+    ("adp", "out"),
+    ("adm", "prompts.txt"),
+    ("adm", "out"),
+    ("adm", "out"),
+    ("sample", "adm"),
+    ("evaluate", "adm"),
+    ("evaluate", "out"),
+    ("evaluate", "out"),
+)
+
+
+def damage(world, dice):
+    """A damaged file among those that a command reads: noticed, or the result is as without it."""
+    script, what = dice.choice(READERS)
+    with world.folder() as place:
+        out = os.path.join(place, "out")
+        if what == "out":
+            shutil.copytree(os.path.join(world.place, script), out)
+            target = out
+        else:
+            target = os.path.join(place, what)
+            source = os.path.join(world.place, what)
+            shutil.copytree(source, target) if os.path.isdir(source) else shutil.copy(source, target)
+        paths = sorted(list_all(target) if os.path.isdir(target) else [target])
+        path = dice.choice(paths)
+        how = spoil(path, dice)
+        name = os.path.relpath(path, place)
+        command = world.command(script, out)
+        moved = [word.replace(os.path.join(world.place, what), target) for word in command.words]
+        further = ["--iterations", "8"] if what == "out" and script in ("adp", "adm") else []
+        running = Command(script, [*moved, *further]).run(place)
+        fault = running.find_fault(script)
+        if fault:
+            return f"FAILED: {name} ({how}): {fault}"
+        if any(running.codes.values()):
+            return "refused with a sentence"
+        if "is passed over" in running.read():
+            return "the checkpoint before is taken"
+        if further or is_weights_of_others(name):
+            return "taken as it is"
+        problem = compare(out, world.expect(script, 1)[0])
+        if problem is None:
+            return "harmless: the same files in the end"
+        harmless = name.endswith((".txt", ".json", ".model")) and what in ("prompts.txt", "teacher")
+        return "taken as it is" if harmless else f"FAILED: {name} ({how}): unnoticed, {problem}"
+
+
+def is_weights_of_others(name):
+    """Whether it is a file of weights that no command of this project wrote, and that has no checksum."""
+    return name.startswith(("teacher/", "sam.pth"))
+
+
+FAULTS = {
+    "kills": (kill, 100),
+    "signals": (tell, 100),
+    "full disks": (fill_disk, 50),
+    "damage": (damage, 300),
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help=f"comma-separated: {', '.join(FAULTS)}")
+    parser.add_argument("--count", type=int, help="trials of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    chosen = args.only.split(",") if args.only else list(FAULTS)
+    failures = 0
+    with tempfile.TemporaryDirectory() as place:
+        world = World(place)
+        for name in chosen:
+            failures += run_trials(world, name, args)
+    print(f"{failures} failures")
+    return int(failures > 0)
+
+
+def run_trials(world, name, args):
+    """Runs the trials of a kind, prints the counts by outcome -> the number of failures."""
+    trial, count = FAULTS[name]
+    count = args.count or count
+    outcomes = collections.Counter()
+    start = time.monotonic()
+    for i in range(count):
+        outcome = trial(world, random.Random(f"{args.seed}/{name}/{i}"))
+        if outcome.startswith("FAILED"):
+            print(f"{name} {i}: {outcome}", flush=True)
+            outcome = "FAILED"
+        outcomes[outcome] += 1
+    print(f"\n{name}: {count} trials, {time.monotonic() - start:.0f} s")
+    for outcome, number in outcomes.most_common():
+        print(f"  {number:4} {outcome}")
+    print(flush=True)
+    return outcomes["FAILED"] + sum(number for outcome, number in outcomes.items() if outcome[:3] == "NOT")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
