@@ -50,19 +50,8 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 IDENTITY = ("stage", "fingerprint", "resolution", "frames", "parametrisation", "steps")
 IDENTITY_ARGUMENTS = ("loss", "init", "seed", "lora", "head_width")
 # What does not change the numbers, or is compared as part of the above
-FREE = (
-    "teacher",
-    "variant",
-    "out",
-    "resume",
-    "plan",
-    "gpu_gb",
-    "log_every",
-    "save_every",
-    "keep",
-    "patience",
-)
-FREE += ("shard", "offload", "compile", "checkpointing")
+FREE = ("teacher", "variant", "out", "resume", "plan", "gpu_gb", "log_every", "save_every", "keep")
+FREE += ("patience", "shard", "offload", "compile", "checkpointing")
 
 
 class Run:

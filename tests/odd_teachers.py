@@ -152,17 +152,10 @@ MEAN = [0.1, -0.2, 0.3, 0.05]
 STD = [0.9, 1.1, 1.2, 0.8]
 DIFFUSION = (
     "CogVideoXDPMScheduler",
-    "DDIMParallelScheduler",
     "DDPMScheduler",
-    "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
     "PNDMScheduler",
-    "SASolverScheduler",
     "UniPCMultistepScheduler",
 )
 OF_ANOTHER_KIND = (
