@@ -148,8 +148,8 @@ TEXT_WEIGHTS = "text_encoder/model.safetensors"
 SCALED = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
 ZERO_SNR = {"rescale_betas_zero_snr": True}
 EPSILON_AT_ZERO = "predicts noise (prediction_type: epsilon) at zero terminal SNR"
-MEAN = [0.1, -0.2, 0.3, 0.05]
-STD = [0.9, 1.1, 1.2, 0.8]
+MEAN = [1.0, -2.0, 3.0, 0.5]
+STD = [0.5, 2.0, 1.5, 0.8]
 DIFFUSION = (
     "CogVideoXDPMScheduler",
     "DDPMScheduler",
