@@ -26,9 +26,10 @@ def find_repository(weights_dir, repo, *files):
             places = [f"the cache {huggingface_hub.constants.HF_HUB_CACHE}"]
             if weights_dir:
                 places.insert(0, os.path.join(folder, file))
+            reason = "the hub cannot be reached" if is_offline() else type(error).__name__
             raise UserError(
                 f"the file {file} of {repo} is wanted; it is not in {' nor in '.join(places)} and could not "
-                f"be fetched ({type(error).__name__}): put it into DIR/{repo}/ and give --weights-dir DIR"
+                f"be fetched ({reason}): put it into DIR/{repo}/ and give --weights-dir DIR"
             ) from error
     return os.path.dirname(path)
 

@@ -1,5 +1,6 @@
 """Loads a pipeline so that no weight is missing, made up, left over, or not a number."""
 
+import dataclasses
 import os
 import re
 import sys
@@ -26,55 +27,93 @@ def describe_teacher(name):
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
-def load_pipeline(name, path, dtype, variant=None):
-    """A teacher's pipeline, folder or hub id -> (the diffusers pipeline, its folder).
+@dataclasses.dataclass
+class Description:
+    """What a teacher's JSON files say, all of it honoured."""
 
-    UserError for what is damaged, for what the configs say and is not honoured here (before weights are
-    fetched), and for weights that are not those of the config's network. variant: as in
-    diffusion_pytorch_model.VARIANT.safetensors."""
+    pipeline: str  # its class
+    classes: dict  # {component: class, or None where it is absent}
+    switches: dict  # the pipeline's own, {name: bool}
+    configs: dict  # {component: config, as in its file} of scheduler, denoiser and VAE
+    scheduler: object  # made of its config
+
+
+def read_teacher(name, path):
+    """A pipeline folder or hub id -> its Description, without any weights. name: for messages.
+
+    UserError for what is missing or damaged, and for what is not honoured here."""
     import diffusers
-    import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    offline = not os.path.isdir(path) and is_offline()
+    offline = is_out_of_reach(path)
     try:
         index = check_object(diffusers.DiffusionPipeline.load_config(path, local_files_only=offline))
     except Exception as error:  # as below: the libraries raise many kinds for what is missing or damaged
-        raise report(name, path, error, offline) from error
+        raise report(name, path, error) from error
     classes, switches = choose_classes(name, index)
     configs = {}
     for part in ("scheduler", "unet", "transformer", "vae"):
         if part in classes:
             configs[part] = read_config(classes[part], path, part, offline)
     check_configs(name, index["_class_name"], configs, classes)
-
+    for part, config in configs.items():
+        config["_class_name"] = classes[part].__name__  # as in the pipeline, model_index.json's counts
     try:
-        folder = path
-        if not os.path.isdir(path):
-            folder = diffusers.DiffusionPipeline.download(path, variant=variant, local_files_only=offline)
+        scheduler = classes["scheduler"].from_config(configs["scheduler"])
     except Exception as error:
-        raise report(name, path, error, offline) from error
-    if variant and not any(variant in list_variants(os.path.join(folder, part)) for part in classes):
+        raise UserError(f"{path}/scheduler cannot be loaded: {shorten(error)}") from error
+    return Description(index["_class_name"], classes, switches, configs, scheduler)
+
+
+def load_pipeline(name, path, dtype, variant=None):
+    """A teacher's pipeline, folder or hub id -> (the diffusers pipeline, its folder).
+
+    UserError for what `read_teacher` refuses, before weights are fetched, and for weights that are not those
+    of the config's network. variant: as in diffusion_pytorch_model.VARIANT.safetensors."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    teacher = read_teacher(name, path)
+    folder = fetch_folder(name, path, variant)
+    if variant and not any(variant in list_variants(os.path.join(folder, part)) for part in teacher.classes):
         raise UserError(f"the teacher {name!r} has no weights of --variant {variant}")
-    parts = {}
-    for part, kind in classes.items():
-        parts[part] = load_part(kind, folder, part, dtype, variant) if kind else None
-    other = describe_sampler(classes["scheduler"], configs["scheduler"])
+    parts = {"scheduler": teacher.scheduler}
+    for part, kind in teacher.classes.items():
+        if part not in parts:
+            parts[part] = load_part(kind, folder, part, dtype, variant) if kind else None
+    other = describe_sampler(teacher.classes["scheduler"], teacher.configs["scheduler"])
     if other and is_main():
         print(
             f"note: the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps along the "
             "same schedule",
             file=sys.stderr,
         )
-    return getattr(diffusers, index["_class_name"])(**parts, **switches), folder
+    return getattr(diffusers, teacher.pipeline)(**parts, **teacher.switches), folder
 
 
-def report(name, path, error, offline):
+def fetch_folder(name, path, variant):
+    """A pipeline folder or hub id -> the folder; what the hub has is fetched to its cache."""
+    from diffusers import DiffusionPipeline
+
+    if os.path.isdir(path):
+        return path
+    try:
+        return DiffusionPipeline.download(path, variant=variant, local_files_only=is_offline())
+    except Exception as error:
+        raise report(name, path, error) from error
+
+
+def is_out_of_reach(path):
+    """Whether a hub id can be looked for in the cache alone."""
+    return not os.path.isdir(path) and is_offline()
+
+
+def report(name, path, error):
     """The UserError for a teacher that is not there."""
     where = "" if name == path else f" from {path}"
     reason = shorten(error)
-    if offline:
+    if is_out_of_reach(path):
         reason = (
             "it is no folder here, nor in the hub's cache, and the hub cannot be reached; "
             "give the folder of a pipeline"
@@ -178,12 +217,12 @@ def load_dinov2(name):
     """DINOv2, a transformers folder or hub id -> its network, float32. UserError for any other network."""
     from transformers import AutoConfig, AutoModel
 
-    offline = not os.path.isdir(name) and is_offline()
+    offline = is_out_of_reach(name)
     local = offline or os.path.isdir(name)
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=local)
     except Exception as error:
-        reason = "it is not there, and the hub cannot be reached" if offline else shorten(error)
+        reason = "it is no folder here, and the hub cannot be reached" if offline else shorten(error)
         raise UserError(f"the pixel backbone {name!r} could not be loaded: {reason}") from error
     if not config.model_type.startswith("dinov2"):
         raise UserError(f"the pixel backbone {name!r} is a {config.model_type}; known are SAM and DINOv2")

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from odd_teachers import ODD, RIGHT, SCHEDULER, Code, edit, set_scheduler
+from odd_teachers import ODD, RIGHT, SCHEDULER, Code, edit, set_scheduler, take_out
 from safetensors.torch import save_file
 
 import adm
@@ -158,7 +158,33 @@ def test_every_field_of_the_installed_diffusers_has_its_place():
 @pytest.mark.parametrize("name", common.TEACHERS)
 def test_the_known_teachers_are_taken(name):
     """Their real configs, nulls and fields of other schedulers included."""
-    meta.check(name, meta.read_configs(name))
+    known = meta.read_configs(name)
+    pipeline = known["pipeline"]
+    parts = {"scheduler": "scheduler", common.FAMILIES[pipeline].denoiser_name: "denoiser", "vae": "vae"}
+    real = {part: known[key] for part, key in parts.items()}
+    classes = {part: configs.find_class(config["_class_name"]) for part, config in real.items()}
+    configs.check_configs(name, pipeline, real, classes)
+
+
+def test_a_plan_refuses_the_same_configs(plain, tmp_path):
+    names = ("sdxl: NoSuchScheduler", "beta_schedule of another library", "custom code", "index: a list")
+    names += ("scheduler: a list", "epsilon, cosine betas", "sdxl: unet null", "inpainting's channels")
+    for odd in ODD:
+        if odd.name in names:
+            folder = str(shutil.copytree(plain["sdxl"], tmp_path / str(len(os.listdir(tmp_path)))))
+            odd.change(folder)
+            args = helpers.training_arguments("adm", ["--teacher", folder])
+            with pytest.raises(UserError, match=re.escape(odd.expected)):
+                meta.make_teacher_on_meta(args, meta.read_configs(folder))
+
+
+def test_a_config_without_its_class_is_of_the_pipelines_class(plain, tmp_path):
+    folder = str(shutil.copytree(plain["sdxl"], tmp_path / "teacher"))
+    for file in ("scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"):
+        take_out(file, "_class_name")(folder)
+    args = helpers.training_arguments("adm", ["--teacher", folder])
+    planned = meta.make_teacher_on_meta(args, meta.read_configs(folder))
+    assert type(planned.denoiser) is type(common.load_teacher(folder, CPU).denoiser)
 
 
 # Where a teacher is kept ----------------------------------------------------------------------------------
