@@ -554,9 +554,9 @@ def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None
 @torch.no_grad()
 def try_out(teacher):
     """UserError for parts that do not fit together: one prediction of the empty prompt's picture."""
-    x = torch.zeros(1, *teacher.latent_shape, device=teacher.device)
     t = torch.full((1,), T, device=teacher.device)
     try:
+        x = torch.zeros(1, *teacher.latent_shape, device=teacher.device)
         raw = teacher.raw(teacher.denoiser, x, t, teacher.null(1))
     except torch.OutOfMemoryError:
         raise

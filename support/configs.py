@@ -278,8 +278,9 @@ def choose_classes(name, index):
             classes[part] = find_class(value[1])
         else:
             raise refuse(name, "model_index.json", part, value, f"known is {' or '.join(known.classes)}")
-    if classes.get("tokenizer_3") is None or classes.get("text_encoder_3") is None:
-        classes |= {part: None for part in MAY_BE_ABSENT if part in parts}
+    if classes.get("text_encoder_3") and classes["tokenizer_3"] is None:
+        why = "but text_encoder_3 wants it: set both to [null, null], or neither"
+        raise refuse(name, "model_index.json", "tokenizer_3", index.get("tokenizer_3"), why)
     return classes, switches
 
 
@@ -362,6 +363,8 @@ def is_like(value, default, may_be_null):
         return default is None or may_be_null or isinstance(default, bool)
     if default is None:
         return True
+    if value == default:  # which may be infinite
+        return True
     if isinstance(value, (list, tuple)):
         return not isinstance(default, str)
     if isinstance(default, (bool, str, list, tuple)):
@@ -370,7 +373,7 @@ def is_like(value, default, may_be_null):
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_channels(name, file, denoiser, vae):
@@ -405,7 +408,7 @@ def check_scale(name, vae):
 def read_size(name, sample_size, factor):
     """The denoiser's sample_size, in latents: a side, or height and width -> (height, width) in pixels."""
     size = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size] * 2
-    if len(size) != 2 or not all(is_number(side) and side > 0 for side in size):
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise UserError(
             f"the teacher {name} does not say how large it draws (sample_size: {show(sample_size)}): "
             "give --resolution"

@@ -82,6 +82,7 @@ def load_pipeline(name, path, dtype, variant=None):
     for part, kind in teacher.classes.items():
         if part not in parts:
             parts[part] = load_part(kind, folder, part, dtype, variant) if kind else None
+    check_vocabularies(name, parts)
     other = describe_sampler(teacher.classes["scheduler"], teacher.configs["scheduler"])
     if other and is_main():
         print(
@@ -154,6 +155,20 @@ def load_part(kind, folder, part, dtype, variant=None):
     if kind.__name__.startswith("CLIPTokenizer") and loaded.model_max_length > 2**20:
         raise UserError(f"{folder}/{part}/tokenizer_config.json does not say what model_max_length is")
     return loaded
+
+
+def check_vocabularies(name, parts):
+    """UserError for a tokenizer with words that its text encoder does not know. parts: {component: it}."""
+    for part, encoder in parts.items():
+        if part.startswith("text_encoder") and encoder is not None:
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            words = len(parts[tokenizer])
+            known = encoder.config.vocab_size
+            if words > known:
+                raise UserError(
+                    f"the teacher {name} cannot be used: its {tokenizer} has {words} words, "
+                    f"its {part} {known}"
+                )
 
 
 def check_vocabulary_files(folder, part):

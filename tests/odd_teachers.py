@@ -142,6 +142,23 @@ def put_tensors(weights, pickled):
     return change
 
 
+def add_words(file, count):
+    """Adds so many tokens to a tokenizer."""
+
+    def change(folder):
+        path = os.path.join(folder, file)
+        with open(path) as opened:
+            config = json.load(opened)
+        last = max(token["id"] for token in config["added_tokens"])
+        for number in range(count):
+            like = config["added_tokens"][0]
+            config["added_tokens"].append({**like, "id": last + 100 + number, "content": f"<word{number}>"})
+        with open(path, "w") as opened:
+            json.dump(config, opened)
+
+    return change
+
+
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
@@ -418,6 +435,17 @@ ODD = [
     ),
     Odd("custom code", "sdxl", edit(INDEX, _class_name=["pipeline", "Mine"]), "known are"),
     Odd("no class", "sdxl", take_out(INDEX, "_class_name"), "is a null; known are"),
+    refused("sd3", INDEX, "tokenizer_3", [None, None], "but text_encoder_3 wants it"),
+    Odd("SD3: a tokenizer_3 to spare", "sd3", edit(INDEX, text_encoder_3=[None, None]), RIGHT),
+    refused("sdxl", VAE, "scaling_factor", float("inf"), "which is of the wrong type"),
+    refused("sd3", SCHEDULER, "shift", float("nan"), "which is of the wrong type"),
+    Odd("sample_size of text", "sdxl", edit(UNET, sample_size="8"), "give --resolution"),
+    Odd(
+        "more words than the text encoder's",
+        "cogvideox",
+        add_words("tokenizer/tokenizer.json", 50),
+        "words, its text_encoder 26",
+    ),
     # files
     Odd("index: no JSON", "sdxl", write(INDEX, b"{"), "could not be loaded"),
     Odd("index: a list", "sdxl", write(INDEX, b"[1]"), "could not be loaded"),
