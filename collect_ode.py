@@ -21,6 +21,7 @@ from support.errors import UserError, launch
 from support.files import (
     lock_folder,
     make_folder,
+    read_sealed,
     remove_leftovers,
     short_name,
     write_sealed,
@@ -76,11 +77,14 @@ def main(argv=None):
 def collect_missing(args, teacher, prompts, index, out):
     """Writes the index and this rank's share of the shards, but for those that are there. UserError where
     the folder has another index."""
+    path = os.path.join(out, "index.json")
+    old = read_sealed(path) or index
+    index["teacher"] = old.get("teacher")  # its fingerprint is compared: the folder may have moved
     check_index(out, index, has_results=os.path.exists(shard_path(out, 0)))
     make_folder(out)
     if is_main():
         remove_leftovers(out)
-        write_sealed(os.path.join(out, "index.json"), index)
+        write_sealed(path, index)
     own = range(math.ceil(args.count / args.shard))[rank() :: world_size()]
     missing = [k for k in own if find_problem(shard_path(out, k), index)]
     total = sum(len(pairs_of_shard(args, k)) for k in missing)

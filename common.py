@@ -8,20 +8,19 @@ float32. A row is one sample of the batch."""
 
 import contextlib
 import functools
-import importlib
 import math
 import os
-import re
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from support.checkpoints import compute_fingerprint, find_checkpoint
-from support.errors import UserError, first_line
-from support.loading import load_network, load_networks
+from support.configs import read_size, unscale
+from support.errors import UserError
+from support.hub import is_hub_id
+from support.loading import load_dinov2, load_network, load_pipeline, shorten
 from support.lora import make_adapted
 from support.parallel import choose_dtype, compile_blocks, own_device, shard
 from support.prompts import check_vocabulary
@@ -67,6 +66,8 @@ class Teacher:
         """resolution: (height, width) in pixels, default the teacher's. UserError for what it cannot do."""
         self.pipe = pipe
         self.path = path
+        self.folder = path  # where the weights are read again, if that is another
+        self.variant = None  # of the weights' files
         self.device = device
         self.dtype = dtype
         self.denoiser = getattr(pipe, self.denoiser_name)
@@ -76,12 +77,11 @@ class Teacher:
                 module.to(device).requires_grad_(False).eval()
         self._read_schedule(pipe.scheduler)
         factor, patch, default = self._geometry()
-        self.resolution = list(resolution or default)
+        self.resolution = list(resolution or read_size(path, default, factor))
         if any(side % (factor * patch) for side in self.resolution):
             size = "x".join(map(str, self.resolution))
-            raise UserError(
-                f"--resolution {size} is not a multiple of {factor * patch}, as the teacher {path} needs"
-            )
+            said = f"--resolution {size}" if resolution else f"its own resolution {size}, in its config,"
+            raise UserError(f"{said} is not a multiple of {factor * patch}, as the teacher {path} needs")
         if frames and not self.video:
             raise UserError(f"--frames is for video teachers; {path} draws pictures")
         height, width = (side // factor for side in self.resolution)
@@ -95,15 +95,19 @@ class Teacher:
         network is t = n + 1, both ends are exact, and nothing divides by alpha_T."""
         self.prediction = scheduler.config.prediction_type
         abar = scheduler.alphas_cumprod.double().cpu()
-        self.alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), abar]).to(self.device)
-        if self.prediction not in ("epsilon", "v_prediction"):
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), abar])
+        self.alphas_cumprod = abar.to(self.device)
+        # some schedulers have 2**-24 in the place of 0
+        falls = (abar.diff() < 1e-6).all() and (abar >= 0).all()
+        if len(abar) != T + 1 or not falls:
             raise UserError(
-                f"the teacher {self.path} predicts {self.prediction!r}; known are epsilon and v_prediction"
+                f"the teacher {self.path} has no noise schedule of {T:g} steps that falls from 1 towards 0 "
+                "(trained_betas, beta_start, beta_end)"
             )
-        if self.prediction == "epsilon" and abar[-1] == 0:
+        if self.prediction == "epsilon" and abar[-1] < 1e-6:
             raise UserError(
-                f"the teacher {self.path} predicts noise at zero terminal SNR, where noise says nothing of "
-                "the picture"
+                f"the teacher {self.path} predicts noise (prediction_type: epsilon) at zero terminal SNR "
+                "(rescale_betas_zero_snr, beta_schedule), where noise says nothing of the picture"
             )
 
     # The forward process, x_t = alpha_t x_0 + sigma_t eps -------------------------------------------------
@@ -180,9 +184,16 @@ class Teacher:
         """The teacher's own times for a sampler of so many steps: its scheduler's spacing, then 0."""
         from diffusers import DDIMScheduler
 
-        scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        config = self.pipe.scheduler.config
+        spacing = config.get("timestep_spacing", "linspace")  # of a scheduler that has no other
+        scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=config.get("steps_offset", 0))
         scheduler.set_timesteps(steps)
-        return [*(scheduler.timesteps.double() + 1).tolist(), 0.0]
+        times = (scheduler.timesteps.double() + 1).tolist()
+        if times[0] > T:
+            raise UserError(
+                f"the teacher's steps_offset moves the first of {steps} steps beyond its schedule: give fewer"
+            )
+        return [*times, 0.0]
 
     def student_times(self, steps):
         """The times of a student of so many steps.
@@ -226,11 +237,8 @@ class Teacher:
 
     def network(self, folder, subfolder):
         """A network of the denoiser's class from its files, float32. UserError where they are damaged."""
-        try:
-            net = load_network(type(self.denoiser), folder, subfolder, torch.float32)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = first_line(error)
-            raise UserError(f"the weights in {folder}/{subfolder} cannot be loaded: {reason}") from error
+        variant = self.variant if folder == self.folder else None
+        net = load_network(type(self.denoiser), folder, subfolder, torch.float32, variant)
         return net.float()  # again, since diffusers leaves CogVideoX's table of positions in float64
 
     def trainable(self, args, adapter, folder=None):
@@ -239,7 +247,7 @@ class Teacher:
         adapter of this name, zero or that of the checkpoint."""
         if args.lora:
             return make_adapted(self.denoiser, adapter, args, folder)
-        net = self.network(folder, "student") if folder else self.network(self.path, self.denoiser_name)
+        net = self.network(folder, "student") if folder else self.network(self.folder, self.denoiser_name)
         net.requires_grad_(True).train()
         if args.checkpointing:
             net.enable_gradient_checkpointing()
@@ -273,9 +281,8 @@ class Teacher:
 
     def decode(self, latents):
         """Latents -> pixels, about [-1, 1], not clamped; gradients flow. A megapixel at a time."""
-        config = self.pipe.vae.config
         rows = max(1, 2**20 // math.prod(self.resolution))
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0)
+        latents = unscale(latents, self.pipe.vae.config)
         parts = latents.split(rows)
         with self.offload.resident("vae") if self.offload else contextlib.nullcontext():
             if torch.is_grad_enabled() and len(parts) > 1:
@@ -315,13 +322,14 @@ class SDXL(Teacher):
         for block in pipe.unet.down_blocks:
             last = len(block.resnets) - 1
             self.taps.append((block, lambda out, last=last: out[1][last]))
-        self.taps.append((pipe.unet.mid_block, lambda out: out))
+        if pipe.unet.mid_block is not None:
+            self.taps.append((pipe.unet.mid_block, lambda out: out))
 
     def _geometry(self):
-        """(pixels a latent, multiple that a side of the latents must be of, default resolution)."""
-        factor = self.pipe.vae_scale_factor
+        """(pixels a latent, multiple that a side of the latents must be of, default side of the latents, or
+        height and width)."""
         config = self.denoiser.config
-        return factor, 2 ** (len(config.block_out_channels) - 1), (config.sample_size * factor,) * 2
+        return self.pipe.vae_scale_factor, 2 ** (len(config.block_out_channels) - 1), config.sample_size
 
     @torch.no_grad()
     def _encode(self, prompts):
@@ -378,20 +386,22 @@ class SD3(Teacher):
     def __init__(self, pipe, *args):
         super().__init__(pipe, *args)
         self.taps = self.block_taps(1)  # (text, image)
+        factor, patch, _ = self._geometry()
+        largest = self.denoiser.config.pos_embed_max_size
+        if largest and max(self.patches) > largest:
+            size = "x".join(map(str, self.resolution))
+            raise UserError(
+                f"--resolution {size} is too large: the teacher {self.path} has positions for "
+                f"{largest * patch * factor} pixels a side (pos_embed_max_size: {largest})"
+            )
 
     def _read_schedule(self, scheduler):
         self.prediction = "flow"
-        self.shift = scheduler.config.get("shift")
-        if self.shift is None or scheduler.config.get("use_dynamic_shifting"):
-            raise UserError(
-                f"the teacher {self.path} has no fixed shift of its noise levels; "
-                "only such flow-matching schedules are known here"
-            )
+        self.shift = scheduler.config.shift
 
     def _geometry(self):
-        factor = self.pipe.vae_scale_factor
         config = self.denoiser.config
-        return factor, config.patch_size, (config.sample_size * factor,) * 2
+        return self.pipe.vae_scale_factor, config.patch_size, config.sample_size
 
     def schedule(self, t):
         u = t / T
@@ -446,10 +456,6 @@ class CogVideoX(Teacher):
         super().__init__(pipe, path, device, dtype, resolution)
         config = self.denoiser.config
         self.frames = frames or config.sample_frames
-        if config.patch_size_t is not None:
-            raise UserError(
-                f"the teacher {path} is a CogVideoX 1.5, with patches over time; known is the first version"
-            )
         if self.frames % 8 != 1:
             raise UserError(
                 f"--frames {self.frames}: this autoencoder wants a multiple of 8, plus 1 (9, 17, ... 49)"
@@ -465,9 +471,9 @@ class CogVideoX(Teacher):
         pipe.vae.enable_slicing()
 
     def _geometry(self):
-        factor = self.pipe.vae_scale_factor_spatial
         config = self.denoiser.config
-        return factor, config.patch_size, (config.sample_height * factor, config.sample_width * factor)
+        size = (config.sample_height, config.sample_width)
+        return self.pipe.vae_scale_factor_spatial, config.patch_size, size
 
     @torch.no_grad()
     def _encode(self, prompts):
@@ -527,44 +533,44 @@ def read_taps(taps, run):
     return maps
 
 
-def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None):
-    """A known name, a pipeline folder or a hub id -> Teacher. UserError if it is none of a known family."""
-    from diffusers import DiffusionPipeline
-
-    for library in ("diffusers", "transformers"):
-        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None, variant=None):
+    """A known name, a pipeline folder or a hub id -> Teacher. UserError for what is no teacher of a known
+    family, or would not be computed as its own pipeline does. variant: of the weights' files."""
     path = TEACHERS.get(name, name)
-    if not os.path.isdir(path) and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not os.path.isdir(path) and not is_hub_id(path):
         names = ", ".join(TEACHERS)
         raise UserError(
             f"there is no teacher {name!r}: give one of {names}, a pipeline folder, or a hub id such as "
             f"{TEACHERS['sdxl']}"
         )
+    pipe, folder = load_pipeline(name, path, dtype, variant)
+    teacher = FAMILIES[type(pipe).__name__](pipe, path, device, dtype, resolution, frames)
+    teacher.folder = folder
+    teacher.variant = variant
+    try_out(teacher)
+    return teacher
+
+
+@torch.no_grad()
+def try_out(teacher):
+    """UserError for parts that do not fit together: one prediction of the empty prompt's picture."""
+    t = torch.full((1,), T, device=teacher.device)
     try:
-        config = DiffusionPipeline.load_config(path)
-        family = config["_class_name"]
-        if family not in FAMILIES:
-            raise UserError(f"the teacher {name!r} is a {family}; known are {', '.join(FAMILIES)}")
-        # SD3 without T5: diffusers wants to hear it
-        absent = {part: None for part, value in config.items() if value == [None, None]}
-        networks = load_networks(path, config, dtype)
-        pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, **absent, **networks)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        message = str(error).lower()
-        if any(word in message for word in ("sentencepiece", "protobuf", "tiktoken")):
-            raise UserError(
-                f"the teacher {name!r} has a T5 tokenizer that needs two more packages: "
-                "pip install sentencepiece protobuf"
-            ) from error
-        reason = first_line(error)
-        raise UserError(f"the teacher {name!r} could not be loaded from {path}: {reason}") from error
-    return FAMILIES[family](pipe, path, device, dtype, resolution, frames)
+        x = torch.zeros(1, *teacher.latent_shape, device=teacher.device)
+        raw = teacher.raw(teacher.denoiser, x, t, teacher.null(1))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds, as parts can misfit in many ways
+        reason = shorten(error)
+        raise UserError(f"the parts of the teacher {teacher.path} do not fit together: {reason}") from error
+    if raw.shape != x.shape or not raw.isfinite().all():
+        raise UserError(f"the teacher {teacher.path} cannot be used: its predictions are no finite latents")
 
 
 def load_teacher_from(args, device):
     """The teacher of these arguments; its family's batch where none is given."""
     dtype = choose_dtype(args.precision, device)
-    teacher = load_teacher(args.teacher, device, dtype, args.resolution, args.frames)
+    teacher = load_teacher(args.teacher, device, dtype, args.resolution, args.frames, args.variant)
     args.batch = args.batch or teacher.batch
     return teacher
 
@@ -575,7 +581,9 @@ def load_teacher_of_students(args, students):
     if not args.teacher and not students:
         raise UserError("give a --student folder, a --teacher, or both")
     meta = find_checkpoint(students[0])[1] if students else {}
-    args.teacher = args.teacher or meta["teacher"]
+    if not args.teacher:
+        args.teacher = meta["teacher"]
+        args.variant = args.variant or meta.get("variant")
     args.resolution = args.resolution or meta.get("resolution")
     args.frames = args.frames or meta.get("frames")
     return load_teacher_from(args, own_device())
@@ -780,8 +788,7 @@ class PixelBackbone:
         self.position = None
         if device.type == "meta":  # --plan wants nothing but sizes
             encoder = make_sam_encoder_on_meta(name)
-        hub_id = re.fullmatch(r"[\w-]+/[\w.-]+", name) and not os.path.exists(name)
-        if encoder is None and (name == "dinov2" or os.path.isdir(name) or hub_id):
+        if encoder is None and (name == "dinov2" or os.path.isdir(name) or is_hub_id(name)):
             self._use_dinov2(name)
         else:
             self._use_sam(encoder or load_sam_encoder(name))
@@ -799,13 +806,7 @@ class PixelBackbone:
         self.taps = [(block, lambda out: out.permute(0, 3, 1, 2)) for block in blocks]
 
     def _use_dinov2(self, name):
-        from transformers import AutoModel
-
-        try:
-            self.encoder = AutoModel.from_pretrained("facebook/dinov2-base" if name == "dinov2" else name)
-        except (OSError, ValueError) as error:
-            reason = first_line(error)
-            raise UserError(f"the pixel backbone {name!r} could not be loaded: {reason}") from error
+        self.encoder = load_dinov2("facebook/dinov2-base" if name == "dinov2" else name)
         self.patch = self.encoder.config.patch_size
         self.taps = [(layer, self._fold) for layer in choose_four(self.encoder.encoder.layer)]
 

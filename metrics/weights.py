@@ -4,6 +4,7 @@ import os
 
 from support.errors import UserError, first_line
 from support.files import read_tensors
+from support.hub import is_offline
 
 
 def find_repository(weights_dir, repo, *files):
@@ -20,14 +21,15 @@ def find_repository(weights_dir, repo, *files):
         return folder
     for file in (*missing, *present):  # the missing ones first: an error is to name one of them
         try:
-            path = huggingface_hub.hf_hub_download(repo, file)
+            path = huggingface_hub.hf_hub_download(repo, file, local_files_only=is_offline())
         except (OSError, ValueError) as error:
             places = [f"the cache {huggingface_hub.constants.HF_HUB_CACHE}"]
             if weights_dir:
                 places.insert(0, os.path.join(folder, file))
+            reason = "the hub cannot be reached" if is_offline() else type(error).__name__
             raise UserError(
                 f"the file {file} of {repo} is wanted; it is not in {' nor in '.join(places)} and could not "
-                f"be fetched ({type(error).__name__}): put it into DIR/{repo}/ and give --weights-dir DIR"
+                f"be fetched ({reason}): put it into DIR/{repo}/ and give --weights-dir DIR"
             ) from error
     return os.path.dirname(path)
 

@@ -87,6 +87,13 @@ def fraction(text):
     return value
 
 
+def variant_name(text):
+    """The word between two dots of a file's name."""
+    if not re.fullmatch(r"\w+", text):
+        raise argparse.ArgumentTypeError(f"must be a word as fp16, not {text!r}")
+    return text
+
+
 positive = number(int, "at least 1", lambda value: value >= 1)
 whole = number(int, "at least 0", lambda value: value >= 0)
 sampler_steps = number(int, "from 1 to 1000", lambda value: 1 <= value <= 1000)
@@ -108,6 +115,8 @@ def add_teacher_arguments(parser, required=True):
     names = ", ".join(parser.teachers)
     shown = None if required else "the student's own"
     add("--teacher", f"{names}, a pipeline folder, or a hub id", required=required, shown=shown)
+    variant = "of the teacher's weight files, as fp16 in model.fp16.safetensors"
+    add("--variant", variant, type=variant_name, shown="those without one")
     shown = "the teacher's: SDXL and SD3 1024, CogVideoX 480x720"
     add("--resolution", "pixels: a side, or HEIGHTxWIDTH", type=resolution, shown=shown)
     shown = "the teacher's: CogVideoX 49"

@@ -50,8 +50,8 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 IDENTITY = ("stage", "fingerprint", "resolution", "frames", "parametrisation", "steps")
 IDENTITY_ARGUMENTS = ("loss", "init", "seed", "lora", "head_width")
 # What does not change the numbers, or is compared as part of the above
-FREE = ("teacher", "out", "resume", "plan", "gpu_gb", "log_every", "save_every", "keep", "patience")
-FREE += ("shard", "offload", "compile", "checkpointing")
+FREE = ("teacher", "variant", "out", "resume", "plan", "gpu_gb", "log_every", "save_every", "keep")
+FREE += ("patience", "shard", "offload", "compile", "checkpointing")
 
 
 class Run:
@@ -79,6 +79,7 @@ class Run:
         self.meta = {
             "stage": stage,
             "teacher": describe_teacher(args.teacher),
+            "variant": args.variant,
             "fingerprint": self.teacher.fingerprint,
             "resolution": self.teacher.resolution,
             "frames": self.teacher.frames,

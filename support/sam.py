@@ -48,6 +48,9 @@ def load_sam_encoder(path):
             out_chans=len(state["neck.0.weight"]),
         )
         encoder.load_state_dict(state)
+        for weight in encoder.parameters():
+            if not weight.is_meta and not weight.isfinite().all():
+                raise ValueError("it has weights that are not finite")
     except FileNotFoundError as error:
         names = ", ".join(OFFICIAL)
         raise UserError(

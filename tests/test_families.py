@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, DiffusionPipeline
+from transformers import T5Tokenizer
 
 import adp
 import common
@@ -507,7 +508,7 @@ def test_a_missing_tokenizer_package_is_one_sentence(folders, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("`tiktoken` is required to read a `tiktoken` file")
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    monkeypatch.setattr(T5Tokenizer, "from_pretrained", fail)
     with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
         common.load_teacher(folders["cogvideox"], CPU)
 

@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from common import FAMILIES, TEACHERS
 from support.errors import UserError
 from support.files import ROOT, read_json
+from support.loading import read_teacher
 from support.parallel import choose_dtype
 
 CONFIGS = os.path.join(ROOT, "assets", "configs")  # of the known teachers
 META = torch.device("meta")
+CLIP_LENGTH = 77
 
 # ----------------------------------------------------------------------------------------------------------
 # Configs
@@ -33,41 +35,38 @@ def read_configs(name):
     known = {hub_id: key for key, hub_id in TEACHERS.items()}
     if path in known and not os.path.isdir(path):
         return read_json(os.path.join(CONFIGS, f"{known[path]}.json"))
-    index = read_json(os.path.join(path, "model_index.json")) or {}
-    pipeline = index.get("_class_name")
-    if pipeline not in FAMILIES:
+    if not os.path.exists(os.path.join(path, "model_index.json")):
         names = ", ".join(TEACHERS)
         raise UserError(
             f"--plan knows {names}, and pipeline folders with a model_index.json; {name!r} is none of them"
         )
+    teacher = read_teacher(name, path)
+    tokenizer = read_config(path, "tokenizer", "tokenizer_config.json")
     return {
-        "pipeline": pipeline,
-        "denoiser": read_config(path, FAMILIES[pipeline].denoiser_name),
-        "vae": read_config(path, "vae"),
-        "text_encoders": count_text_encoders(path, index),
-        "scheduler": read_config(path, "scheduler", "scheduler_config.json"),
-        "text_length": read_config(path, "tokenizer", "tokenizer_config.json")["model_max_length"],
+        "pipeline": teacher.pipeline,
+        "denoiser": teacher.configs[FAMILIES[teacher.pipeline].denoiser_name],
+        "vae": teacher.configs["vae"],
+        "text_encoders": count_text_encoders(path, teacher.classes),
+        "scheduler": teacher.configs["scheduler"],
+        "text_length": tokenizer.get("model_max_length", CLIP_LENGTH),
     }
 
 
 def read_config(path, part, file="config.json"):
     config = read_json(os.path.join(path, part, file))
-    if config is None:
+    if not isinstance(config, dict):
         raise UserError(f"{path} is not a complete pipeline folder: {part}/{file} is missing or damaged")
     return config
 
 
-def count_text_encoders(path, index):
-    """A pipeline folder and its model_index.json -> {name of a text encoder: its parameters}."""
-    import transformers
-
+def count_text_encoders(path, classes):
+    """A pipeline folder and the classes of its components -> {name of a text encoder: its parameters}."""
     counts = {}
-    for part, kind in index.items():
-        if part.startswith("text_encoder") and kind[0]:
-            model = getattr(transformers, kind[1])
-            config = model.config_class.from_dict(read_config(path, part))
+    for part, kind in classes.items():
+        if part.startswith("text_encoder") and kind:
+            config = kind.config_class.from_dict(read_config(path, part))
             with META:
-                counts[part] = count_parameters(model(config))
+                counts[part] = count_parameters(kind(config))
     return counts
 
 

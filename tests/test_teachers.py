@@ -1,0 +1,356 @@
+"""Odd teachers: each computes what its own pipeline does, or is refused in one sentence that says why."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from odd_teachers import ODD, RIGHT, SCHEDULER, Code, edit, set_scheduler, take_out
+from safetensors.torch import save_file
+
+import adm
+import common
+import helpers
+import sample
+from metrics import weights
+from support import configs, hub
+from support.errors import UserError
+from tools import meta
+
+CPU = torch.device("cpu")
+PROMPT = ["a small red circle"]
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """{family: folder of a tiny pipeline}."""
+    root = tmp_path_factory.mktemp("plain")
+    return {family: helpers.make_teacher(root / family, 0, family) for family in ("sdxl", "sd3", "cogvideox")}
+
+
+@pytest.mark.parametrize("odd", ODD, ids=[odd.name for odd in ODD])
+def test_odd_teachers(plain, tmp_path, odd):
+    folder = str(tmp_path / "teacher")
+    shutil.copytree(plain[odd.family], folder)
+    odd.change(folder)
+    if odd.expected == RIGHT:
+        check_against_its_pipeline(common.load_teacher(folder, CPU), folder)
+        return
+    with pytest.raises(UserError) as caught:
+        common.load_teacher(folder, CPU)
+    said = str(caught.value)
+    assert odd.expected in said
+    assert "\n" not in said
+
+
+@torch.no_grad()
+def check_against_its_pipeline(teacher, folder):
+    """Forward process, and pixels where the pipeline's sampler is the teacher's."""
+    with open(os.path.join(folder, "model_index.json")) as file:
+        kind = getattr(diffusers, json.load(file)["scheduler"][1])
+    scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+    check_schedule(teacher, scheduler)
+    if configs.describe_sampler(kind, scheduler.config):
+        return
+    absent = {}
+    if teacher.pipe.components.get("text_encoder_3", "") is None:
+        absent = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    steps = 4
+    options = {"num_inference_steps": steps, "guidance_scale": 2.0, "output_type": "pt"}
+    if teacher.prediction == "flow":
+        options["sigmas"] = torch.linspace(1, 1 / steps, steps).numpy()
+    noise = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    height, width = teacher.resolution
+    options |= {"height": height, "width": width, "latents": noise}
+    if teacher.video:
+        length = teacher.denoiser.config.max_text_seq_length
+        options |= {"latents": noise.transpose(1, 2), "max_sequence_length": length}
+    theirs = pipe(PROMPT, **options)[0]
+    theirs = theirs.transpose(1, 2) if teacher.video else theirs
+    latents = teacher.sample(noise, teacher.encode(PROMPT), steps, 2.0)
+    ours = (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
+    # EulerDiscreteScheduler begins at sigma_T x_T, not at x_T, and does not round its times
+    tolerance = 0.05 if type(pipe.scheduler).__name__ == "EulerDiscreteScheduler" else 0.005
+    assert (ours - theirs).abs().max() < tolerance * ours.std()
+
+
+@pytest.mark.parametrize("name", configs.DIFFUSION)
+def test_schedulers_that_are_only_other_samplers(name):
+    """All read the same schedule off the same betas."""
+    betas = {"beta_start": 0.001, "beta_end": 0.015, "beta_schedule": "scaled_linear"}
+    shift = {"snr_shift_scale": 1.0} if name.startswith("CogVideoX") else {}
+    scheduler = configs.find_class(name)(**betas, **shift)
+    expected = diffusers.DDIMScheduler(**betas).alphas_cumprod
+    torch.testing.assert_close(scheduler.alphas_cumprod.float(), expected, atol=1e-6, rtol=0)
+
+
+def check_schedule(teacher, scheduler):
+    """abar or sigma at all timesteps, in float32 as diffusers has them."""
+    t = torch.arange(1, 1001, dtype=torch.float64)
+    alpha, sigma = teacher.schedule(t)
+    if teacher.prediction == "flow":
+        shift = scheduler.config.shift
+        u = t / 1000
+        torch.testing.assert_close(sigma, shift * u / (1 + (shift - 1) * u))
+        sigmas = scheduler.sigmas.double().flip(0)
+        torch.testing.assert_close(sigma, sigmas[-1000:], atol=1e-6, rtol=0)
+        return
+    assert teacher.prediction == scheduler.config.prediction_type
+    torch.testing.assert_close(alpha**2, scheduler.alphas_cumprod.double(), atol=1e-7, rtol=0)
+
+
+# The table ------------------------------------------------------------------------------------------------
+
+DENOISERS = ("unet", "transformer")
+
+
+def read_documented_fields():
+    """docs/teacher-configs.md -> {(pipeline, component): {field: what becomes of it}}."""
+    with open(os.path.join(helpers.ROOT, "docs", "teacher-configs.md")) as file:
+        sections = re.split(r"^## ", file.read(), flags=re.MULTILINE)
+    found = {}
+    for section in sections:
+        heading, *lines = section.splitlines()
+        part, _, pipelines = heading.partition(" of ")
+        rules = {}
+        for line in lines:
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            for field in re.findall(r"`(\w+)`", cells[0]) if line.startswith("|") else ():
+                rules[field] = cells[1]
+        for pipeline in re.findall(r"\w+Pipeline", pipelines):
+            names = DENOISERS if part == "Denoiser" else (part.lower(),)
+            name = next(name for name in names if name in configs.PIPELINES[pipeline])
+            found[pipeline, name] = rules
+    return found
+
+
+def test_the_documented_table_is_the_codes():
+    documented = read_documented_fields()
+    for pipeline, parts in configs.PIPELINES.items():
+        for name, part in parts.items():
+            if not part.fields:
+                continue
+            rules = documented.pop((pipeline, name))
+            assert rules.keys() == part.fields.keys()
+            for field, rule in part.fields.items():
+                words = rule if isinstance(rule, str) else ", ".join(map(configs.show, rule))
+                assert re.match(rf"{re.escape(words)}(\W|$)", rules[field]), (pipeline, name, field)
+    assert not documented
+
+
+def test_every_field_of_the_installed_diffusers_has_its_place():
+    """A field that a new diffusers brings is noticed here; until then it is refused."""
+    for parts in configs.PIPELINES.values():
+        for part in parts.values():
+            for name in part.classes if part.fields else ():
+                fields = configs.list_fields(configs.find_class(name))
+                assert not fields.keys() - part.fields.keys(), name
+
+
+@pytest.mark.parametrize("name", common.TEACHERS)
+def test_the_known_teachers_are_taken(name):
+    """Their real configs, nulls and fields of other schedulers included."""
+    known = meta.read_configs(name)
+    pipeline = known["pipeline"]
+    parts = {"scheduler": "scheduler", common.FAMILIES[pipeline].denoiser_name: "denoiser", "vae": "vae"}
+    real = {part: known[key] for part, key in parts.items()}
+    classes = {part: configs.find_class(config["_class_name"]) for part, config in real.items()}
+    configs.check_configs(name, pipeline, real, classes)
+
+
+def test_a_plan_refuses_the_same_configs(plain, tmp_path):
+    names = ("sdxl: NoSuchScheduler", "beta_schedule of another library", "custom code", "index: a list")
+    names += ("scheduler: a list", "epsilon, cosine betas", "sdxl: unet null", "inpainting's channels")
+    for odd in ODD:
+        if odd.name in names:
+            folder = str(shutil.copytree(plain["sdxl"], tmp_path / str(len(os.listdir(tmp_path)))))
+            odd.change(folder)
+            args = helpers.training_arguments("adm", ["--teacher", folder])
+            with pytest.raises(UserError, match=re.escape(odd.expected)):
+                meta.make_teacher_on_meta(args, meta.read_configs(folder))
+
+
+def test_a_config_without_its_class_is_of_the_pipelines_class(plain, tmp_path):
+    folder = str(shutil.copytree(plain["sdxl"], tmp_path / "teacher"))
+    for file in ("scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"):
+        take_out(file, "_class_name")(folder)
+    args = helpers.training_arguments("adm", ["--teacher", folder])
+    planned = meta.make_teacher_on_meta(args, meta.read_configs(folder))
+    assert type(planned.denoiser) is type(common.load_teacher(folder, CPU).denoiser)
+
+
+# Where a teacher is kept ----------------------------------------------------------------------------------
+
+
+def test_without_network_a_hub_id_is_refused_at_once(monkeypatch):
+    """The hub is asked once, and its client's five attempts for each file are not made."""
+    asked = []
+
+    class Session:
+        def head(self, *args, **options):
+            asked.append(args)
+            raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    hub.is_offline.cache_clear()
+    try:
+        for name in ("sdxl", "nobody/nothing"):
+            with pytest.raises(
+                UserError, match="no folder here, nor in the hub's cache, and the hub cannot be"
+            ):
+                common.load_teacher(name, CPU)
+        with pytest.raises(UserError, match="'dinov2' could not|dinov2-base' could not .* cannot be reached"):
+            common.PixelBackbone("dinov2", CPU, torch.float32)
+        with pytest.raises(UserError, match="put it into DIR/nobody/nothing/"):
+            weights.find_repository(None, "nobody/nothing", "a.safetensors")
+    finally:
+        hub.is_offline.cache_clear()
+    assert len(asked) == 1
+
+
+def test_a_teacher_in_the_hubs_cache_is_found_without_network(plain, tmp_path, monkeypatch):
+    cache = tmp_path / "models--owner--name"
+    shutil.copytree(plain["sdxl"], cache / "snapshots" / "0123456789")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123456789")
+    for module in (huggingface_hub.constants, huggingface_hub.file_download.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path))
+    teacher = common.load_teacher("owner/name", CPU)
+    assert teacher.folder.startswith(str(tmp_path))
+    assert teacher.network(teacher.folder, "unet").conv_in.weight.dtype == torch.float32
+
+
+def rename_weights(folder, *parts):
+    """Gives the weights of these components the variant fp16."""
+    for part in parts:
+        for name in os.listdir(os.path.join(folder, part)):
+            if name.endswith(".safetensors"):
+                stem = name.removesuffix(".safetensors")
+                path = os.path.join(folder, part, name)
+                os.rename(path, os.path.join(folder, part, f"{stem}.fp16.safetensors"))
+
+
+def test_a_run_remembers_its_teachers_variant(plain, tmp_path, monkeypatch):
+    """A teacher of fp16 files, one component without: trained on, found again from another folder by its
+    student's meta.json, and exported."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(plain["sdxl"], "teacher")
+    rename_weights("teacher", "unet", "text_encoder", "text_encoder_2")
+    (tmp_path / "prompts.txt").write_text("a small red circle\n")
+    source = ["--teacher", "teacher", "--prompts", "prompts.txt"]
+    words = [*source, "--out", "run", *helpers.QUICK, "--iterations", "1"]
+    with pytest.raises(UserError, match="only those of --variant fp16"):
+        adm.main(words)
+    with pytest.raises(UserError, match="no weights of --variant bf16"):
+        adm.main([*words, "--variant", "bf16"])
+    adm.main([*words, "--variant", "fp16"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sample.main(["--student", "../run", "--export", "exported"])
+    exported = diffusers.DiffusionPipeline.from_pretrained("exported")
+    student = diffusers.UNet2DConditionModel.from_pretrained("../run/step_000001/student")
+    assert exported.unet.conv_in.weight.equal(student.conv_in.weight)
+
+
+def test_pairs_name_their_teacher_by_an_absolute_path(plain, tmp_path, monkeypatch):
+    """So that they are found from elsewhere; the same pairs from a moved teacher are the same pairs."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(plain["sdxl"], "teacher")
+    (tmp_path / "prompts.txt").write_text("a small red circle\n")
+    words = ["--prompts", "prompts.txt", "--out", "pairs", "--count", "1", "--steps", "1"]
+    helpers.collect("--teacher", "teacher", *words)
+    os.rename("teacher", "moved")
+    helpers.collect("--teacher", "moved", *words)
+    with open("pairs/index.json") as file:
+        assert json.load(file)["teacher"] == str(tmp_path / "moved")
+
+
+# Sizes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_resolution_beyond_sd3s_positions(plain):
+    with pytest.raises(UserError, match="--resolution 48x48 is too large: .* 32 pixels a side"):
+        common.load_teacher(plain["sd3"], CPU, resolution=(48, 48))
+
+
+def test_steps_beyond_the_schedule(plain, tmp_path):
+    folder = shutil.copytree(plain["sdxl"], tmp_path / "teacher")
+    edit(SCHEDULER, timestep_spacing="leading", steps_offset=1)(folder)
+    teacher = common.load_teacher(str(folder), CPU)
+    assert teacher.times(500)[0] == 1000
+    with pytest.raises(UserError, match="first of 1000 steps beyond its schedule"):
+        teacher.times(1000)
+
+
+def test_a_unet_without_a_middle_is_tapped_at_its_down_blocks(plain, tmp_path):
+    torch.manual_seed(0)
+    net = common.load_teacher(plain["sdxl"], CPU).denoiser
+    folder = str(shutil.copytree(plain["sdxl"], tmp_path / "teacher"))
+    type(net).from_config(net.config, mid_block_type=None).save_pretrained(os.path.join(folder, "unet"))
+    teacher = common.load_teacher(folder, CPU)
+    maps = teacher.features(torch.zeros(1, *teacher.latent_shape), torch.ones(1), teacher.null(1))
+    assert len(maps) == len(teacher.denoiser.down_blocks)
+
+
+def test_another_sampler_of_the_pipeline_is_noted(plain, tmp_path, capsys):
+    cases = (
+        (set_scheduler("PNDMScheduler"), "samples with PNDMScheduler"),
+        (
+            set_scheduler("EulerDiscreteScheduler", use_karras_sigmas=True),
+            "samples with use_karras_sigmas: true",
+        ),
+        (set_scheduler("EulerDiscreteScheduler"), ""),
+    )
+    for number, (change, words) in enumerate(cases):
+        folder = str(shutil.copytree(plain["sdxl"], tmp_path / str(number)))
+        change(folder)
+        common.load_teacher(folder, CPU)
+        said = capsys.readouterr().err
+        assert words in said if words else "note:" not in said
+
+
+# Pixel backbones ------------------------------------------------------------------------------------------
+
+
+def test_pixel_backbones_of_another_kind(tmp_path, sam_file):
+    vit = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    transformers.ViTModel(vit).save_pretrained(tmp_path / "vit")
+    dino = transformers.Dinov2Config(hidden_size=8, num_hidden_layers=4, num_attention_heads=2)
+    transformers.Dinov2Model(dino).save_pretrained(tmp_path / "dino")
+    shutil.copytree(tmp_path / "dino", tmp_path / "truncated")
+    os.truncate(tmp_path / "truncated" / "model.safetensors", 3000)
+    shutil.copytree(tmp_path / "dino", tmp_path / "layers")
+    edit("config.json", num_hidden_layers=5)(tmp_path / "layers")
+    os.mkdir(tmp_path / "empty")
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    state = torch.load(sam_file, weights_only=True)
+    state["image_encoder.pos_embed"][0, 0, 0, 0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Code()))
+    common.PixelBackbone(str(tmp_path / "dino"), CPU, torch.float32)
+    for name, words in (
+        ("vit", "is a vit; known are SAM and DINOv2"),
+        ("truncated", "cannot be loaded"),
+        ("layers", "is missing"),
+        ("empty", "could not be loaded"),
+        ("other.safetensors", "is not a SAM checkpoint"),
+        ("nan.pth", "not finite"),
+        ("code.pth", "is not a SAM checkpoint"),
+        ("nowhere.pth", "there is no SAM checkpoint"),
+    ):
+        with pytest.raises(UserError, match=words):
+            common.PixelBackbone(str(tmp_path / name), CPU, torch.float32)
+    with pytest.raises(UserError, match="there is no SAM checkpoint at 'weights/sam.pth'"):
+        common.PixelBackbone("weights/sam.pth", CPU, torch.float32)
