@@ -541,7 +541,7 @@ TABLE = {
         (
             "every map to the last head",
             "head(m) for head, m in zip(self.heads, maps)]",
-            "(self.heads[-1] if m.shape == maps[-1].shape else head)(m) for head, m in zip(self.heads, maps)]",
+            "self.heads[0 if m.shape == maps[0].shape else -1](m) for head, m in zip(self.heads, maps)]",
         ),
         (
             "pixels of [0, 1] to SAM",
@@ -707,10 +707,8 @@ def main():
     survivors = verdicts.count("SURVIVED")
     equal = sum(verdict.startswith("equal") for verdict in verdicts)
     caught = len(chosen) - survivors - equal
-    minutes = (time.time() - start) / 60
-    print(
-        f"{len(chosen)} mutations: {caught} caught, {equal} equal, {survivors} survived; {minutes:.0f} minutes"
-    )
+    print(f"{len(chosen)} mutations: {caught} caught, {equal} equal, {survivors} survived")
+    print(f"{(time.time() - start) / 60:.0f} minutes")
     return 1 if survivors else 0
 
 
