@@ -16,14 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TESTS = [  # quick ones first: the first failure is enough
-    "tests/test_discriminators.py",
-    "tests/test_maths.py",
-    "tests/test_method.py",
-    "tests/test_gradients.py",
-    "tests/test_families.py",
-    "tests/test_distributed.py::test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains",
-]
+OF_THE_STAGES = ["tests/test_method.py", "tests/test_gradients.py"]
+OF_THE_PARTS = ["tests/test_discriminators.py", "tests/test_maths.py", "tests/test_families.py"]
+SLOW = ["tests/test_distributed.py::test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains"]
 PATIENCE = 1800  # seconds for one change
 
 
@@ -656,6 +651,13 @@ def copy_repository(folder):
             shutil.copy(source, os.path.join(folder, path))
 
 
+def order_tests(mutation):
+    """All tests, those first that are likely to fail."""
+    if mutation and mutation.file in ("adm.py", "adp.py"):
+        return OF_THE_STAGES + OF_THE_PARTS + SLOW
+    return OF_THE_PARTS + OF_THE_STAGES + SLOW
+
+
 def run_tests(mutation):
     """The tests in a copy with this mutation, or None for none -> the test that failed; None if none did."""
     with tempfile.TemporaryDirectory() as folder:
@@ -667,7 +669,7 @@ def run_tests(mutation):
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
-        command += [f"--basetemp={folder}/tmp", *TESTS]
+        command += [f"--basetemp={folder}/tmp", *order_tests(mutation)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         result = subprocess.run(command, cwd=folder, timeout=PATIENCE, **pipes)
     if result.returncode == 0:
