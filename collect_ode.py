@@ -79,8 +79,8 @@ def collect_missing(args, teacher, prompts, index, out):
     the folder has another index."""
     path = os.path.join(out, "index.json")
     old = read_sealed(path) or index
-    index["teacher"] = old.get("teacher")  # its fingerprint is compared: the folder may have moved
-    check_index(out, index, has_results=os.path.exists(shard_path(out, 0)))
+    wanted = {**index, "teacher": old.get("teacher")}  # its fingerprint counts: the folder may have moved
+    check_index(out, wanted, has_results=os.path.exists(shard_path(out, 0)))
     make_folder(out)
     if is_main():
         remove_leftovers(out)

@@ -74,7 +74,7 @@ def shard_path(folder, k):
 
 def write_shard(path, tensors, index):
     """Writes a shard of the pairs that `index` describes. tensors: {name of TENSORS: tensor}."""
-    metadata = {"checksums": f"{compute_checksum_of_json(index)} {compute_checksum(tensors)}"}
+    metadata = {"checksums": f"{identify(index)} {compute_checksum(tensors)}"}
     with write_atomically(path) as temporary:
         save_file(tensors, temporary, metadata)  # of one entry: several would have a random order
 
@@ -89,7 +89,7 @@ def find_problem(path, index, thorough=True):
             checksums = (shard.metadata() or {}).get("checksums", "").split()
             if not set(shard.keys()) >= set(TENSORS) or len(checksums) != 2:
                 return "damaged"
-            if checksums[0] != compute_checksum_of_json(index):
+            if checksums[0] != identify(index):
                 return "not of these pairs"
             if not thorough:
                 return None
@@ -97,6 +97,13 @@ def find_problem(path, index, thorough=True):
     except (OSError, SafetensorError):
         return "damaged"
     return None if compute_checksum(tensors) == checksums[1] else "damaged"
+
+
+def identify(index):
+    """The checksum of what makes pairs what they are: all but their teacher's path, which may move, and has
+    a fingerprint."""
+    values = {name: value for name, value in index.items() if name != "teacher"}
+    return compute_checksum_of_json(values)
 
 
 def compute_checksum(tensors):

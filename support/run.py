@@ -38,6 +38,7 @@ from support.files import (
 from support.loading import describe_teacher
 from support.lora import Adapted
 from support.media import save_curves, save_grid, save_video
+from support.pairs import identify
 from support.parallel import average, gather, gather_zero1, is_main, lay_out, wait_for_all, world_size
 from support.rows import Rows
 from support.training import peak_memory_mb
@@ -366,8 +367,9 @@ class Run:
 
 def describe_data(method):
     """A short name for what a method learns from: its pairs or its prompts."""
-    data = method.pairs.index if hasattr(method, "pairs") else method.prompts
-    return compute_checksum_of_json(data)[:8]
+    is_of_pairs = hasattr(method, "pairs")
+    checksum = identify(method.pairs.index) if is_of_pairs else compute_checksum_of_json(method.prompts)
+    return checksum[:8]
 
 
 def name_option(name):

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
 from transformers import Dinov2Config, Dinov2Model
 
@@ -49,6 +50,20 @@ def test_head_shrinks_as_often_as_the_map_allows(side, convolutions):
     layers = common.Head((12, side, side)).body
     strides = [layer.stride for layer in layers if isinstance(layer, torch.nn.Conv2d)]
     assert strides == [(2, 2)] * convolutions + [(1, 1)]
+
+
+def test_a_head_is_the_papers():
+    """[Conv 4x4 stride 2, GroupNorm, SiLU] here once, [Conv 3x3, GroupNorm, SiLU], the mean of all places, a
+    linear layer."""
+    maps = draw_normal(2, 12, 8, 8)
+    head = common.Head(maps.shape[1:], width=64)
+    first, first_norm, _, last, last_norm, _ = head.body
+    x = F.conv2d(maps, first.weight, first.bias, stride=2, padding=1)
+    x = F.silu(F.group_norm(x, 32, first_norm.weight, first_norm.bias))
+    x = F.conv2d(x, last.weight, last.bias, padding=1)
+    x = F.silu(F.group_norm(x, 32, last_norm.weight, last_norm.bias))
+    expected = (x.mean((2, 3)) * head.logit.weight).sum(1)
+    torch.testing.assert_close(head(maps), expected)
 
 
 def test_heads_give_a_logit_a_map():

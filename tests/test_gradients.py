@@ -110,8 +110,13 @@ def test_adp_updates(adp_arguments, options, expected):
 
 @pytest.mark.parametrize(
     "stage, options",
-    ((adp, "--warmup 0"), (adm, "--steps 2"), (adm, "--loss dmd")),
-    ids=("adp", "adm", "dmd"),
+    (
+        (adp, "--warmup 0"),
+        (adm, "--steps 2"),
+        (adm, "--loss dmd"),
+        (adm, "--lora 4 --lr 1e-2 --fake-lr 1e-2"),
+    ),
+    ids=("adp", "adm", "dmd", "lora"),
 )
 def test_checkpointing_changes_no_loss(request, stage, options):
     words = [*request.getfixturevalue(f"{stage.__name__}_arguments"), *options.split()]
@@ -119,6 +124,13 @@ def test_checkpointing_changes_no_loss(request, stage, options):
     without = train(stage, helpers.make_method(stage, [*words, "--no-checkpointing"]))
     for one, other in zip(with_it, without, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_a_learning_rate_means_the_same_at_every_rank_of_lora(adm_arguments):
+    for rank in ("2", "8"):
+        method = helpers.make_method(adm, [*adm_arguments, "--lora", rank])
+        assert method.G.layers
+        assert all(layer.scaling["student"] == 1 for layer in method.G.layers.values())
 
 
 def test_adp_weighs_its_discriminators(adp_arguments, monkeypatch):

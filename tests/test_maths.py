@@ -11,7 +11,9 @@ import adp
 import common
 import helpers
 from common import T
-from support.rows import Rows
+from support.files import read_prompts
+from support.pairs import Pairs
+from support.rows import Rows, draw_rows
 from support.training import MovingAverage, set_lr
 
 SDXL = {
@@ -344,6 +346,43 @@ def test_random_rows_do_not_depend_on_who_draws_them(draw):
     for other_key in (("test", 3, 2), ("tests", 3, 1), ("tset", 3, 1)):
         assert not (together == draw(Rows(range(4), other_key, CPU))).any()
     assert together.unique().numel() == together.numel()
+
+
+def test_integers_are_all_that_there_are():
+    assert set(Rows(range(64), ("test", 0), CPU).integers(3)) == {0, 1, 2}
+
+
+def test_ranks_and_micro_batches_share_the_rows_of_the_global_batch(monkeypatch):
+    """Two ranks with three micro-batches of two rows: all twelve rows, each once, by their numbers, the
+    seed and the key."""
+    args = SimpleNamespace(accumulate=3, batch=2, seed=5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    drawn = {}
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        for part, rows in enumerate(draw_rows(args, CPU, "test", 7)):
+            drawn[part, rank] = rows.uniform()
+    expected = Rows(range(12), ("test", 5, 7), CPU).uniform()
+    assert torch.cat([drawn[key] for key in sorted(drawn)]).equal(expected)
+
+
+def test_pairs_are_the_guided_samplers(teacher, teacher_folder, prompts_file, tmp_path):
+    """Pair i depends on the seed and i alone: its prompt, its noise, and what the sampler makes of it."""
+    words = "--count 5 --shard 3 --batch 2 --steps 2 --guidance 3 --seed 4"
+    source = ["--teacher", teacher_folder, "--prompts", prompts_file, "--out", str(tmp_path)]
+    helpers.collect(*source, *words.split())
+    pairs = Pairs(str(tmp_path))
+    x_T, x_0, prompts = pairs.batch(range(5))
+    rows = Rows(range(5), ("pairs", 4), CPU)
+    chosen = rows.integers(20)
+    noise = rows.normal(*teacher.latent_shape)
+    assert prompts == [read_prompts(prompts_file)[i] for i in chosen]
+    assert x_T.equal(noise.half().float())
+    expected = teacher.sample(noise, teacher.encode(prompts), 2, 3.0)
+    assert_near(x_0, expected, 2e-3 * float(expected.std()))
+
+
+# Training -------------------------------------------------------------------------------------------------
 
 
 def test_learning_rate_decays_over_the_last_share():

@@ -12,6 +12,7 @@ import torch
 
 import adm
 import adp
+import common
 import helpers
 from support.parallel import freeze
 from support.rows import Rows, draw_rows
@@ -62,7 +63,7 @@ def copy_weights(net):
 QUICK = "--batch 2 --head-width 32 --lr 3e-3 --head-lr 3e-2 --no-checkpointing"
 ADM_CASES = (
     ("sdxl", "--steps 1"),
-    ("sdxl", "--steps 3 --ttur 2 --guidance 3 --dt 0.1"),
+    ("sdxl", "--steps 3 --ttur 2 --guidance 3 --dt 0.1 --seed 3"),
     ("sdxl", "--steps 2 --accumulate 2 --warmup 1 --r1 0.5 --r2 0"),
     ("sdxl", "--steps 2 --loss dmd --ttur 2"),
     ("sdxl", "--steps 2 --clip 0.05"),
@@ -118,6 +119,8 @@ def test_adm_goes_on_from_adps_velocity(places, prompts_file, pairs_folder, tmp_
     words = ["--teacher", teacher, "--prompts", prompts_file, "--init", str(tmp_path), "--fake-lr", "3e-3"]
     method = make_steady(helpers.make_method(adm, [*words, *QUICK.split()]))
     assert method.student.parametrisation == "velocity"
+    of_teacher = method.teacher.denoiser.state_dict()
+    assert all(weight.equal(of_teacher[name]) for name, weight in method.f.state_dict().items())
     saved = helpers.read_state(tmp_path / "step_000002")["G"]
     assert all(weight.equal(saved[name]) for name, weight in method.G.state_dict().items())
     reference = naive.NaiveADM(method)
@@ -126,6 +129,25 @@ def test_adm_goes_on_from_adps_velocity(places, prompts_file, pairs_folder, tmp_
         adm.iterate(method, step, adm.minimise)
         reference.iterate(step)
     assert_equal_networks(method.G.parameters(), reference.G.net.parameters(), before)
+
+
+@pytest.mark.parametrize("stage, options", ((adm, "--warmup 1"), (adp, "--warmup 1 --lambda-pixel 0")))
+def test_the_moving_average_is_of_every_student_and_no_other_network(request, stage, options):
+    """ADM's student stands still in the warm-up, and so does its average; ADP's learns from the start."""
+    words = [*request.getfixturevalue(f"{stage.__name__}_arguments"), *options.split(), "--ema", "0.2"]
+    method = helpers.make_method(stage, words)
+    expected = copy_weights(method.G)
+    decays = [0, 2 / 11, 0.2]  # (1 + n) / (10 + n), at most --ema; the first update's is zero
+    for step in range(3):
+        stage.iterate(method, step, stage.minimise)
+        if stage is adm and step == 0:
+            continue
+        decay = decays.pop(0)
+        for mean, weight in zip(expected, method.G.parameters()):
+            mean.lerp_(weight.detach(), 1 - decay)
+    with method.ema.use():
+        torch.testing.assert_close(copy_weights(method.G), expected)
+    assert not all(mean.equal(weight) for mean, weight in zip(expected, method.G.parameters()))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -163,6 +185,41 @@ def test_cosine_is_of_ds_gradient_with_the_way_to_x_real(adm_arguments):
     toward = (b.x_real - b.x_fake).flatten(1)
     expected = torch.nn.functional.cosine_similarity(x.grad.flatten(1), toward).mean()
     assert method.log.take()["cosine"].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def let_heads_say(method, real, fake):
+    """From here on the method's discriminator gives these logits to every real and every fake sample."""
+    n = len(method.heads.heads)
+    method.heads_train = lambda *groups: (torch.full((2, n), real), torch.full((2, n), fake))
+
+
+def test_what_is_logged_of_adms_discriminator(adm_arguments):
+    method = helpers.make_method(adm, [*adm_arguments, "--r1", "0", "--r2", "0"])
+    (b,) = method.draw(0, 0)
+    with torch.no_grad():
+        method.generate(b)
+        method.generator_loss(b)
+    let_heads_say(method, real=0.5, fake=-0.25)
+    method.discriminator_loss(b)
+    means = method.log.take()
+    assert {name: means[name].item() for name in ("D_gap", "D_abs", "loss_D")} == {
+        "D_gap": 0.75,
+        "D_abs": 0.375,
+        "loss_D": 1.25,
+    }
+
+
+def test_what_is_logged_of_adps_discriminator(adp_arguments):
+    method = helpers.make_method(adp, adp_arguments)
+    (b,) = method.draw(0)
+    with torch.no_grad():
+        method.generator_loss(b)
+    let_heads_say(method, real=0.5, fake=-0.25)
+    method.discriminator_loss(b)
+    means = method.log.take()
+    assert means["D_real"].item() == pytest.approx(0.5)
+    assert means["D_fake"].item() == pytest.approx(-0.25)
+    assert means["loss_D"].item() == pytest.approx(1.25)
 
 
 def test_heads_have_no_weight_that_the_hinge_says_nothing_of(adm_arguments):
@@ -247,6 +304,36 @@ def test_learning_rates_have_defaults_for_the_stage_and_for_lora():
     assert given.lr == 0
     pairs = helpers.training_arguments("adp", ["--teacher", "sdxl"])
     assert (pairs.lr, pairs.warmup_lr, pairs.head_lr) == (1e-5, 1e-5, 1e-4)
+
+
+WARM_UPS = (
+    ("sdxl", "", 500, [2e-3, 2e-3]),
+    ("sd3", "", 0, [1e-3, 1e-3]),  # flow is a velocity from the start
+    ("sdxl", "--warmup 1", 1, [2e-3, 1e-3]),
+)
+
+
+@pytest.mark.parametrize("family, options, warmup, rates", WARM_UPS)
+def test_adps_warm_up_has_a_rate_of_its_own(places, tmp_path, monkeypatch, family, options, warmup, rates):
+    seen = []
+
+    def iterate(method, step, minimise):
+        seen.append((method.args.warmup, method.opt_G.param_groups[0]["lr"]))
+        method.log(mse=torch.zeros(()))
+
+    helpers.make_runs_comparable(monkeypatch.setattr)
+    monkeypatch.setattr(adp, "iterate", iterate)
+    teacher, pairs = places[family]
+    words = f"--out {tmp_path} --lambda-pixel 0 --lr 1e-3 --warmup-lr 2e-3 --iterations 2 {options}"
+    adp.main(["--teacher", teacher, "--pairs", pairs, *words.split()])
+    assert seen == [(warmup, rate) for rate in rates]
+
+
+@pytest.mark.parametrize("family, guidance", ((common.SDXL, 8), (common.SD3, 7), (common.CogVideoX, 6)))
+def test_adms_guidance_is_the_familys_for_adm(family, guidance):
+    args = helpers.training_arguments("adm", ["--teacher", "sdxl"])
+    common.fill_training_arguments(args, family)
+    assert args.guidance == guidance
 
 
 def test_help_shows_every_default_and_no_path_of_this_machine():

@@ -1,0 +1,718 @@
+"""Changes one line of the method at a time, as a careless hand could, and counts what no test notices.
+
+    python tests/mutate.py                 # all of them
+    python tests/mutate.py --only hinge    # those with this word in their names
+
+Each change is made in a copy of the repository (what git tracks, as it is now), never in place."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OF_THE_STAGES = ["tests/test_method.py", "tests/test_gradients.py"]
+OF_THE_PARTS = ["tests/test_discriminators.py", "tests/test_maths.py", "tests/test_families.py"]
+SLOW = ["tests/test_distributed.py::test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains"]
+PATIENCE = 1800  # seconds for one change
+
+
+@dataclass
+class Mutation:
+    """A piece of one line and what it becomes; it must be in the file exactly once."""
+
+    file: str
+    name: str
+    old: str
+    new: str
+
+    def change(self, text):
+        """The file's text -> the text with this change. ValueError where the piece is not there once."""
+        count = text.count(self.old)
+        if count != 1:
+            raise ValueError(f"{self.name}: {self.old!r} is {count} times in {self.file}")
+        return text.replace(self.old, self.new)
+
+
+# {mutation: why no test can notice it}
+EQUAL = {}
+
+# {file: (name, piece of a line, what it becomes) each}
+TABLE = {
+    "adm.py": [
+        # the networks
+        ("dt in T's units", "self.dt = args.dt * T", "self.dt = args.dt"),
+        (
+            "f starts from the student",
+            'teacher.trainable(args, "fake")',
+            'teacher.trainable(args, "fake", folder)',
+        ),
+        (
+            "G starts from the teacher",
+            'teacher.trainable(args, "student", folder)',
+            'teacher.trainable(args, "student")',
+        ),
+        ("the average is of f", "MovingAverage(self.G, args.ema)", "MovingAverage(self.f, args.ema)"),
+        ("the average stands still", "adm.ema.step()", "adm.ema"),
+        ("f learns at G's rate", "adm.opt_f: args.fake_lr", "adm.opt_f: args.lr"),
+        ("D learns at G's rate", "adm.opt_heads: args.head_lr", "adm.opt_heads: args.lr"),
+        # line 1
+        ("t' is always T", "draw_integer(self.student.steps,", "draw_integer(1,"),
+        ("t' without the seed", '"t_prime", self.args.seed,', '"t_prime", 0,'),
+        (
+            "t' alike in all updates",
+            "self.args.seed, step, update)\n        parts",
+            "self.args.seed, step, 0)\n        parts",
+        ),
+        ("one prompt for all", "rows.choose(self.prompts)", "self.prompts[: len(rows.generators)]"),
+        ("backward simulation by f", "self.student.simulate(self.G,", "self.student.simulate(self.f,"),
+        ("no backward simulation", "b.rows, b.cond, b.k)", "b.rows, b.cond, 0)"),
+        ("G is told T", "self.G_train, b.x_t_prime, b.k, b.cond", "self.G_train, b.x_t_prime, 0, b.cond"),
+        # line 2
+        ("f's loss reaches G", "x_0 = b.x0_hat.detach()", "x_0 = b.x0_hat"),
+        ("f's times to T/2", "t = b.rows.uniform() * T\n", "t = b.rows.uniform() * T / 2\n"),
+        (
+            "f's input noised to t/2",
+            "x_t = self.teacher.diffuse(x_0, eps, t)",
+            "x_t = self.teacher.diffuse(x_0, eps, t / 2)",
+        ),
+        (
+            "f without the prompt",
+            "self.teacher.raw(self.f_train, x_t, t, b.cond)",
+            "self.teacher.raw(self.f_train, x_t, t, self.teacher.null(len(x_t)))",
+        ),
+        ("f's target at t/2", "self.teacher.target(x_0, eps, t))", "self.teacher.target(x_0, eps, t / 2))"),
+        ("f's target of x_t", "self.teacher.target(x_0, eps, t))", "self.teacher.target(x_t, eps, t))"),
+        # line 3
+        (
+            "line 3's times are line 2's",
+            "t = T - b.rows.uniform() * (T - self.dt)",
+            "t = b.rows.uniform() * T",
+        ),
+        (
+            "line 3's times without dt",
+            "t = T - b.rows.uniform() * (T - self.dt)",
+            "t = T - b.rows.uniform() * T",
+        ),
+        (
+            "line 3's sample without a graph",
+            "self.teacher.diffuse(b.x0_hat, eps, t), t",
+            "self.teacher.diffuse(b.x0_hat.detach(), eps, t), t",
+        ),
+        ("s = t", "b.s = t - self.dt", "b.s = t"),
+        ("a step to t + dt", "b.s = t - self.dt", "b.s = (t + self.dt).clamp(max=T)"),
+        (
+            "x_fake by G",
+            "x0_fake, eps_fake = self.teacher.predict(self.f,",
+            "x0_fake, eps_fake = self.teacher.predict(self.G,",
+        ),
+        (
+            "f's eps_hat is detached",
+            "self.teacher.step(x0_fake, eps_fake, b.s)",
+            "self.teacher.step(x0_fake, eps_fake.detach(), b.s)",
+        ),
+        (
+            "f's x0_hat is detached",
+            "self.teacher.step(x0_fake, eps_fake, b.s)",
+            "self.teacher.step(x0_fake.detach(), eps_fake, b.s)",
+        ),
+        (
+            "x_fake at t",
+            "self.teacher.step(x0_fake, eps_fake, b.s)",
+            "self.teacher.step(x0_fake, eps_fake, t)",
+        ),
+        (
+            "x_real unguided",
+            "x0_real, eps_real = self.teacher.guided(x_t, t, b.cond, self.args.guidance)",
+            "x0_real, eps_real = self.teacher.guided(x_t, t, b.cond, 1)",
+        ),
+        (
+            "x_real at t",
+            "self.teacher.step(x0_real, eps_real, b.s)",
+            "self.teacher.step(x0_real, eps_real, t)",
+        ),
+        (
+            "x_real by f's noise",
+            "self.teacher.step(x0_real, eps_real, b.s)",
+            "self.teacher.step(x0_real, eps_fake, b.s)",
+        ),
+        (
+            "D without the prompt in G's step",
+            "self.teacher.features(x_fake, b.s, b.cond)",
+            "self.teacher.features(x_fake, b.s, self.teacher.null(len(x_fake)))",
+        ),
+        (
+            "D at t in G's step",
+            "self.teacher.features(x_fake, b.s, b.cond)",
+            "self.teacher.features(x_fake, t, b.cond)",
+        ),
+        (
+            "G's step sees a detached x_fake",
+            "maps_fake = self.teacher.features(x_fake,",
+            "maps_fake = self.teacher.features(x_fake.detach() + 0 * x_fake,",
+        ),
+        (
+            "cosine with the way back",
+            "log_cosine(self.log, x_fake, b.x_real - b.x_fake)",
+            "log_cosine(self.log, x_fake, b.x_fake - b.x_real)",
+        ),
+        # DMD
+        (
+            "DMD unguided",
+            "x0_real, _ = self.teacher.guided(x_t, t, b.cond, self.args.guidance)",
+            "x0_real, _ = self.teacher.guided(x_t, t, b.cond, 1)",
+        ),
+        (
+            "DMD's goal is behind",
+            "goal = b.x0_hat - self.dmd_direction",
+            "goal = b.x0_hat + self.dmd_direction",
+        ),
+        ("DMD's direction flipped", "direction = (x0_fake - x0_real)", "direction = (x0_real - x0_fake)"),
+        ("DMD's direction unscaled", "(x0_fake - x0_real) / size", "(x0_fake - x0_real)"),
+        (
+            "DMD's size is of x0_fake",
+            "mean_of_rows((x0_hat - x0_real).abs())",
+            "mean_of_rows((x0_hat - x0_fake).abs())",
+        ),
+        (
+            "DMD's loss without the half",
+            "loss = 0.5 * F.mse_loss(b.x0_hat, goal)",
+            "loss = F.mse_loss(b.x0_hat, goal)",
+        ),
+        ("DMD's logged loss without the half", "dmd_loss=0.5 * direction", "dmd_loss=direction"),
+        # line 4
+        ("D's labels swapped", "hinge_discriminator(D_real, D_fake)", "hinge_discriminator(D_fake, D_real)"),
+        (
+            "D without the prompt for x_real",
+            "self.teacher.features(b.x_real, b.s, b.cond)",
+            "self.teacher.features(b.x_real, b.s, self.teacher.null(len(b.x_real)))",
+        ),
+        (
+            "D's real sample is the fake one",
+            "self.teacher.features(b.x_real, b.s, b.cond)",
+            "self.teacher.features(b.x_fake, b.s, b.cond)",
+        ),
+        ("D_gap flipped", "D_gap=(D_real - D_fake).mean()", "D_gap=(D_fake - D_real).mean()"),
+        ("R1 with R2's weight", "D_real, b, self.args.r1)", "D_real, b, self.args.r2)"),
+        ("R2 with R1's weight", "D_fake, b, self.args.r2)", "D_fake, b, self.args.r1)"),
+        ("R2 near x_real", "self.penalty(b.x_fake, D_fake", "self.penalty(b.x_real, D_fake"),
+        ("R1 and R2 subtracted", "D_fake) + r1 + r2", "D_fake) - r1 - r2"),
+        ("penalty's noise of size 1", "x + self.args.r_noise * noise", "x + noise"),
+        (
+            "penalty without the prompt",
+            "self.teacher.features(x_near, b.s, b.cond)",
+            "self.teacher.features(x_near, b.s, self.teacher.null(len(x)))",
+        ),
+        ("penalty of every head", "self.heads_train(maps)).mean(1)", "self.heads_train(maps))"),
+        ("penalty without 1/s^2", "change.square().mean() / self.args.r_noise**2", "change.square().mean()"),
+        ("penalty without dt", "* self.args.dt * slope", "* slope"),
+        ("penalty without N", "* x[0].numel() *", "*"),
+        ("penalty's N is of the batch", "* x[0].numel() *", "* x.numel() *"),
+        # an iteration
+        ("an update too many", "range(args.ttur)", "range(args.ttur + 1)"),
+        ("G learns in the first update", "update == args.ttur - 1", "update == 0"),
+        ("G learns in every update", "update == args.ttur - 1", "update <= args.ttur"),
+        ("warm-up too long", "step >= args.warmup", "step > args.warmup"),
+        ("f learns from line 3", "freeze(adm.f, adm.heads)", "freeze(adm.heads)"),
+        ("D learns from line 3", "freeze(adm.f, adm.heads)", "freeze(adm.f)"),
+        ("f's optimiser is G's", "adm.f_train, adm.opt_f,", "adm.f_train, adm.opt_G,"),
+        ("D's optimiser is f's", "adm.heads_train, adm.opt_heads,", "adm.heads_train, adm.opt_f,"),
+        ("ADM's micro-batches are summed", "loss_of(b) / len(batch)", "loss_of(b)"),
+        ("ADM's last micro-batch alone", "loss.backward()", "optimizer.zero_grad() or loss.backward()"),
+        ("ADM's clip ignored", "clip_gradient(optimizer, clip)", "clip_gradient(optimizer, 1e9)"),
+        ("ADM steps by what is not finite", "if norm.isfinite():", "if True:"),
+        ("ADM's gradients are kept", "optimizer.zero_grad(set_to_none=True)", "optimizer"),
+    ],
+    "adp.py": [
+        (
+            "ADP on the teacher's path",
+            'common.Student(teacher, "velocity", steps=1)',
+            'common.Student(teacher, "teacher", steps=1)',
+        ),
+        (
+            "ADP's average is of the heads",
+            "MovingAverage(self.G, args.ema)",
+            "MovingAverage(self.heads, args.ema)",
+        ),
+        (
+            "lambda of the pixels for the latents",
+            "args.lambda_latent / n_latent",
+            "args.lambda_pixel / n_latent",
+        ),
+        (
+            "lambda of the latents for the pixels",
+            "args.lambda_pixel / max(1, n_pixel)",
+            "args.lambda_latent / max(1, n_pixel)",
+        ),
+        ("latent heads are summed", "args.lambda_latent / n_latent", "args.lambda_latent"),
+        ("pixel heads are summed", "args.lambda_pixel / max(1, n_pixel)", "args.lambda_pixel"),
+        ("pairs the wrong way round", "x_T, x_0, _ = self.pairs", "x_0, x_T, _ = self.pairs"),
+        (
+            "ADP's times biased to data",
+            "t = (1 - b.rows.uniform() ** 3) * T",
+            "t = b.rows.uniform() ** 3 * T",
+        ),
+        ("ADP's times squared", "b.rows.uniform() ** 3", "b.rows.uniform() ** 2"),
+        (
+            "ADP's path the wrong way round",
+            "self.student.diffuse(b.x_0, x_T, t)",
+            "self.student.diffuse(x_T, b.x_0, t)",
+        ),
+        ("the velocity's sign", "F.mse_loss(velocity, x_T - b.x_0)", "F.mse_loss(velocity, b.x_0 - x_T)"),
+        ("x~_0 = x_t + r v", "return x_t - self.student.ratio", "return x_t + self.student.ratio"),
+        ("x~_0 = x_t - v", "self.student.ratio(t, x_t) * velocity", "velocity"),
+        ("t' to T/2", "b.t_prime = b.rows.uniform() * T", "b.t_prime = b.rows.uniform() * T / 2"),
+        ("the mse's weight ignored", "+ self.args.mse * error", "+ error"),
+        (
+            "G's step without weights",
+            "hinge_generator(self.heads(maps_fake), self.weights)",
+            "hinge_generator(self.heads(maps_fake))",
+        ),
+        (
+            "real latents are not noised",
+            "self.teacher.diffuse(x_0, b.rows.normal_like(x_0), b.t_prime)",
+            "self.teacher.diffuse(x_0, b.rows.normal_like(x_0), b.t_prime * (x_0 is not b.x_0))",
+        ),
+        ("noise that is not noise", "b.rows.normal_like(x_0), b.t_prime", "x_0, b.t_prime"),
+        ("D sees clean latents", "self.teacher.features(x_t_prime,", "self.teacher.features(x_0,"),
+        (
+            "D is told T",
+            "features(x_t_prime, b.t_prime, b.cond)",
+            "features(x_t_prime, 0 * b.t_prime + T, b.cond)",
+        ),
+        (
+            "D_tau1 without the prompt",
+            "features(x_t_prime, b.t_prime, b.cond)",
+            "features(x_t_prime, b.t_prime, self.teacher.null(len(x_0)))",
+        ),
+        ("pixels of noisy latents", "self.teacher.decode(x_0)", "self.teacher.decode(x_t_prime)"),
+        ("pixels without a graph", "self.teacher.decode(x_0)", "self.teacher.decode(x_0.detach())"),
+        (
+            "ADP's labels swapped",
+            "hinge_discriminator(D_real, D_fake, self.weights)",
+            "hinge_discriminator(D_fake, D_real, self.weights)",
+        ),
+        (
+            "ADP's D without weights",
+            "hinge_discriminator(D_real, D_fake, self.weights)",
+            "hinge_discriminator(D_real, D_fake)",
+        ),
+        (
+            "D_real logged for D_fake",
+            "D_fake=weigh(D_fake, self.weights)",
+            "D_fake=weigh(D_real, self.weights)",
+        ),
+        ("ADP's warm-up too long", "if step < adp.args.warmup:", "if step <= adp.args.warmup:"),
+        ("ADP's heads learn from G's loss", "with freeze(adp.heads):", "with freeze():"),
+        (
+            "ADP's optimiser of the wrong network",
+            "adp.heads_train, adp.opt_heads,",
+            "adp.heads_train, adp.opt_G,",
+        ),
+        ("ADP's micro-batches are summed", "loss_of(b) / len(batch)", "loss_of(b)"),
+        ("ADP's clip ignored", "clip_gradient(optimizer, clip)", "clip_gradient(optimizer, 1e9)"),
+        (
+            "warm-up for flow",
+            '0 if teacher.prediction == "flow" else 500',
+            '500 if teacher.prediction == "flow" else 0',
+        ),
+        (
+            "the warm-up's rate after it",
+            "args.warmup_lr if step < args.warmup else args.lr",
+            "args.lr if step < args.warmup else args.warmup_lr",
+        ),
+    ],
+    "collect_ode.py": [
+        ("pairs without the seed", '("pairs", args.seed)', '("pairs", 0)'),
+        (
+            "pairs keyed by their place in the batch",
+            "Rows(numbers[first : first + args.batch],",
+            "Rows(range(len(numbers[first : first + args.batch])),",
+        ),
+        ("pairs unguided", "args.steps, args.guidance)\n        if", "args.steps, 1)\n        if"),
+        (
+            "pairs of the first prompts",
+            "teacher.encode([prompts[i] for i in prompt])",
+            "teacher.encode(prompts[: len(prompt)])",
+        ),
+        ("x_T written as x_0", '"x_0": x_0, "prompt"', '"x_0": x_T, "prompt"'),
+        ("shards overlap", "range(k * args.shard, min(", "range(k * args.shard // 2, min("),
+    ],
+    "common.py": [
+        # the schedule
+        ("data at t = 1", "torch.ones(1, dtype=torch.float64), abar", "abar[:1], abar"),
+        (
+            "abar in steps",
+            "self.alphas_cumprod[below + 1], t - below)",
+            "self.alphas_cumprod[below + 1], (t - below).round())",
+        ),
+        (
+            "abar a step late",
+            "torch.lerp(self.alphas_cumprod[below], self.alphas_cumprod[below + 1],",
+            "torch.lerp(self.alphas_cumprod[below - 1], self.alphas_cumprod[below],",
+        ),
+        (
+            "alpha and sigma swapped",
+            "return abar.sqrt(), (1 - abar).sqrt()",
+            "return (1 - abar).sqrt(), abar.sqrt()",
+        ),
+        ("alpha = abar", "return abar.sqrt(), (1 - abar).sqrt()", "return abar, (1 - abar).sqrt()"),
+        ("timestep off by one", "return (t - 1).clamp(min=0)", "return t.clamp(max=999)"),
+        ("timestep in whole numbers", "return (t - 1).clamp(min=0)", "return (t - 1).clamp(min=0).floor()"),
+        ("noise subtracted", "return alpha * x_0 + sigma * eps", "return alpha * x_0 - sigma * eps"),
+        # predictions
+        ("flow's target the wrong way round", "return eps - x_0", "return x_0 - eps"),
+        ("v's target added", "return alpha * eps - sigma * x_0", "return alpha * eps + sigma * x_0"),
+        ("v's target flipped", "return alpha * eps - sigma * x_0", "return sigma * x_0 - alpha * eps"),
+        (
+            "x0_hat of noise not divided",
+            "return (x_t - sigma * raw) / alpha, raw",
+            "return (x_t - sigma * raw), raw",
+        ),
+        (
+            "x0_hat of noise added",
+            "return (x_t - sigma * raw) / alpha, raw",
+            "return (x_t + sigma * raw) / alpha, raw",
+        ),
+        (
+            "flow's x0_hat added",
+            "return x_t - sigma * raw, x_t + alpha * raw",
+            "return x_t + sigma * raw, x_t + alpha * raw",
+        ),
+        (
+            "flow's eps_hat subtracted",
+            "return x_t - sigma * raw, x_t + alpha * raw",
+            "return x_t - sigma * raw, x_t - alpha * raw",
+        ),
+        ("v's x0_hat added", "return alpha * x_t - sigma * raw,", "return alpha * x_t + sigma * raw,"),
+        ("v's eps_hat subtracted", "sigma * x_t + alpha * raw\n", "sigma * x_t - alpha * raw\n"),
+        ("guidance ignored", "raw_null + scale * (raw - raw_null)", "raw + 0 * scale * (raw - raw_null)"),
+        (
+            "guidance from the prompt on",
+            "raw_null + scale * (raw - raw_null)",
+            "raw + scale * (raw - raw_null)",
+        ),
+        (
+            "null before prompt",
+            "concatenate(cond, self.null(len(x_t)))",
+            "concatenate(self.null(len(x_t)), cond)",
+        ),
+        (
+            "the step's predictions swapped",
+            "return self.diffuse(x0_hat, eps_hat, s)",
+            "return self.diffuse(eps_hat, x0_hat, s)",
+        ),
+        # times
+        ("sampler's times off by one", "scheduler.timesteps.double() + 1)", "scheduler.timesteps.double())"),
+        ("student's times not from T", "[T - i * int(T) // steps", "[T - (i + 0.5) * int(T) // steps"),
+        ("SD3's student's times", "[T * (1 - i / steps)", "[T * (1 - i / (steps + 1))"),
+        # conditions, maps and pixels
+        (
+            "the null prompt is a word",
+            'self._null = self.encode([""])\n            if',
+            'self._null = self.encode(["a"])\n            if',
+        ),
+        (
+            "the null prompt is a word in SD3",
+            'self._null = self.encode([""])\n        return',
+            'self._null = self.encode(["a"])\n        return',
+        ),
+        (
+            "SDXL's null prompt not zero",
+            "if self.pipe.config.force_zeros",
+            "if not self.pipe.config.force_zeros",
+        ),
+        (
+            "the backbone is told t",
+            "read_taps(self.taps, lambda: self.raw(self.denoiser, x_t,",
+            "read_taps(self.taps, lambda: self.call(self.denoiser, x_t,",
+        ),
+        (
+            "maps transposed",
+            "out[output].transpose(1, 2).unflatten(2, self.patches)",
+            "out[output].transpose(1, 2).unflatten(2, self.patches).mT",
+        ),
+        ("SD3's maps are the text", "self.taps = self.block_taps(1)", "self.taps = self.block_taps(0)"),
+        ("four first layers", "layers[len(layers) * i // 4 - 1]", "layers[i - 1]"),
+        (
+            "latents multiplied by the scale",
+            "latents / config.scaling_factor",
+            "latents * config.scaling_factor",
+        ),
+        ("latents not scaled", "latents / config.scaling_factor", "latents"),
+        (
+            "latents' shift subtracted",
+            '+ (config.get("shift_factor") or 0)',
+            '- (config.get("shift_factor") or 0)',
+        ),
+        # families
+        ("SDXL's last hidden state", "out.hidden_states[-2]", "out.hidden_states[-1]"),
+        ("SDXL's encoders swapped", "torch.cat(embeds, dim=-1)", "torch.cat(embeds[::-1], dim=-1)"),
+        (
+            "SDXL's crop for its size",
+            "[height, width, 0, 0, height, width]",
+            "[0, 0, height, width, height, width]",
+        ),
+        (
+            "SDXL's width before its height",
+            "[height, width, 0, 0, height, width]",
+            "[width, height, 0, 0, width, height]",
+        ),
+        (
+            "SDXL's pooled text of another row",
+            '"text_embeds": out.text_embeds.to',
+            '"text_embeds": out.text_embeds.roll(1, 0).to',
+        ),
+        (
+            "SD3's shift",
+            "self.shift * u / (1 + (self.shift - 1) * u)",
+            "self.shift * u / (1 + self.shift * u)",
+        ),
+        ("SD3's shift ignored", "self.shift * u / (1 + (self.shift - 1) * u)", "u"),
+        ("SD3's alpha and sigma swapped", "return 1 - sigma, sigma", "return sigma, 1 - sigma"),
+        ("SD3 is told t", "return T * self.schedule(t.double())[1]", "return t"),
+        (
+            "SD3's pooled text of another row",
+            '"pooled_projections": pooled}',
+            '"pooled_projections": pooled.roll(1, 0)}',
+        ),
+        ("CogVideoX without positions", "image_rotary_emb=self.rotary,", "image_rotary_emb=None,"),
+        (
+            "CogVideoX's frames backwards",
+            "x = x.transpose(1, 2).to(self.dtype)",
+            "x = x.transpose(1, 2).flip(1).to(self.dtype)",
+        ),
+        (
+            "CogVideoX's output backwards",
+            "return raw.transpose(1, 2).float()",
+            "return raw.transpose(1, 2).flip(2).float()",
+        ),
+        (
+            "ADM with the sampler's guidance",
+            "args.guidance = family.adm_guidance",
+            "args.guidance = family.guidance",
+        ),
+        # students
+        ("the straight path backwards", "return (1 - r) * x_0 + r * eps", "return r * x_0 + (1 - r) * eps"),
+        (
+            "a velocity added",
+            "return x_t - self.ratio(t, x_t) * self.velocity",
+            "return x_t + self.ratio(t, x_t) * self.velocity",
+        ),
+        (
+            "the velocity's timestep off by one",
+            "return self.teacher.call(net, x_t, t, cond)",
+            "return self.teacher.raw(net, x_t, t, cond)",
+        ),
+        ("simulation a step short", "for i in range(k):", "for i in range(k - 1):"),
+        (
+            "simulation's noise reused",
+            "self.diffuse(x0_hat, rows.normal(*self.teacher.latent_shape),",
+            "self.diffuse(x0_hat, x,",
+        ),
+        ("simulation noises to the time before", "self.time(i + 1, x))", "self.time(i, x))"),
+        (
+            "simulation without renoising",
+            "x = self.diffuse(x0_hat, rows",
+            "x = x0_hat if k else self.diffuse(x0_hat, rows",
+        ),
+        ("the last step at T", "self.denoise(net, x, self.steps - 1, cond)", "self.denoise(net, x, 0, cond)"),
+        (
+            "the last step left out",
+            "x = self.simulate(net, rows, cond, self.steps - 1)",
+            "x = self.simulate(net, rows, cond, max(0, self.steps - 2))",
+        ),
+        # discriminators
+        ("heads pool the largest", "self.body(x).flatten(2).mean(2)", "self.body(x).flatten(2).amax(2)"),
+        ("heads pool the sum", "self.body(x).flatten(2).mean(2)", "self.body(x).flatten(2).sum(2)"),
+        ("heads with a bias", "nn.Linear(width, 1, bias=False)", "nn.Linear(width, 1)"),
+        ("a halving more", "math.log2(min(shape[-2:]))) - 2", "math.log2(min(shape[-2:]))) - 1"),
+        ("strides over the frames", "(1, 4, 4), (1, 2, 2), (0, 1, 1)", "(3, 4, 4), (2, 2, 2), (1, 1, 1)"),
+        (
+            "every map to the last head",
+            "head(m) for head, m in zip(self.heads, maps)]",
+            "self.heads[0 if m.shape == maps[0].shape else -1](m) for head, m in zip(self.heads, maps)]",
+        ),
+        (
+            "pixels of [0, 1] to SAM",
+            "x = ((pixels + 1) / 2 - self.mean) / self.std",
+            "x = (pixels - self.mean) / self.std",
+        ),
+        ("SAM's mean", "MEAN = (0.485, 0.456, 0.406)", "MEAN = (0.5, 0.5, 0.5)"),
+        ("SAM's deviation", "STD = (0.229, 0.224, 0.225)", "STD = (0.225, 0.224, 0.229)"),
+        ("SAM's local blocks", "block.window_size == 0", "block.window_size != 0"),
+        ("DINOv2's class token for a patch", "tokens[:, -count:]", "tokens[:, :count]"),
+        ("hinge of real flipped", "weigh(F.relu(1 - real), weights)", "weigh(F.relu(1 + real), weights)"),
+        ("hinge of fake flipped", "weigh(F.relu(1 + fake), weights)", "weigh(F.relu(1 - fake), weights)"),
+        ("hinge of real without its 1", "weigh(F.relu(1 - real), weights)", "weigh(F.relu(-real), weights)"),
+        (
+            "hinge of fake with a half",
+            "weigh(F.relu(1 + fake), weights)",
+            "weigh(F.relu(0.5 + fake), weights)",
+        ),
+        ("no hinge", "weigh(F.relu(1 + fake), weights)", "weigh(1 + fake, weights)"),
+        ("G's hinge flipped", "return -weigh(fake, weights)", "return weigh(fake, weights)"),
+        ("weighted mean for the sum", "(values * weights).sum(1).mean()", "(values * weights).mean()"),
+    ],
+    "support/rows.py": [
+        ("rows alike", "generator(*key, row) for row in rows", "generator(*key) for row in rows"),
+        ("uniform to a half", "numbers.append(torch.rand(", "numbers.append(0.5 * torch.rand("),
+        ("uniform for normal", "torch.randn(shape, generator=g)", "torch.rand(shape, generator=g)"),
+        (
+            "the last prompt never",
+            "torch.randint(high, (1,), generator=g)",
+            "torch.randint(max(1, high - 1), (1,), generator=g)",
+        ),
+        (
+            "the last time never",
+            "torch.randint(high, (1,), generator=generator(*key))",
+            "torch.randint(max(1, high - 1), (1,), generator=generator(*key))",
+        ),
+        ("streams without their use", "(len(use), *use.encode(), *key)", "(len(use), *key)"),
+        ("rows keyed without the seed", "(use, args.seed, *key)", "(use, *key)"),
+        ("rows keyed without the iteration", "(use, args.seed, *key)", "(use, args.seed)"),
+        ("micro-batches alike", "(part * world_size() + rank()) * args.batch", "rank() * args.batch"),
+        ("ranks alike", "(part * world_size() + rank()) * args.batch", "part * world_size() * args.batch"),
+        (
+            "micro-batches overlap",
+            "(part * world_size() + rank()) * args.batch",
+            "(part + rank()) * args.batch",
+        ),
+    ],
+    "support/training.py": [
+        ("AdamW's betas", '"betas": args.betas', '"betas": (0.5, 0.9)'),
+        ("AdamW's weight decay", '"weight_decay": args.weight_decay', '"weight_decay": 0'),
+        (
+            "a decay a step early",
+            "(args.iterations - step) / decaying",
+            "(args.iterations - step - 1) / decaying",
+        ),
+        ("a decay from the start", "max(1, args.decay * args.iterations)", "max(1, args.iterations)"),
+        ("a decay that grows", "rate * factor", "rate / factor"),
+        (
+            "a clip of another norm",
+            "clip_grad_norm_(parameters, clip)",
+            "clip_grad_norm_(parameters, 10 * clip)",
+        ),
+        ("the last value for the mean", "torch.stack(values).mean()", "values[-1]"),
+        ("the cosine of the ascent", "F.cosine_similarity(-gradient", "F.cosine_similarity(gradient"),
+        ("the average's decay inverted", "decay=decay)", "decay=1 - decay)"),
+        ("the average is not used", "self.average.copy_to(self.net.parameters())", "self.average"),
+    ],
+    "support/schedulers.py": [
+        ("LCM's skip", "EXACT = 1e6", "EXACT = 10.0"),
+        ("LCM's betas", "1 - alphas_cumprod[1:] / alphas_cumprod[:-1]", "1 - alphas_cumprod[1:]"),
+        ("levels of one step more", "d = (1 - end) / (len(sigmas) - 1)", "d = (1 - end) / len(sigmas)"),
+        ("levels not stretched", "shift_terminal=sigmas[-1]", "shift_terminal=None"),
+        ("levels of the inverse shift", "base_shift=math.log(a)", "base_shift=-math.log(a)"),
+        (
+            "one step without noise",
+            "Scheduler(stochastic_sampling=True)",
+            "Scheduler(stochastic_sampling=False)",
+        ),
+        ("a velocity's first level", "flow_shift=1e30", "flow_shift=1.0"),
+        ("a velocity is noise", 'prediction_type="flow_prediction"', 'prediction_type="epsilon"'),
+    ],
+    "support/tensors.py": [
+        ("the mean of all rows", "dims = tuple(range(1, x.ndim))", "dims = tuple(range(x.ndim))"),
+        (
+            "conditions in another order",
+            "torch.cat([c[name] for c in conditions])",
+            "torch.cat([c[name] for c in conditions[::-1]])",
+        ),
+        ("maps keep their graphs", "[m.detach() for m in maps]", "[m for m in maps]"),
+    ],
+    "support/lora.py": [
+        ("LoRA's scale", "lora_alpha=rank", "lora_alpha=2 * rank"),
+        ("LoRA's adapter is off", "with self.switch_on([self.name]):", "with self.switch_on([]):"),
+        ("LoRA's blocks again without it", "with self.switch_on(names):", "with self.switch_on([]):"),
+        ("LoRA's adapter subtracted", "float() + delta", "float() - delta"),
+        ("LoRA's adapters stay on", "self.backbone.switched_on[:] = before", "self.backbone"),
+    ],
+}
+
+MUTATIONS = []
+for path, changes in TABLE.items():
+    MUTATIONS += [Mutation(path, *change) for change in changes]
+
+
+def copy_repository(folder):
+    """What git tracks, as it is in the working tree, without its history."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for path in listing.stdout.split("\0"):
+        source = os.path.join(ROOT, path)
+        if os.path.isfile(source):
+            os.makedirs(os.path.dirname(os.path.join(folder, path)), exist_ok=True)
+            shutil.copy(source, os.path.join(folder, path))
+
+
+def order_tests(mutation):
+    """All tests, those first that are likely to fail."""
+    if mutation and mutation.file in ("adm.py", "adp.py"):
+        return OF_THE_STAGES + OF_THE_PARTS + SLOW
+    return OF_THE_PARTS + OF_THE_STAGES + SLOW
+
+
+def run_tests(mutation):
+    """The tests in a copy with this mutation, or None for none -> the test that failed; None if none did."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy_repository(folder)
+        if mutation:
+            path = os.path.join(folder, mutation.file)
+            with open(path, encoding="utf-8") as file:
+                text = mutation.change(file.read())
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+        command += [f"--basetemp={folder}/tmp", *order_tests(mutation)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        result = subprocess.run(command, cwd=folder, timeout=PATIENCE, **pipes)
+    if result.returncode == 0:
+        return None
+    failures = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if result.returncode != 1 or not failures:
+        raise RuntimeError(f"{mutation}: the tests did not run\n{result.stdout}")
+    return failures[0].split(" - ")[0].split(" ", 1)[1]
+
+
+def judge(mutation, test):
+    """Mutation and the test that failed or None -> what the table says of it."""
+    if test:
+        return f"caught by {test}"
+    if mutation.name in EQUAL:
+        return f"equal: {EQUAL[mutation.name]}"
+    return "SURVIVED"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="those with this in their names")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time; default one a core")
+    args = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if args.only in mutation.name]
+    start = time.time()
+    verdicts = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        unchanged = pool.submit(run_tests, None)
+        for mutation, test in zip(chosen, pool.map(run_tests, chosen)):
+            verdicts.append(judge(mutation, test))
+            print(f"{mutation.file:22} {mutation.name:42} {verdicts[-1]}", flush=True)
+    if unchanged.result():
+        raise RuntimeError(f"the tests fail without a change: {unchanged.result()}")
+    survivors = verdicts.count("SURVIVED")
+    equal = sum(verdict.startswith("equal") for verdict in verdicts)
+    caught = len(chosen) - survivors - equal
+    print(f"{len(chosen)} mutations: {caught} caught, {equal} equal, {survivors} survived")
+    print(f"{(time.time() - start) / 60:.0f} minutes")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
