@@ -327,6 +327,17 @@ TABLE = {
             "args.lr if step < args.warmup else args.warmup_lr",
         ),
     ],
+    "support/configs.py": [
+        (
+            "latents multiplied by the scale",
+            "latents / config.scaling_factor",
+            "latents * config.scaling_factor",
+        ),
+        ("latents not scaled", "latents / config.scaling_factor", "latents"),
+        ("latents' shift subtracted", "+ (config.shift_factor or 0)", "- (config.shift_factor or 0)"),
+        ("latents' mean subtracted", "latents * std + mean", "latents * std - mean"),
+        ("latents' deviation divided by", "latents * std + mean", "latents / std + mean"),
+    ],
     "collect_ode.py": [
         ("pairs without the seed", '("pairs", args.seed)', '("pairs", 0)'),
         (
@@ -439,17 +450,6 @@ TABLE = {
         ),
         ("SD3's maps are the text", "self.taps = self.block_taps(1)", "self.taps = self.block_taps(0)"),
         ("four first layers", "layers[len(layers) * i // 4 - 1]", "layers[i - 1]"),
-        (
-            "latents multiplied by the scale",
-            "latents / config.scaling_factor",
-            "latents * config.scaling_factor",
-        ),
-        ("latents not scaled", "latents / config.scaling_factor", "latents"),
-        (
-            "latents' shift subtracted",
-            '+ (config.get("shift_factor") or 0)',
-            '- (config.get("shift_factor") or 0)',
-        ),
         # families
         ("SDXL's last hidden state", "out.hidden_states[-2]", "out.hidden_states[-1]"),
         ("SDXL's encoders swapped", "torch.cat(embeds, dim=-1)", "torch.cat(embeds[::-1], dim=-1)"),
