@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import common
 from support import arguments
-from support.arguments import positive, seed_number
+from support.arguments import new_folder, positive, seed_number
 from support.errors import UserError, launch
 from support.files import (
     lock_folder,
@@ -42,7 +42,7 @@ def parse_arguments(argv):
     add = parser.group("method")
     add("--count", "number of pairs; each takes a random prompt", type=positive, default=4096)
     add = parser.group("run")
-    add("--out", "folder for the shards", shown="pairs/TEACHER")
+    add("--out", "folder for the shards", type=new_folder, shown="pairs/TEACHER")
     add("--shard", "pairs in a file", type=positive, default=512)
     add("--seed", "seed of noise and prompts", type=seed_number, default=0)
     return parser.parse_args(argv)

@@ -540,7 +540,7 @@ def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None
     if not os.path.isdir(path) and not is_hub_id(path):
         names = ", ".join(TEACHERS)
         raise UserError(
-            f"there is no teacher {name!r}: give one of {names}, a pipeline folder, or a hub id such as "
+            f"there is no teacher {name!r}: give --teacher one of {names}, a pipeline folder, or a hub id as "
             f"{TEACHERS['sdxl']}"
         )
     pipe, folder = load_pipeline(name, path, dtype, variant)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from metrics.scores import read_scores, save_scores
 from support.errors import UserError
-from support.files import make_folder, write_sealed
+from support.files import make_folder, remove_leftovers, write_sealed
 from support.folders import check_index
 from support.images import measure_image, open_image
 from support.media import save_grid, save_video
@@ -62,6 +62,8 @@ class Images:
     def prepare_folder(self):
         make_folder(os.path.join(self.folder, "pictures") if self.system else self.folder)
         if is_main():
+            for place, _, _ in os.walk(self.folder):
+                remove_leftovers(place)
             write_sealed(os.path.join(self.folder, "index.json"), self.index)
 
     def draw(self, prompts, seeds, batch):

@@ -8,6 +8,7 @@ import sys
 from fractions import Fraction
 
 from support.escapes import make_printable
+from support.outputs import check_folder
 from support.parallel import is_main
 from support.prompts import COLUMNS, PROMPTS
 
@@ -91,6 +92,12 @@ def variant_name(text):
     """The word between two dots of a file's name."""
     if not re.fullmatch(r"\w+", text):
         raise argparse.ArgumentTypeError(f"must be a word as fp16, not {text!r}")
+    return text
+
+
+def new_folder(text):
+    """A folder's path, to which results can be written."""
+    check_folder(text)
     return text
 
 
@@ -281,7 +288,7 @@ def add_training_arguments(parser):
     add("--gpu-gb", gpu_gb, type=above_zero, default=80)
 
     add = parser.group("run")
-    add("--out", "the run's folder", shown="runs/STAGE-TEACHER")
+    add("--out", "the run's folder", type=new_folder, shown="runs/STAGE-TEACHER")
     add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
     add("--log-every", "iterations between two lines of metrics", type=positive, default=10)
     add("--save-every", "iterations between two checkpoints", type=positive, default=500)

@@ -96,7 +96,10 @@ def find_problem(path, index, thorough=True):
             tensors = {name: shard.get_tensor(name) for name in TENSORS}
     except (OSError, SafetensorError):
         return "damaged"
-    return None if compute_checksum(tensors) == checksums[1] else "damaged"
+    if compute_checksum(tensors) != checksums[1]:
+        return "damaged"
+    is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    return None if is_finite else "not finite"
 
 
 def identify(index):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import adm
 import adp
 import common
+import evaluate
 import helpers
 from support import files
 from support import run as runs
@@ -265,6 +266,8 @@ def test_a_folder_has_one_command_at_a_time(adm_arguments, teacher_folder, promp
         adm.main([*adm_arguments, "--out", str(folder)])
     with pytest.raises(UserError, match=f"another process works in {folder}"):
         helpers.collect(*source, "--out", str(folder))
+    with pytest.raises(UserError, match=f"another process works in {folder}"):
+        evaluate.main(["--teacher", teacher_folder, "--prompts", prompts_file, "--out", str(folder)])
     assert helpers.take_snapshot(folder) == before
     process.kill()
     process.wait()
