@@ -78,7 +78,7 @@ def is_lost_connection(error):
 def leave(sentence, code, wait):
     """Ends this process with a sentence. wait: for torchrun, which ends all ranks when one fails."""
     if wait:
-        time.sleep(2)
+        time.sleep(5)
     with contextlib.suppress(OSError):
         print(f"{os.path.basename(sys.argv[0])}: {make_printable(sentence)}", file=sys.stderr)
     try:

@@ -109,7 +109,7 @@ CASES = (
     (f"{LATENT} --pairs nowhere", "there are no ODE pairs in 'nowhere'"),
     (
         "collect_ode.py --teacher teacher --prompts prompts.txt --out pairs --steps 3",
-        "pairs holds pairs made with other settings",
+        "pairs holds results of other settings: its steps is 2, not 3",
     ),
     # pixel backbones
     (f"{ADP} --pairs pairs --pixel-backbone nowhere.pth", "there is no SAM checkpoint at 'nowhere.pth'"),

@@ -11,8 +11,8 @@ import adp
 import common
 import helpers
 from common import T
-from support.files import read_prompts
 from support.pairs import Pairs
+from support.prompts import read_prompts
 from support.rows import Rows, draw_rows
 from support.training import MovingAverage, set_lr
 
