@@ -321,7 +321,7 @@ def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(fi
 
 
 def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path):
-    """Told to stop between two checkpoints, a run of torchrun's leaves one of the iteration that it was at."""
+    """Told to stop between two checkpoints, the ranks leave one of the iteration that they were at."""
     run = tmp_path / "run"
     words = "--loss dmd --iterations 100000 --save-every 100000"
     arguments = [*adm_arguments, "--out", str(run), *words.split()]
