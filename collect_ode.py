@@ -22,7 +22,6 @@ from support.files import (
     lock_folder,
     make_folder,
     read_sealed,
-    remove_leftovers,
     short_name,
     write_sealed,
 )
@@ -83,7 +82,6 @@ def collect_missing(args, teacher, prompts, index, out):
     check_index(out, wanted, has_results=os.path.exists(shard_path(out, 0)))
     make_folder(out)
     if is_main():
-        remove_leftovers(out)
         write_sealed(path, index)
     own = range(math.ceil(args.count / args.shard))[rank() :: world_size()]
     missing = [k for k in own if find_problem(shard_path(out, k), index)]

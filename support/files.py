@@ -135,8 +135,9 @@ def remove(path):
 
 @contextlib.contextmanager
 def lock_folder(folder):
-    """Inside, no other command can work in this folder; the lock ends with its holder, however that ends.
-    UserError where another has it. Only the main rank takes it: the others belong to it.
+    """Inside, no other command can work in this folder, and what dead ones left half written is gone; the
+    lock ends with its holder, however that ends. UserError where another has it. Only the main rank takes
+    it: the others belong to it.
 
     (The library filelock leaves its file behind.)"""
     if not is_main():
@@ -152,6 +153,7 @@ def lock_folder(folder):
             "(the processes of one run are started by torchrun)"
         )
     try:
+        remove_leftovers(folder)
         yield
     finally:
         remove(path)

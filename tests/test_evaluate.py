@@ -16,11 +16,13 @@ from PIL import Image
 
 import evaluate
 import helpers
+from metrics.images import Images
 from metrics.oracle import Oracle
 from metrics.page import save_page
 from metrics.preference import PickScore
 from metrics.scorer import Scorer
 from metrics.systems import find_images
+from support import files
 from support.errors import UserError
 from support.media import save_grid
 from support.systems import System
@@ -397,3 +399,22 @@ def test_the_summary_of_several_seeds(tmp_path, capsys):
     assert lines[2] == "| teacher | 1.000 | 0.750 ± 0.071 | 0.050 ± 0.071 |"
     assert lines[3] == "| dmdx | 1.000 | 0.500 | 0.050 ± 0.071 |"
     assert lines[-1] == "seeds [0, 1], minutes 12.0, 13.0"
+
+
+def test_what_a_killed_evaluation_was_writing_is_removed(teacher_folder, prompts_path, tmp_path):
+    """In every folder of the results; not what looks like it and is another's."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(["true"])
+    process.wait()
+    left = f".writing-{files.HOST}-{process.pid}-grid.png"
+    for folder in (out, out / "teacher", out / "teacher/pictures", out / "teacher/scores/x"):
+        folder.mkdir(parents=True)
+        (folder / left).write_text("half a file")
+        (folder / ".writing-mine").write_text("mine")
+    index = {"prompts": []}
+    images = Images("teacher", str(out / "teacher"), [], index)
+    with files.lock_folder(str(out)):
+        images.prepare_folder()
+    names = [name for _, _, names in os.walk(out) for name in names]
+    assert names.count(left) == 0
+    assert names.count(".writing-mine") == 4
