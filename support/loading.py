@@ -147,6 +147,8 @@ def load_part(kind, folder, part, dtype, variant=None):
         check_vocabulary_files(folder, part)
     try:
         loaded = kind.from_pretrained(folder, subfolder=part, local_files_only=True)
+        if part.startswith("tokenizer"):
+            loaded("a")  # some find out here that their vocabulary is not there
     except Exception as error:
         reason = shorten(error)
         if any(word in reason.lower() for word in ("sentencepiece", "protobuf", "tiktoken")):

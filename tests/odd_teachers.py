@@ -103,6 +103,16 @@ def delete(*files):
     return change
 
 
+def put_folder(file):
+    """A folder in a file's place."""
+
+    def change(folder):
+        os.remove(os.path.join(folder, file))
+        os.mkdir(os.path.join(folder, file))
+
+    return change
+
+
 def rename(before, after):
     return lambda folder: os.rename(os.path.join(folder, before), os.path.join(folder, after))
 
@@ -511,6 +521,7 @@ ODD = [
     ),
     Odd("no tokenizer", "sdxl", delete("tokenizer"), "tokenizer has no vocabulary"),
     Odd("tokenizer: no words", "sdxl", delete("tokenizer/tokenizer.json"), "has no vocabulary"),
+    Odd("tokenizer: a folder", "sdxl", put_folder("tokenizer/tokenizer.json"), "tokenizer cannot be loaded"),
     Odd("tokenizer: no JSON", "sdxl", write("tokenizer/tokenizer.json", b"{"), "tokenizer cannot be loaded"),
     Odd(
         "tokenizer: no config",
