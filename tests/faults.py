@@ -26,6 +26,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 
@@ -38,6 +39,7 @@ import test_prompts
 import torch
 from odd_teachers import ODD, RIGHT
 from PIL import Image
+from tqdm import tqdm
 
 import adm
 import adp
@@ -53,6 +55,9 @@ from tiny import shapes
 # A killed process leaves what it wrote with the system; to wait for the disk, as a power cut would demand,
 # takes minutes where others write much.
 files.flush = lambda path: None
+# tqdm's own lock is one for all forked processes, and a killed one would hold it for ever
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 SCRIPTS = {"collect_ode": collect_ode, "adp": adp, "adm": adm, "sample": sample, "evaluate": evaluate}
 PATIENCE = 100  # seconds after which a command counts as hanging
