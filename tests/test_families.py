@@ -301,6 +301,24 @@ def test_unconditional_of_each_family(teachers):
             assert value[1].equal(empty[name][0])
 
 
+@torch.no_grad()
+def test_sdxls_sizes_and_its_empty_prompt(teacher_folder, tmp_path):
+    """Of a picture that is higher than wide, and of a config that does not ask for zeros."""
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["force_zeros_for_empty_prompt"] = False
+    (folder / "model_index.json").write_text(json.dumps(index))
+    teacher = common.load_teacher(str(folder), torch.device("cpu"), resolution=(48, 32))
+    null = teacher.null(1)
+    embeds, _, pooled, _ = teacher.pipe.encode_prompt("", do_classifier_free_guidance=False)
+    torch.testing.assert_close(null["encoder_hidden_states"], embeds)
+    torch.testing.assert_close(null["text_embeds"], pooled)
+    dtype = torch.float32
+    size = teacher.pipe.text_encoder_2.config.projection_dim
+    ids = teacher.pipe._get_add_time_ids((48, 32), (0, 0), (48, 32), dtype, text_encoder_projection_dim=size)
+    assert null["time_ids"].tolist() == ids.tolist() == [[48, 32, 0, 0, 48, 32]]
+
+
 def test_text_lengths(teachers):
     """CLIP's 16 and 256 of T5, which are zeros where it is absent; CogVideoX's as its config says."""
     text = {kind: teacher.encode(["a circle"])["encoder_hidden_states"] for kind, teacher in teachers.items()}
