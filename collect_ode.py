@@ -18,16 +18,10 @@ import common
 from support import arguments
 from support.arguments import new_folder, positive, seed_number
 from support.errors import UserError, launch
-from support.files import (
-    lock_folder,
-    make_folder,
-    read_sealed,
-    short_name,
-    write_sealed,
-)
+from support.files import lock_folder, make_folder, read_sealed, short_name, write_sealed
 from support.folders import check_index
 from support.loading import describe_teacher
-from support.pairs import find_problem, shard_path, write_shard
+from support.pairs import find_problem, identify, shard_path, write_shard
 from support.parallel import is_main, own_device, rank, world_size
 from support.prompts import read_training_prompts
 from support.rows import Rows
@@ -83,13 +77,14 @@ def collect_missing(args, teacher, prompts, index, out):
     make_folder(out)
     if is_main():
         write_sealed(path, index)
+    identity = identify(index)
     own = range(math.ceil(args.count / args.shard))[rank() :: world_size()]
-    missing = [k for k in own if find_problem(shard_path(out, k), index)]
+    missing = [k for k in own if find_problem(shard_path(out, k), identity)]
     total = sum(len(pairs_of_shard(args, k)) for k in missing)
     with tqdm(total=total, disable=not is_main(), unit="pair", desc="ODE pairs") as bar:
         for k in missing:
             tensors = collect(args, teacher, prompts, pairs_of_shard(args, k), bar)
-            write_shard(shard_path(out, k), tensors, index)
+            write_shard(shard_path(out, k), tensors, identity)
 
 
 def pairs_of_shard(args, k):

@@ -28,7 +28,7 @@ from support.files import make_folder, remove_leftovers, write_sealed
 from support.folders import check_index
 from support.media import require_video_writer, save_grid, save_video
 from support.outputs import check_folder, check_new
-from support.prompts import read_prompts
+from support.prompts import is_encodable, read_prompts
 from support.systems import System
 
 
@@ -75,20 +75,19 @@ def check_prompt(prompt):
     """UserError where there is no text in it, or what is no text."""
     if not prompt.strip():
         raise UserError("a --prompt is empty")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the --prompt {prompt!r} is not UTF-8 text") from error
+    if not is_encodable(prompt):
+        raise UserError(f"the --prompt {prompt!r} is not UTF-8 text")
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     prompts = read_prompts(args.prompts, args.prompt_column) if args.prompts else args.prompt
     if args.student:
-        args.student, _ = find_checkpoint(args.student)  # a run that goes on may have another one soon
+        # found once, as a run that goes on may have another one soon
+        args.student, meta = find_checkpoint(args.student)
     teacher = common.load_teacher_of_students(args, [args.student] if args.student else [])
     if args.export is not None:
-        export_student(args, teacher)
+        export_student(args, teacher, meta)
         return
     if teacher.video:
         require_video_writer()
@@ -109,10 +108,10 @@ def load_system(args, teacher):
     return System(teacher, student, net, checkpoint=args.student)
 
 
-def export_student(args, teacher):
-    """Writes the student to --export, and says how to draw with it."""
-    _, student, _ = common.open_student(args.student, teacher)
-    student.scheduler()  # where there is none the weights need not be loaded
+def export_student(args, teacher, meta):
+    """Writes the student, of a checkpoint with this meta, to --export, and says how to draw with it."""
+    student = common.Student(teacher, meta["parametrisation"], meta["steps"])
+    student.scheduler()  # where there is none the weights need not be read
     system = load_system(args, teacher)
     export(system, args.export)
     print(f"{make_printable(args.export)}: a diffusers pipeline. It draws this student's samples with")

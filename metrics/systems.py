@@ -2,21 +2,17 @@
 
 import os
 import re
-import sys
 
 from common import load_student, load_teacher_of_students
 from metrics.images import Images
 from metrics.report import FILES, name_sheet
 from support.checkpoints import find_checkpoint
-from support.errors import UserError
+from support.errors import UserError, note
 from support.escapes import make_printable
 from support.files import read_json, read_sealed, short_name
 from support.folders import describe_difference
 from support.images import list_images
-from support.parallel import is_main
 from support.systems import System
-
-REPORT = (".html", ".json", ".md", ".png")  # files beside the systems' folders end so
 
 
 def name_systems(students, folders):
@@ -81,11 +77,9 @@ def find_images(name, out, source, prompts=None):
     except OSError as error:
         raise UserError(f"the folder {source} cannot be read: {error.strerror}") from error
     others = [name for name in others if name not in ("grid.png", "index.json")]  # sample.py's
-    if others and is_main():
+    if others:
         few = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        print(
-            f"note: {len(others)} files of {source} are no images and are passed over: {few}", file=sys.stderr
-        )
+        note(f"{len(others)} files of {source} are no images and are passed over: {few}")
     if not files:
         raise UserError(f"the folder {source} has no images")
     files.sort(key=lambda file: ([int(number) for number in re.findall(r"\d+", file)], file))
@@ -97,9 +91,9 @@ def find_images(name, out, source, prompts=None):
         raise UserError(
             f"the folder {source} has {len(files)} images, which is no multiple of the {count} prompts"
         )
-    if prompts and not source_index and is_main():
+    if prompts and not source_index:
         fits = "no index.json says of which prompts they are; their number fits"
-        print(f"note: the images in {make_printable(source)}: {fits}", file=sys.stderr)
+        note(f"the images in {make_printable(source)}: {fits}")
     paths = [os.path.join(source, file) for file in files]
     stamps = [[file, os.path.getsize(path), os.path.getmtime(path)] for file, path in zip(files, paths)]
     index = {"files": stamps}

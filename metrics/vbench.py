@@ -6,12 +6,10 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, note
 from support.files import make_folder, remove
-from support.parallel import is_main
-from support.prompts import open_text, read_prompts
+from support.prompts import is_encodable, open_text, read_prompts
 
 # Of each dimension the scores that become 0 and 1 in the summary, and its weight, as in VBench's
 # scripts/constant.py
@@ -59,14 +57,8 @@ def is_entry(value):
     if not isinstance(value, dict) or not isinstance(value.get("dimension"), list):
         return False
     prompt = value.get("prompt_en")
-    return is_text(prompt) and all(name in (*QUALITY, *SEMANTIC) for name in value["dimension"])
-
-
-def is_text(value):
-    """Whether it is a text that is not empty, and that UTF-8 can write."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        return False
-    return value == value.encode(errors="replace").decode()
+    is_text = isinstance(prompt, str) and prompt.strip() and "\0" not in prompt and is_encodable(prompt)
+    return is_text and all(name in (*QUALITY, *SEMANTIC) for name in value["dimension"])
 
 
 def check_vbench(prompts, dimensions, seeds):
@@ -87,16 +79,13 @@ def check_vbench(prompts, dimensions, seeds):
                     "VBench would find the same videos for both; leave one out"
                 )
             seen.add((prompt, dimension))
-    notes = []
     if seeds != VIDEOS:
-        notes.append(f"VBench reads {VIDEOS} videos of every prompt; --seeds {seeds} gives it {seeds}")
+        note(f"VBench reads {VIDEOS} videos of every prompt; --seeds {seeds} gives it {seeds}")
     if any(FLICKERING in names for names in dimensions):
-        notes.append(
+        note(
             f"for {FLICKERING} VBench wants --seeds 25 and its static_filter.py run on these videos, which "
             f"keeps {VIDEOS} that do not move; a score without it is not to be compared with published ones"
         )
-    for note in notes if is_main() else ():
-        print(f"note: {note}", file=sys.stderr)
 
 
 def run_vbench(folder, videos, prompts, dimensions):

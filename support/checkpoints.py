@@ -4,14 +4,13 @@ import hashlib
 import json
 import os
 import re
-import sys
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from support.errors import UserError
+from support.errors import UserError, note
 from support.files import compute_checksum, list_files, read_sealed
-from support.parallel import is_main, lay_out
+from support.parallel import lay_out
 
 META = {  # what is read of meta.json
     "step",
@@ -71,8 +70,7 @@ def find_newest(run, part=None):
         meta, problem = open_checkpoint(folder, part)
         if problem is None:
             return folder, meta
-        if is_main():
-            print(f"note: {folder} is passed over: {problem}", file=sys.stderr)
+        note(f"{folder} is passed over: {problem}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a user's mistake: one clear sentence and exit code 2."""
+"""What a user is told: notes, and of a mistake one clear sentence, with exit code 2."""
 
 import contextlib
 import importlib
@@ -25,6 +25,12 @@ def first_line(error):
     """The first line of an error's message, or the error's kind where it has none."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def note(sentence):
+    """Tells the user something, once, not once a rank."""
+    if is_main():
+        print(f"note: {sentence}", file=sys.stderr)
 
 
 def require(module, package, does):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import shutil
 import socket
 
 import torch
+import xxhash
 
 from support.errors import UserError
 from support.parallel import is_main
@@ -259,20 +261,13 @@ def read_sealed(path):
 
 def compute_checksum_of_json(values):
     """The xxh3 hash of a value that JSON can hold."""
-    import xxhash
-
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def compute_checksum(path):
     """A file's xxh3 hash, which tells damage, not malice."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def read_tensors(path):

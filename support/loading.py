@@ -3,16 +3,14 @@
 import dataclasses
 import os
 import re
-import sys
 import textwrap
 
 import torch
 from torch import nn
 
 from support.configs import check_configs, choose_classes, describe_sampler
-from support.errors import UserError
+from support.errors import UserError, note
 from support.hub import is_offline
-from support.parallel import is_main
 
 # What files may have beside a network's own weights: tables that it computes, and parts that its class
 # leaves out.
@@ -84,11 +82,10 @@ def load_pipeline(name, path, dtype, variant=None):
             parts[part] = load_part(kind, folder, part, dtype, variant) if kind else None
     check_vocabularies(name, parts)
     other = describe_sampler(teacher.classes["scheduler"], teacher.configs["scheduler"])
-    if other and is_main():
-        print(
-            f"note: the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps along the "
-            "same schedule",
-            file=sys.stderr,
+    if other:
+        note(
+            f"the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps along the "
+            "same schedule"
         )
     return getattr(diffusers, teacher.pipeline)(**parts, **teacher.switches), folder
 

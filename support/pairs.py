@@ -32,10 +32,11 @@ class Pairs:
             raise UserError(f"{path} is damaged, or was edited: collect the pairs again, with another --out")
         if teacher:
             self._check(folder, teacher)
+        identity = identify(self.index)
         self.shards = []
         for k in range(math.ceil(self.index["count"] / self.index["shard"])):
             path = shard_path(folder, k)
-            problem = find_problem(path, self.index, thorough=is_main())
+            problem = find_problem(path, identity, thorough=is_main())
             if problem:
                 raise UserError(f"the shard {path} is {problem}: delete it, and run collect_ode.py again")
             self.shards.append(safe_open(path, "pt"))
@@ -72,16 +73,16 @@ def shard_path(folder, k):
     return os.path.join(folder, f"{k:05d}.safetensors")
 
 
-def write_shard(path, tensors, index):
-    """Writes a shard of the pairs that `index` describes. tensors: {name of TENSORS: tensor}."""
-    metadata = {"checksums": f"{identify(index)} {compute_checksum(tensors)}"}
+def write_shard(path, tensors, identity):
+    """Writes a shard of the pairs of this identity. tensors: {name of TENSORS: tensor}."""
+    metadata = {"checksums": f"{identity} {compute_checksum(tensors)}"}
     with write_atomically(path) as temporary:
         save_file(tensors, temporary, metadata)  # of one entry: several would have a random order
 
 
-def find_problem(path, index, thorough=True):
-    """What is wrong with a shard, in a word or two; None if it is that of this index, whole, and, which
-    takes reading all of it (thorough), as it was written."""
+def find_problem(path, identity, thorough=True):
+    """What is wrong with a shard, in a word or two; None if it is of the pairs of this identity, whole, and,
+    which takes reading all of it (thorough), as it was written."""
     if not os.path.exists(path):
         return "missing"
     try:
@@ -89,7 +90,7 @@ def find_problem(path, index, thorough=True):
             checksums = (shard.metadata() or {}).get("checksums", "").split()
             if not set(shard.keys()) >= set(TENSORS) or len(checksums) != 2:
                 return "damaged"
-            if checksums[0] != identify(index):
+            if checksums[0] != identity:
                 return "not of these pairs"
             if not thorough:
                 return None

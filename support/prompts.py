@@ -5,12 +5,10 @@ import csv
 import io
 import json
 import os
-import sys
 import textwrap
 
-from support.errors import UserError, first_line, require
+from support.errors import UserError, first_line, note, require
 from support.files import ROOT
-from support.parallel import is_main
 
 PROMPTS = os.path.join(ROOT, "prompts", "general.txt")  # 64 of our own, to try things with
 COLUMNS = ("caption", "prompt", "text")  # where the prompts of a table are, in small letters or large
@@ -44,19 +42,18 @@ def read_prompts(path, column=None):
         raise UserError(f"the prompt file {path} {first_line(error)}") from error
     if not prompts:
         raise UserError(f"the prompt file {path} has no prompts; write one a line")
-    if empty and read is not read_lines and is_main():
-        print(f"note: {empty} empty prompts of {path} are left out", file=sys.stderr)
+    if empty and read is not read_lines:
+        note(f"{empty} empty prompts of {path} are left out")
     return prompts
 
 
 def read_training_prompts(path, column=None):
     """read_prompts, with a note where it is the built-in list."""
     prompts = read_prompts(path, column)
-    if is_main() and os.path.realpath(path) == os.path.realpath(PROMPTS):
-        print(
-            f"note: the {len(prompts)} built-in prompts are only to try things with; a student needs as many "
-            "as you can get: give --prompts FILE",
-            file=sys.stderr,
+    if os.path.realpath(path) == os.path.realpath(PROMPTS):
+        note(
+            f"the {len(prompts)} built-in prompts are only to try things with; a student needs as many "
+            "as you can get: give --prompts FILE"
         )
     return prompts
 

@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import signal
-import sys
 import time
 
 import torch
@@ -23,7 +22,7 @@ from support.checkpoints import (
     restore_optimizer,
     save_network,
 )
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, note
 from support.files import (
     compute_checksum_of_json,
     lock_folder,
@@ -139,10 +138,6 @@ class Run:
         line = parse_line(first)
         return not first or bool(line and {"step", "seconds", "peak_mb"} <= set(line))
 
-    def _say(self, sentence):
-        if is_main():
-            print(f"note: {sentence}", file=sys.stderr)
-
     def _tidy(self):
         """Removes what a killed process left: half a checkpoint, and lines of iterations that will come
         again."""
@@ -179,7 +174,7 @@ class Run:
             reason = first_line(error)
             raise UserError(f"{folder} cannot be resumed with these settings: {reason}") from error
         self.start = meta["step"]
-        self._say(f"going on from {folder}")
+        note(f"going on from {folder}")
 
     def _compare(self, folder, meta):
         """UserError where the checkpoint is another run's; says what else differs."""
@@ -194,10 +189,10 @@ class Run:
         for name, value in now.items():
             old = before.get(name)
             if name not in FREE and old != value:
-                self._say(f"{name_option(name)} was {old}, and is {value} from here on")
+                note(f"{name_option(name)} was {old}, and is {value} from here on")
         for name in ("data", "processes"):
             if meta.get(name) != ours[name]:
-                self._say(f"the {name} were {meta.get(name)}, and are {ours[name]} from here on")
+                note(f"the {name} were {meta.get(name)}, and are {ours[name]} from here on")
 
     def iterations(self):
         """The numbers of the iterations that are left.
@@ -206,10 +201,10 @@ class Run:
         checkpoint, so that a preempted job goes on with --resume. The handler only notes the signal; the
         ranks agree in `is_due`. Raises KeyboardInterrupt at the end where it was SIGINT."""
 
-        def note(number, frame):
+        def remember(number, frame):
             self.signal = number
 
-        before = {number: signal.signal(number, note) for number in STOP}
+        before = {number: signal.signal(number, remember) for number in STOP}
         try:
             for step in range(self.start, self.args.iterations):
                 if self.args.offload and (step - self.start) % AHEAD == 0:
@@ -278,7 +273,7 @@ class Run:
         try:
             yield
         except (OSError, UserError) as error:
-            self._say(f"{what} was not written: {first_line(error)}")
+            note(f"{what} was not written: {first_line(error)}")
 
     # Saving -----------------------------------------------------------------------------------------------
 

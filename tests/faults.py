@@ -75,9 +75,6 @@ class Command:
         self.words = words
         self.ranks = ranks
 
-    def __str__(self):
-        return f"{self.script}.py {' '.join(self.words)} ({self.ranks} ranks)"
-
     def start(self, place):
         """Starts it in this working directory -> Running."""
         port = find_free_port()
@@ -163,11 +160,11 @@ class Running:
         self.seconds = time.monotonic() - self.since
         return [self.codes[process] for process in self.processes]
 
-    def read(self, kind="err"):
-        """What all ranks printed."""
+    def read(self):
+        """What all ranks said."""
         texts = []
         for rank in range(len(self.processes)):
-            with open(os.path.join(self.folder, f"{rank}.{kind}"), errors="replace") as file:
+            with open(os.path.join(self.folder, f"{rank}.err"), errors="replace") as file:
                 texts.append(file.read())
         return "\n".join(texts)
 
@@ -285,7 +282,7 @@ class World:
 def digest(folder):
     """{file below a folder: hash of what any repetition has to reproduce}."""
     found = {}
-    for path in list_all(folder):
+    for path in files.list_files(folder):
         name = os.path.relpath(path, folder)
         # of a run its end counts: where it was told to stop there is one checkpoint more, and a preview that
         # it had no time for is not drawn again
@@ -396,7 +393,7 @@ def fill_disk(world, dice):
     with world.folder() as place:
         disk = os.path.join(place, "disk")
         os.mkdir(disk)
-        needed = sum(os.path.getsize(path) for path in list_all(os.path.join(world.place, script)))
+        needed = sum(os.path.getsize(path) for path in files.list_files(os.path.join(world.place, script)))
         size = int(needed * dice.uniform(0.02, 1.4)) + 8192
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
         if subprocess.run(mount, capture_output=True).returncode:
@@ -419,10 +416,6 @@ def fill_disk(world, dice):
             return f"FAILED: {problem}"
         how = "one sentence" if any(running.codes.values()) else "training goes on"
         return f"{how}, the same files in the end"
-
-
-def list_all(folder):
-    return [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
 
 
 def spoil(path, dice):
@@ -481,7 +474,7 @@ def damage(world, dice):
             target = os.path.join(place, what)
             source = os.path.join(world.place, what)
             shutil.copytree(source, target) if os.path.isdir(source) else shutil.copy(source, target)
-        paths = sorted(list_all(target) if os.path.isdir(target) else [target])
+        paths = sorted(files.list_files(target))
         path = dice.choice(paths)
         how = spoil(path, dice)
         name = os.path.relpath(path, place)
