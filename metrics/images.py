@@ -26,7 +26,7 @@ class Images:
     """A system's images: files[p][k] is sample k of prompt p. A video's frames are below one another in it.
 
     `system` draws them; None where they were found. `index` says what they are of, and is kept with them.
-    `sizes`: all (width, height) that they have, of found ones after check()."""
+    `sizes`: all (width, height) that they have, of found ones after measure()."""
 
     def __init__(self, name, folder, files, index, system=None):
         self.name = name
@@ -60,11 +60,15 @@ class Images:
         return len(self.files) * len(self.files[0])
 
     def prepare_folder(self):
+        """Makes the folder with its index. The other ranks wait for that: no result is there before what says
+        what it is of."""
+        path = os.path.join(self.folder, "index.json")
         make_folder(os.path.join(self.folder, "pictures") if self.system else self.folder)
         if is_main():
             for place, _, _ in os.walk(self.folder):
                 remove_leftovers(place)
-            write_sealed(os.path.join(self.folder, "index.json"), self.index)
+            write_sealed(path, self.index)
+        wait_for_files([path])
 
     def draw(self, prompts, seeds, batch):
         """Draws what is missing of this rank's share -> mean seconds an image; None where nothing was."""

@@ -330,3 +330,22 @@ def test_damaged_scores_are_made_again(drawn, tmp_path):
     assert images.score("number", scorer, PROMPTS, 0) != paths
     assert scorer.calls == 3
     assert json.loads((tmp_path / "x/index.json").read_text())["prompts"] == PROMPTS
+
+
+def test_no_rank_has_results_before_the_index(tmp_path, monkeypatch):
+    """Or the main one, which checks the folder a moment later, would not know what they are of."""
+    folder = tmp_path / "x"
+    images = Images("x", str(folder), [["0.png"]], {"prompts": PROMPTS})
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        monkeypatch.setenv("RANK", "0")
+        images.check()
+        images.prepare_folder()
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", wait)
+    images.prepare_folder()
+    assert len(waits) == 1
+    assert (folder / "index.json").exists()
