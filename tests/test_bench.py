@@ -8,8 +8,9 @@ from test_plan import OnePassMore
 
 import adm
 import helpers
+from support.errors import UserError
 from tools import bench
-from tools.measure import measure
+from tools.measure import Watch, measure
 
 
 def run_bench(tmp_path, *words):
@@ -81,3 +82,8 @@ def test_a_change_of_the_method_is_counted(tmp_path, teacher_folder):
         row, complaints = measure_here(tmp_path, teacher_folder, "adm+r1r2")
     assert list_passes(row) == (6, 4, 1, 1, 1, 1)
     assert complaints == ["adm+r1r2: an iteration makes 6 full forward passes, its budget is 5"]
+
+
+def test_a_benchmark_that_is_told_to_stop_says_so():
+    with pytest.raises(UserError, match="told to stop"):
+        Watch(adm.iterate, 1).finish()

@@ -162,13 +162,19 @@ def find_teacher(args, folder):
     """The teacher to measure with; one of random weights is written into the folder."""
     if args.teacher and not args.random_weights:
         return args.teacher
-    if args.random_weights:
-        pipe = train.build_real(args.teacher)
-    else:
-        pipe = train.build_sdxl().to(dtype=torch.float16)
     path = os.path.join(folder, "teacher")
-    pipe.save_pretrained(path)
+    if args.random_weights:
+        write_random(args.teacher, path)
+    else:
+        train.build_sdxl().to(dtype=torch.float16).save_pretrained(path)
     return path
+
+
+def write_random(name, path):
+    """A known teacher's pipeline, weights random. A GPU makes them in a moment, a CPU takes minutes."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        train.build_real(name).save_pretrained(path)
+    torch.cuda.empty_cache()  # the stages' processes need it
 
 
 def format_table(measured, peak):

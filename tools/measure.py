@@ -16,6 +16,7 @@ import adp
 import collect_ode
 import common
 import support.rows
+from support.errors import UserError
 from support.files import ROOT, read_json
 from support.pairs import Pairs
 from support.run import Run
@@ -171,7 +172,9 @@ class Watch:
         return time.perf_counter()
 
     def finish(self):
-        """What --json writes."""
+        """What --json writes. UserError where the run was told to stop before anything was measured."""
+        if not self.iterations:
+            raise UserError("the run was told to stop, and nothing was measured")
         seconds = statistics.median(self.iterations)
         self.result["seconds_iteration"] = seconds
         if self.alone:
