@@ -29,7 +29,7 @@ from support.prompts import read_training_prompts
 from support.rows import Rows, draw_integer, draw_rows
 from support.run import Run
 from support.tensors import detach, mean_of_rows
-from support.training import Means, MovingAverage, clip_gradient, log_cosine, prepare, set_lr
+from support.training import Means, MovingAverage, clip_gradient, prepare, set_lr, watch_gradient
 from tools.plan import print_plan
 
 
@@ -113,7 +113,7 @@ class ADM:
         maps_fake = self.teacher.features(x_fake, b.s, b.cond)
         b.x_fake = x_fake.detach()
         b.maps_fake = detach(maps_fake)
-        log_cosine(self.log, x_fake, b.x_real - b.x_fake)
+        watch_gradient(x_fake, b.x_real - b.x_fake, self.log, self.args.project)  # --project: not the paper's
         loss = hinge_generator(self.heads(maps_fake))
         return self.log(loss_G=loss)
 

@@ -197,6 +197,8 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add("--r2", "weight of the same on fake samples", type=non_negative, default=0.004)
     r_noise = "standard deviation of the noise that the penalties take their differences with"
     add("--r-noise", r_noise, type=above_zero, default=0.1)
+    project = "the student learns only the part of D's gradient along x_real - x_fake; ours, not the paper's"
+    add("--project", project, action="store_true")
     warmup = "first iterations, in which only the fake score and the heads learn"
     add("--warmup", warmup, type=whole, default=0)
     add_training_arguments(parser)

@@ -85,16 +85,22 @@ class Means:
         return means
 
 
-def log_cosine(log, x_fake, toward):
-    """A gauge of a discriminator's health: logs, when the backward pass comes to x_fake [B, ...], the cosine
-    between the gradient's descent and `toward` [B, ...]."""
+def watch_gradient(x_fake, toward, log, project):
+    """When the backward pass comes to x_fake [B, ...] it logs the cosine of the descent with `toward`
+    [B, ...], a gauge of a discriminator's health. With `project` only the gradient's part along `toward` goes
+    on, row by row (ours: docs/paper-gaps.md#the-projected-gradient)."""
+    line = F.normalize(toward.flatten(1))
 
-    def measure(gradient):
-        cosine = F.cosine_similarity(-gradient.flatten(1), toward.flatten(1))
-        log(cosine=cosine.mean())
+    def watch(gradient):
+        rows = gradient.flatten(1)
+        log(cosine=F.cosine_similarity(-rows, line).mean())
+        if project:
+            along = (rows * line).sum(1, keepdim=True)
+            gradient = (along * line).view_as(gradient)
+        return gradient
 
     if x_fake.requires_grad:
-        x_fake.register_hook(measure)
+        x_fake.register_hook(watch)
 
 
 class MovingAverage:

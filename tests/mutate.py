@@ -158,8 +158,8 @@ TABLE = {
         ),
         (
             "cosine with the way back",
-            "log_cosine(self.log, x_fake, b.x_real - b.x_fake)",
-            "log_cosine(self.log, x_fake, b.x_fake - b.x_real)",
+            "watch_gradient(x_fake, b.x_real - b.x_fake,",
+            "watch_gradient(x_fake, b.x_fake - b.x_real,",
         ),
         # DMD
         (
@@ -600,7 +600,10 @@ TABLE = {
             "clip_grad_norm_(parameters, 10 * clip)",
         ),
         ("the last value for the mean", "torch.stack(values).mean()", "values[-1]"),
-        ("the cosine of the ascent", "F.cosine_similarity(-gradient", "F.cosine_similarity(gradient"),
+        ("the cosine of the ascent", "F.cosine_similarity(-rows", "F.cosine_similarity(rows"),
+        ("the gradient off the line", "gradient = (along * line)", "gradient = (rows - along * line)"),
+        ("the gradient as it is", "        if project:", "        if not project:"),
+        ("the line with its length", "line = F.normalize(toward", "line = (toward"),
         ("the average's decay inverted", "decay=decay)", "decay=1 - decay)"),
         ("the average is not used", "self.average.copy_to(self.net.parameters())", "self.average"),
     ],

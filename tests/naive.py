@@ -144,7 +144,8 @@ class NaiveADM:
             rows.x_real = diffuse(teacher, real_0, real_eps, rows.s)
             if self.D:
                 maps = maps_of(teacher, rows.x_fake, rows.s, rows.cond)
-                loss_G = loss_G - logits_of(self.D.net, maps).mean() / len(parts)
+                loss = -logits_of(self.D.net, maps).mean() / len(parts)
+                loss_G = loss_G + (self.project(loss, rows) if args.project else loss)
             else:
                 size = (rows.x_0 - real_0).abs().flatten(1).mean(1)
                 gradient = ((fake_0 - real_0) / over(size, fake_0)).detach()
@@ -169,6 +170,17 @@ class NaiveADM:
                 slope = ((D.mean(1) - near.mean(1)) / args.r_noise).square().mean()
                 loss_D = loss_D + weight * n[0].numel() * args.dt * slope / len(parts)
         self.D.step(loss_D)
+
+    @staticmethod
+    def project(loss, rows):
+        """A loss whose gradient in x_fake is the part along x_real - x_fake of this one's."""
+        (gradient,) = torch.autograd.grad(loss, rows.x_fake, retain_graph=True)
+        parts = []
+        for x_fake, x_real, g in zip(rows.x_fake, rows.x_real, gradient):
+            line = (x_real - x_fake).detach()
+            slope = (g * line).sum() / line.square().sum()
+            parts.append((slope * line * x_fake).sum())
+        return sum(parts)
 
 
 class NaiveADP:

@@ -67,9 +67,12 @@ ADM_CASES = (
     ("sdxl", "--steps 2 --accumulate 2 --warmup 1 --r1 0.5 --r2 0"),
     ("sdxl", "--steps 2 --loss dmd --ttur 2"),
     ("sdxl", "--steps 2 --clip 0.05"),
+    ("sdxl", "--steps 2 --project --accumulate 2 --dt 1/8"),
     ("sd3", "--steps 2 --guidance 5"),
     ("sd3", "--steps 4 --loss dmd --accumulate 2"),
+    ("sd3", "--steps 1 --project"),
     ("cogvideox", "--steps 2 --dt 1/8"),
+    ("cogvideox", "--steps 1 --dt 1/8 --project --ttur 2"),
 )
 
 
