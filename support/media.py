@@ -141,6 +141,7 @@ TITLES = {
     },
     "Discriminator": {
         "cosine": "cosine between D's gradient and x_real - x_fake,\n1 = D points where the scores differ",
+        "across": "across: share of D's squared gradient that is\nacross x_real - x_fake, 0 = all along it",
         "D_gap": "D_gap: D(real) - D(fake),\n0 = D cannot tell",
         "D_abs": "D_abs: mean of |D|",
         "D_real": "D_real: D of the teacher's samples",

@@ -86,12 +86,14 @@ class Means:
 
 
 def log_cosine(log, x_fake, toward):
-    """A gauge of a discriminator's health: logs, when the backward pass comes to x_fake [B, ...], the cosine
-    between the gradient's descent and `toward` [B, ...]."""
+    """Gauges of a discriminator's health: logs, when the backward pass comes to x_fake [B, ...], the cosine
+    between the gradient's descent and `toward` [B, ...], and which share of the gradient's square is across
+    that line."""
 
     def measure(gradient):
         cosine = F.cosine_similarity(-gradient.flatten(1), toward.flatten(1))
-        log(cosine=cosine.mean())
+        across = 1 - cosine.square()
+        log(cosine=cosine.mean(), across=across.mean())
 
     if x_fake.requires_grad:
         x_fake.register_hook(measure)

@@ -601,6 +601,7 @@ TABLE = {
         ),
         ("the last value for the mean", "torch.stack(values).mean()", "values[-1]"),
         ("the cosine of the ascent", "F.cosine_similarity(-gradient", "F.cosine_similarity(gradient"),
+        ("across without the square", "1 - cosine.square()", "1 - cosine"),
         ("the average's decay inverted", "decay=decay)", "decay=1 - decay)"),
         ("the average is not used", "self.average.copy_to(self.net.parameters())", "self.average"),
     ],
