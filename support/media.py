@@ -156,6 +156,7 @@ TITLES = {
     "Cost": {
         "seconds": "seconds an iteration",
         "peak_mb": "peak_mb: peak memory in MiB",
+        "held_out_seconds": "held_out_seconds: seconds a held-out score",
     },
 }
 DMD_LOSS = "loss_G: the student's loss,\nhalf the squared DMD direction"
@@ -214,6 +215,8 @@ def sort_names(names):
     for heading, known in TITLES.items():
         rows[heading] = [name for name in known if name in names]
     found = sum(rows.values(), [])
+    rows["Held out"] = [name for name in names if name.startswith("held_out_") and name not in found]
+    found += rows["Held out"]
     rows["Other"] = [name for name in names if name not in found]
     return {heading: row for heading, row in rows.items() if row}
 
