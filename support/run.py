@@ -60,7 +60,8 @@ FREE += ("clip_model", "clip_weights", "clip_prefix", "hps_version", "lpips_net"
 
 
 class Run:
-    """RUN/step_000500/{student/, state/, meta.json}, RUN/latest, RUN/best, metrics.jsonl, curves.png, samples/.
+    """RUN/step_000500/{student/, state/, meta.json}, RUN/latest, RUN/best, metrics.jsonl, curves.png and
+    samples/.
 
     `method` is an ADP or ADM. student/ is a plain diffusers model folder with the weights to sample with;
     state/ has a file for each of PARTS, the same for any number of ranks and any --shard: all that training
