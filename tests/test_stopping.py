@@ -1,4 +1,4 @@
-"""The held-out score: that it is evaluate.py's, and that the checkpoint with the best one is kept and found."""
+"""The held-out score is evaluate.py's, and the checkpoint with the best one is kept and found again."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_it_is_what_evaluate_says_of_the_checkpoint_and_changes_nothing(
     """Of the moving average, which is what is saved; and the run is the one without it, bit for bit."""
     helpers.make_runs_comparable(monkeypatch.setattr)
     run, plain = tmp_path / "run", tmp_path / "plain"
-    arguments = [*adm_arguments, *"--loss dmd --steps 2 --ema 0.9 --lr 1e-2".split()]
+    arguments = [*adm_arguments, "--loss", "dmd", "--steps", "2", "--ema", "0.9", "--lr", "1e-2"]
     adm.main([*arguments, "--out", str(plain)])
     scoring = ["--eval-every", "2", "--eval-prompts", few_prompts, "--eval-seeds", "3"]
     adm.main([*arguments, "--out", str(run), *scoring])
@@ -190,6 +190,15 @@ def test_scores_of_other_prompts_do_not_count(scored, train, tmp_path, prompts_f
     assert "the held-out score of" in capfd.readouterr().err
     assert (run / "best").read_text() == "step_000005\n"
     assert list_steps(run) == ["step_000005"]
+
+
+def test_a_run_that_was_killed_after_its_first_score_starts_anew(train, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "held_out_accuracy": 0.5, "held_out_seconds": 1.0}\n')
+    train(run, "--iterations 1 --resume", [0.25])
+    assert read_held_out(run)[1]["held_out_accuracy"] == 0.25
+    assert (run / "best").read_text() == "step_000001\n"
 
 
 def test_a_file_that_names_no_checkpoint_is_not_followed(tmp_path):
