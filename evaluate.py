@@ -60,7 +60,8 @@ def parse(argv):
     arguments.add_sampler_arguments(parser)
     add = parser.group("what is measured")
     again = "NAME=FOLDER, may be given several times:"
-    add("--student", f"{again} a run folder of adp.py or adm.py", action="append")
+    student = f"{again} a run folder of adp.py or adm.py, one of its checkpoints, or its file best"
+    add("--student", student, action="append")
     order = "the same number for every prompt, in the prompts' order"
     add("--images", f"{again} images that are there, {order}", action="append")
     files = f"{arguments.PROMPTS_HELP}; or VBench_full_info.json"

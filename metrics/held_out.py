@@ -1,5 +1,6 @@
 """The held-out score of a student that trains: all ranks draw and score, each its share of the prompts."""
 
+import contextlib
 import math
 
 import torch
@@ -49,7 +50,7 @@ class HeldOut:
         """-> {name: number}, the score first, the same on all ranks, which all call it."""
         numbers = choose_share(len(self.prompts))
         parts = []
-        with self.ema.use():
+        with self.ema.use(), decode_whole(self.system.teacher):
             for first in range(0, len(numbers), self.batch):
                 parts.append(self._score(numbers[first : first + self.batch]))
         columns = {}
@@ -66,6 +67,19 @@ class HeldOut:
             images = [to_image(sample.flatten(1, -2)) for sample in samples]  # frames below one another
             prepared.append(torch.stack([self.scorer.prepare(image) for image in images]))
         return self.scorer.score(torch.stack(prepared), prompts)
+
+
+@contextlib.contextmanager
+def decode_whole(teacher):
+    """Inside, videos are decoded as evaluate.py does. In tiles, as in training, a tiny teacher's are of
+    another size; those of others, which take much memory, no scorer takes."""
+    vae = teacher.pipe.vae
+    in_tiles = vae.use_tiling
+    vae.use_tiling = False
+    try:
+        yield
+    finally:
+        vae.use_tiling = in_tiles
 
 
 def choose_share(count):

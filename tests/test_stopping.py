@@ -14,6 +14,7 @@ import evaluate
 import helpers
 import sample
 from metrics import held_out
+from metrics.scorer import Scorer, read_pixels
 from metrics.scorers import SCORERS
 from support.arguments import EVAL_METRICS
 from support.checkpoints import find_checkpoint, follow
@@ -89,6 +90,50 @@ def test_it_is_what_evaluate_says_of_the_checkpoint_and_changes_nothing(
     for name in ("size", "colour", "shape", "background"):
         assert scored.pop(f"held_out_tv_{name}") == pytest.approx(row["tv_uniform"][name], abs=1e-5), name
     assert not scored
+
+
+def test_videos_are_scored_frame_by_frame(tmp_path):
+    teacher = helpers.make_teacher(tmp_path / "teacher", 0, "cogvideox")
+    prompts = ["a red circle moving left", "a small square moving", "a triangle moving up"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    words = f"--teacher {teacher} --prompts {tmp_path}/prompts.txt --loss dmd --steps 1 --batch 2"
+    words += f" --eval-every 1 --eval-prompts {tmp_path}/prompts.txt --eval-seeds 2"
+    method = helpers.make_method(adm, words.split())
+    scoring = held_out.HeldOut(method.args, method)
+    values = scoring.measure()
+
+    with held_out.decode_whole(method.teacher):
+        pixels = scoring.system.images(prompts, range(3), range(2)).flatten(0, 1)
+    assert method.teacher.pipe.vae.use_tiling
+    eight_bits = ((pixels + 1) * 127.5).round() / 127.5 - 1
+    read = shapes.VideoOracle().read(eight_bits.numpy())
+    spread = ((read["x"].var() + read["y"].var()) / 2) ** 0.5
+    assert spread > 0.1
+    assert values["position_std"] == pytest.approx(spread, rel=1e-3)
+    assert next(iter(values)) == "accuracy"
+    assert "tv_motion" in values
+
+
+class Brightness(Scorer):
+    """A scorer whose result is a mean over the images, as CLIP's."""
+
+    def __init__(self, args, prompts, video):
+        pass
+
+    def prepare(self, image):
+        return read_pixels(image).mean()
+
+    def score(self, prepared, prompts):
+        return {"brightness": prepared.flatten().numpy()}
+
+
+def test_any_scorer_can_judge(adm_arguments, few_prompts, monkeypatch):
+    monkeypatch.setitem(SCORERS, "clip", Brightness)
+    words = f"--loss dmd --eval-every 1 --eval-metric clip --eval-prompts {few_prompts} --eval-seeds 2"
+    method = helpers.make_method(adm, [*adm_arguments, *words.split()])
+    scoring = held_out.HeldOut(method.args, method)
+    pixels = scoring.system.images(scoring.prompts, range(5), range(2))
+    assert scoring.measure() == {"brightness": pytest.approx(pixels.mean().item(), abs=2e-3)}
 
 
 @pytest.mark.parametrize("ranks", (1, 2, 3, 8))
@@ -236,7 +281,7 @@ def test_what_cannot_be_scored_is_refused_before_training(adm_arguments, few_pro
         (f"--eval-prompts {tmp_path}/nowhere.txt", "nowhere.txt cannot be read"),
         (f"--eval-prompts {other}", "does not know: photo, of, pink, dog"),
         (f"--eval-prompts {few_prompts} --resolution 16", "the metric oracle is for the tiny teachers"),
-        (f"--eval-prompts {few_prompts} --eval-metric lpips --eval-seeds 1", "give two seeds or more"),
+        (f"--eval-prompts {few_prompts} --eval-metric lpips --eval-seeds 1", "in training --eval-seeds"),
         (f"--eval-prompts {few_prompts} --eval-metric clip", "pip install open_clip_torch"),
     ):
         with pytest.raises(UserError, match=sentence):
