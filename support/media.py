@@ -215,9 +215,11 @@ def sort_names(names):
     for heading, known in TITLES.items():
         rows[heading] = [name for name in known if name in names]
     found = sum(rows.values(), [])
-    rows["Held out"] = [name for name in names if name.startswith("held_out_") and name not in found]
-    found += rows["Held out"]
-    rows["Other"] = [name for name in names if name not in found]
+    left = [name for name in names if name not in found]
+    modes = [name for name in left if name.startswith("held_out_tv_")]
+    scores = [name for name in left if name.startswith("held_out_") and name not in modes]
+    rows |= {"Held out": scores, "Held-out modes": modes}
+    rows["Other"] = [name for name in left if name not in scores + modes]
     return {heading: row for heading, row in rows.items() if row}
 
 

@@ -202,6 +202,16 @@ def test_every_quantity_that_the_stages_log_has_a_title():
         assert media.choose_title(name, ["loss_D"]) != name
 
 
+def test_the_held_out_scores_have_rows_of_their_own():
+    names = ["held_out_seconds", "held_out_clip", "held_out_tv_shape", "mine", "held_out_valid"]
+    assert media.sort_names(names) == {
+        "Cost": ["held_out_seconds"],
+        "Held out": ["held_out_clip", "held_out_valid"],
+        "Held-out modes": ["held_out_tv_shape"],
+        "Other": ["mine"],
+    }
+
+
 def test_the_students_loss_is_named_after_what_it_is():
     assert "-D(fake)" in media.choose_title("loss_G", ["loss_G", "loss_D"])
     assert "DMD" in media.choose_title("loss_G", ["loss_G", "dmd_loss"])
