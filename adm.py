@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import common
 from common import T, hinge_discriminator, hinge_generator
+from metrics.held_out import make_held_out
 from support.arguments import parse_adm_arguments
 from support.errors import launch
 from support.parallel import freeze, start_processes, sync_gradients
@@ -207,13 +208,12 @@ def main(argv=None):
     teacher.check(prompts)
     adm = ADM(args, teacher, prompts)
     rates = {adm.opt_G: args.lr, adm.opt_f: args.fake_lr, adm.opt_heads: args.head_lr}
-    run = Run("adm", args, adm)
+    run = Run("adm", args, adm, make_held_out(args, adm))
     for step in run.iterations():
         set_lr(args, step, rates)
         iterate(adm, step, minimise)
         run.log(step + 1)
-        if run.is_due(step + 1):
-            run.save(step + 1, prompts)
+        run.finish(step + 1, prompts)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import common
 from common import T, hinge_discriminator, hinge_generator, weigh
+from metrics.held_out import make_held_out
 from support.arguments import parse_adp_arguments
 from support.errors import launch
 from support.files import short_name
@@ -157,13 +158,12 @@ def main(argv=None):
     if args.warmup is None:
         args.warmup = 0 if teacher.prediction == "flow" else 500
     adp = ADP(args, teacher, pairs)
-    run = Run("adp", args, adp)
+    run = Run("adp", args, adp, make_held_out(args, adp))
     for step in run.iterations():
         set_lr(args, step, {adp.opt_G: args.warmup_lr if step < args.warmup else args.lr})
         iterate(adp, step, minimise)
         run.log(step + 1)
-        if run.is_due(step + 1):
-            run.save(step + 1, pairs.index["prompts"])
+        run.finish(step + 1, pairs.index["prompts"])
 
 
 if __name__ == "__main__":

@@ -32,19 +32,15 @@ import tempfile
 import time
 
 from common import FAMILIES, TEACHERS
-from metrics.clip import Clip
-from metrics.fid import Fid
 from metrics.images import wait_for_files, wait_for_scores
-from metrics.lpips import Lpips
-from metrics.oracle import Oracle
 from metrics.paper import select_rows
-from metrics.preference import Hpsv2, Mps, PickScore
 from metrics.report import check_outputs, write_report, write_scores
 from metrics.rows import describe_samples, format_table, make_row, round_values
+from metrics.scorers import SCORERS, check_metric
 from metrics.systems import find_reference, name_systems, open_systems
 from metrics.vbench import check_vbench, read_prompts_of_table, run_vbench
 from support import arguments
-from support.arguments import number, positive, seed_number, whole
+from support.arguments import positive, seed_number, whole
 from support.errors import UserError, launch
 from support.escapes import make_printable
 from support.files import lock_folder, make_folder
@@ -54,15 +50,6 @@ from support.prompts import has_closed_vocabulary
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # they warn of the workers' forks otherwise
 
-SCORERS = {
-    "oracle": Oracle,
-    "clip": Clip,
-    "pick": PickScore,
-    "hpsv2": Hpsv2,
-    "mps": Mps,
-    "lpips": Lpips,
-    "fid": Fid,
-}
 METRICS = (*SCORERS, "vbench")
 
 
@@ -73,7 +60,8 @@ def parse(argv):
     arguments.add_sampler_arguments(parser)
     add = parser.group("what is measured")
     again = "NAME=FOLDER, may be given several times:"
-    add("--student", f"{again} a run folder of adp.py or adm.py", action="append")
+    student = f"{again} a run folder of adp.py or adm.py, one of its checkpoints, or its file best"
+    add("--student", student, action="append")
     order = "the same number for every prompt, in the prompts' order"
     add("--images", f"{again} images that are there, {order}", action="append")
     files = f"{arguments.PROMPTS_HELP}; or VBench_full_info.json"
@@ -86,17 +74,7 @@ def parse(argv):
     add = parser.group("metrics")
     fitting = "oracle for the tiny teachers, vbench for VBench's prompts, else clip"
     add("--metrics", f"comma-separated: {', '.join(METRICS)}", shown=fitting)
-    layout = "DIR/OWNER/REPOSITORY/FILE, DIR/FILE"
-    add("--weights-dir", f"folder with the scorers' weights, for machines without network: {layout}")
-    # paper silent: metric models: CLIP and its prefix are those of DMD2, LPIPS and HPSv2 their first versions
-    add("--clip-model", "open_clip model", default="ViT-g-14")
-    add("--clip-weights", "open_clip tag or a local checkpoint", default="laion2b_s12b_b42k")
-    add("--clip-prefix", "put before every prompt", default="A photo depicts ")
-    add("--hps-version", "of HPSv2's weights", choices=("2.0", "2.1"), default="2.0")
-    nets = "backbone; random needs no file and gives no LPIPS, but numbers to compare within a table"
-    add("--lpips-net", nets, choices=("alex", "vgg", "random"), default="alex")
-    size = number(int, "at least 64", lambda value: value >= 64)
-    add("--lpips-size", "pixels, images are resized to it", type=size, default=512)  # DMD2
+    arguments.add_scorer_arguments(parser, "metrics")
     add("--workers", "processes that decode images, for each process that scores", type=whole, default=2)
 
     add = parser.group("where it goes")
@@ -144,17 +122,6 @@ def check_arguments(args, dimensions):
     check_outputs(args)
 
 
-def check_metrics(args, images, video):
-    """UserError for a metric that is not for these images. video: whether the table is of videos."""
-    kind = "images" if images.frames == 1 else "videos"
-    for name in args.metrics if images.name in args.names else ["fid"]:
-        takes = SCORERS[name].takes if name in SCORERS else ("videos",)
-        if kind not in takes:
-            raise UserError(f"--metrics {name} is for {' and '.join(takes)}, not for {kind}")
-        if name in SCORERS:
-            SCORERS[name].check(images, video)
-
-
 def main(argv=None):
     args = parse(argv)
     prompts, dimensions = read_prompts_of_table(args.prompts, args.prompt_column)
@@ -182,7 +149,8 @@ def evaluate(args, prompts, dimensions, out):
     for images in folders.values():
         images.check()
         images.measure()
-        check_metrics(args, images, video)
+        for name in args.metrics if images.name in args.names else ["fid"]:
+            check_metric(name, images, video)
     scorers = {name: SCORERS[name](args, prompts, video) for name in args.metrics if name in SCORERS}
     for path in filter(None, (args.json, args.grid)):
         make_folder(os.path.dirname(path) or ".")

@@ -37,7 +37,7 @@ def parse_arguments(argv):
     arguments.add_teacher_arguments(parser, required=False)
     arguments.add_sampler_arguments(parser)
     add = parser.group("what is drawn")
-    student = "a run folder of adp.py or adm.py, or one of its checkpoints"
+    student = "a run folder of adp.py or adm.py, one of its checkpoints, or its file best"
     add("--student", student, shown="the teacher draws")
     add("--prompt", "prompts", nargs="+")
     arguments.add_prompts_arguments(parser, "what is drawn")

@@ -46,7 +46,8 @@ class Lpips(Scorer):
     @classmethod
     def check(cls, images, video):
         if len(images.files[0]) < 2:
-            raise UserError("--metrics lpips compares images of one prompt: give --seeds 2 or more")
+            wanted = "give --seeds 2 or more, in training --eval-seeds"
+            raise UserError(f"the metric lpips compares images of one prompt: {wanted}")
 
     def build(self, net, lpips):
         """The network with random weights, always the same; channels have LPIPS's weights or equal ones."""

@@ -33,7 +33,7 @@ class Oracle(Scorer):
             for prompt in prompts:
                 self.parse(prompt)
         except ValueError as error:
-            raise UserError(f"--metrics oracle: {error}") from error
+            raise UserError(f"the metric oracle: {error}") from error
 
     @classmethod
     def check(cls, images, video):
@@ -42,7 +42,7 @@ class Oracle(Scorer):
         wanted = (shapes.SIDE, shapes.SIDE * shapes.FRAMES if video else shapes.SIDE)
         for width, height in images.sizes - {wanted}:
             raise UserError(
-                f"--metrics oracle is for the tiny teachers' images of {wanted[0]}x{wanted[1]} pixels; "
+                f"the metric oracle is for the tiny teachers' images of {wanted[0]}x{wanted[1]} pixels; "
                 f"{images.name} has one of {width}x{height}"
             )
 
@@ -57,7 +57,7 @@ class Oracle(Scorer):
         try:
             columns = self.oracle.read(pixels.flatten(0, 1).numpy())
         except ValueError as error:
-            raise UserError(f"--metrics oracle is for the tiny teachers: {error}") from error
+            raise UserError(f"the metric oracle is for the tiny teachers: {error}") from error
         wanted = [self.parse(prompt) for prompt in prompts]
         right = columns["valid"].copy()
         for name in self.attributes:

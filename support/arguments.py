@@ -12,6 +12,8 @@ from support.outputs import check_folder
 from support.parallel import is_main
 from support.prompts import COLUMNS, PROMPTS
 
+# of evaluate.py those that need nothing but a student's images; fid and vbench want thousands of them, too
+EVAL_METRICS = ("oracle", "clip", "pick", "hpsv2", "mps", "lpips")
 PROMPTS_HELP = "a prompt a line; or a .csv, .tsv, .jsonl, .json or .parquet file"
 
 
@@ -150,6 +152,22 @@ def add_prompts_arguments(parser, title, text=PROMPTS_HELP, **options):
     add("--prompt-column", columns, metavar="NAME", shown=", ".join(COLUMNS))
 
 
+def add_scorer_arguments(parser, title):
+    """The models of the scorers of metrics/."""
+    add = parser.group(title)
+    layout = "DIR/OWNER/REPOSITORY/FILE, DIR/FILE"
+    add("--weights-dir", f"folder with the scorers' weights, for machines without network: {layout}")
+    # paper silent: metric models: CLIP and its prefix are those of DMD2, LPIPS and HPSv2 their first versions
+    add("--clip-model", "open_clip model", default="ViT-g-14")
+    add("--clip-weights", "open_clip tag or a local checkpoint", default="laion2b_s12b_b42k")
+    add("--clip-prefix", "put before every prompt", default="A photo depicts ")
+    add("--hps-version", "of HPSv2's weights", choices=("2.0", "2.1"), default="2.0")
+    nets = "backbone; random needs no file and gives no LPIPS, but numbers to compare within a table"
+    add("--lpips-net", nets, choices=("alex", "vgg", "random"), default="alex")
+    size = number(int, "at least 64", lambda value: value >= 64)
+    add("--lpips-size", "pixels, images are resized to it", type=size, default=512)  # DMD2
+
+
 def add_training_prompts(parser):
     """The same of a stage, with prompts to begin with."""
     shown = "prompts/general.txt, 64 of our own to try things with"
@@ -203,7 +221,7 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add("--warmup", warmup, type=whole, default=0)
     add_training_arguments(parser)
     add_learning_rates(parser, ADM_RATES)
-    return fill_learning_rates(parser.parse_args(argv), ADM_RATES)
+    return parse_training_arguments(parser, argv, ADM_RATES)
 
 
 def parse_adp_arguments(doc, argv, teachers, families):
@@ -228,7 +246,7 @@ def parse_adp_arguments(doc, argv, teachers, families):
     add("--mse", mse, type=non_negative, default=0.0)
     add_training_arguments(parser)
     add_learning_rates(parser, ADP_RATES)
-    return fill_learning_rates(parser.parse_args(argv), ADP_RATES)
+    return parse_training_arguments(parser, argv, ADP_RATES)
 
 
 def add_learning_rates(parser, rates):
@@ -238,8 +256,11 @@ def add_learning_rates(parser, rates):
         add(name, f"learning rate of {what}", type=non_negative, shown=shown)
 
 
-def fill_learning_rates(args, rates):
-    """The defaults where the command line has none."""
+def parse_training_arguments(parser, argv, rates):
+    """The arguments, with the learning rates' defaults where the command line has none."""
+    args = parser.parse_args(argv)
+    if args.eval_every and not args.eval_prompts:
+        parser.error("--eval-every scores the student on prompts of its own: give --eval-prompts FILE")
     for name, (_, full, lora) in rates.items():
         key = name.removeprefix("--").replace("-", "_")
         if getattr(args, key) is None:
@@ -294,7 +315,17 @@ def add_training_arguments(parser):
     add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
     add("--log-every", "iterations between two lines of metrics", type=positive, default=10)
     add("--save-every", "iterations between two checkpoints", type=positive, default=500)
-    add("--keep", "newest checkpoints that are kept", type=positive, default=3)
+    add("--keep", "newest checkpoints that are kept, beside the best", type=positive, default=3)
     patience = "iterations in a row with gradients that are not finite, after which the run ends"
     add("--patience", patience, type=positive, default=20)
     add("--seed", "seed of everything random", type=seed_number, default=0)
+
+    title = "held-out score"
+    add = parser.group(title)
+    every = "iterations between two scores of the student on --eval-prompts, whose best checkpoint is kept"
+    add("--eval-every", every, type=whole, default=0, shown="0, never")
+    add("--eval-prompts", f"those that no student trains on: {PROMPTS_HELP}")
+    metric = "which of evaluate.py's metrics; oracle is for the tiny teachers"
+    add("--eval-metric", metric, choices=EVAL_METRICS, default="oracle")
+    add("--eval-seeds", "samples of each of them", type=positive, default=4)
+    add_scorer_arguments(parser, title)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 
@@ -9,7 +10,7 @@ import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from support.errors import UserError, note
-from support.files import compute_checksum, list_files, read_sealed
+from support.files import compute_checksum, list_files, read_sealed, write_atomically
 from support.parallel import lay_out
 
 META = {  # what is read of meta.json
@@ -25,6 +26,7 @@ META = {  # what is read of meta.json
     "files",
 }
 CONTENT = {"student", "state", "meta.json"}
+STEP = re.compile(r"step_\d+")  # a checkpoint's folder
 
 
 def compute_fingerprint(net, scheduler_config):
@@ -47,9 +49,10 @@ def compute_fingerprint(net, scheduler_config):
 
 
 def find_checkpoint(path, part=None):
-    """A run or one of its step folders -> (step folder, meta). Of a run it is the newest that is whole; what
-    is wrong with newer ones is said. The files of `part`, "student" or "state", are compared with their
-    checksums. UserError where there is no whole checkpoint."""
+    """A run, one of its step folders, or its file `best` or `latest` -> (step folder, meta). Of a run it is
+    the newest that is whole; what is wrong with newer ones is said. The files of `part`, "student" or
+    "state", are compared with their checksums. UserError where there is no whole checkpoint."""
+    path = follow(path)
     if not os.path.isdir(path):
         raise UserError(f"there is no checkpoint {path!r}: give a run folder, or one of its step_... folders")
     if list_checkpoints(path):
@@ -74,10 +77,47 @@ def find_newest(run, part=None):
     return None
 
 
+def find_best(run, identity, last):
+    """(step folder, score) of the whole checkpoint with the highest held-out score of this identity, of those
+    of at most `last` iterations; (None, -infinity) where there is none. Says what is wrong with better
+    ones."""
+    scored = []
+    for folder in list_checkpoints(run):
+        meta, _ = open_checkpoint(folder)
+        held_out = meta and meta.get("held_out")
+        if not held_out or meta["step"] > last:
+            continue
+        if held_out["of"] != identity:
+            note(f"the held-out score of {folder} is of another metric, or of other prompts or seeds")
+            continue
+        scored.append((held_out["score"], -meta["step"], folder))  # of two that are equal the earlier one
+    for score, _, folder in sorted(scored, reverse=True):
+        _, problem = open_checkpoint(folder, "student")
+        if problem is None:
+            return folder, score
+        note(f"{folder}, the best one, is passed over: {problem}")
+    return None, -math.inf
+
+
+def write_pointer(path, folder):
+    """A run's file `latest` or `best`, which names one of its step folders."""
+    with write_atomically(path) as temporary, open(temporary, "w") as file:
+        file.write(os.path.basename(folder) + "\n")
+
+
+def follow(path):
+    """A run's file `latest` or `best` -> the step folder that it names. Any other path stays as it is."""
+    if not os.path.isfile(path):
+        return path
+    with open(path, encoding="utf-8", errors="replace") as file:
+        name = file.read(40).strip()
+    return os.path.join(os.path.dirname(path), name) if STEP.fullmatch(name) else path
+
+
 def list_checkpoints(run):
     """The step folders of a run, newest first, whole or not."""
     names = os.listdir(run) if os.path.isdir(run) else []
-    steps = [name for name in names if re.fullmatch(r"step_\d+", name)]
+    steps = [name for name in names if STEP.fullmatch(name)]
     steps.sort(key=lambda name: int(name.removeprefix("step_")), reverse=True)
     folders = [os.path.join(run, name) for name in steps]
     return [folder for folder in folders if os.path.isdir(folder)]

@@ -141,6 +141,7 @@ TITLES = {
     },
     "Discriminator": {
         "cosine": "cosine between D's gradient and x_real - x_fake,\n1 = D points where the scores differ",
+        "across": "across: share of D's squared gradient that is\nacross x_real - x_fake, 0 = all along it",
         "D_gap": "D_gap: D(real) - D(fake),\n0 = D cannot tell",
         "D_abs": "D_abs: mean of |D|",
         "D_real": "D_real: D of the teacher's samples",
@@ -155,6 +156,7 @@ TITLES = {
     "Cost": {
         "seconds": "seconds an iteration",
         "peak_mb": "peak_mb: peak memory in MiB",
+        "held_out_seconds": "held_out_seconds: seconds a held-out score",
     },
 }
 DMD_LOSS = "loss_G: the student's loss,\nhalf the squared DMD direction"
@@ -213,7 +215,11 @@ def sort_names(names):
     for heading, known in TITLES.items():
         rows[heading] = [name for name in known if name in names]
     found = sum(rows.values(), [])
-    rows["Other"] = [name for name in names if name not in found]
+    left = [name for name in names if name not in found]
+    modes = [name for name in left if name.startswith("held_out_tv_")]
+    scores = [name for name in left if name.startswith("held_out_") and name not in modes]
+    rows |= {"Held out": scores, "Held-out modes": modes}
+    rows["Other"] = [name for name in left if name not in scores + modes]
     return {heading: row for heading, row in rows.items() if row}
 
 

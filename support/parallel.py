@@ -67,11 +67,17 @@ def average(values):
     scalars = [torch.as_tensor(value, dtype=torch.float32).detach().cpu() for value in values.values()]
     packed = torch.stack(scalars)
     if dist.is_initialized():
-        if dist.get_backend() == "nccl":
-            packed = packed.cuda()
-        dist.all_reduce(packed)
-        packed = packed / world_size()
+        packed = add_up(packed) / world_size()
     return dict(zip(values, packed.tolist()))
+
+
+def add_up(x):
+    """A tensor of each rank, on the CPU -> their sum, on all of them and on the CPU."""
+    if not dist.is_initialized():
+        return x
+    total = x.cuda() if dist.get_backend() == "nccl" else x.clone()
+    dist.all_reduce(total)
+    return total.cpu()
 
 
 # ----------------------------------------------------------------------------------------------------------

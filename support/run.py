@@ -16,11 +16,14 @@ from tqdm import tqdm
 
 from support.checkpoints import (
     describe_files,
+    find_best,
     find_newest,
+    follow,
     is_ours,
     list_checkpoints,
     restore_optimizer,
     save_network,
+    write_pointer,
 )
 from support.errors import UserError, first_line, note
 from support.files import (
@@ -52,19 +55,24 @@ IDENTITY_ARGUMENTS = ("loss", "init", "seed", "lora", "head_width")
 # What does not change the numbers, or is compared as part of the above
 FREE = ("teacher", "variant", "out", "resume", "plan", "gpu_gb", "log_every", "save_every", "keep")
 FREE += ("patience", "shard", "offload", "compile", "checkpointing")
+FREE += ("eval_every", "eval_prompts", "eval_metric", "eval_seeds", "weights_dir")
+FREE += ("clip_model", "clip_weights", "clip_prefix", "hps_version", "lpips_net", "lpips_size")
 
 
 class Run:
-    """RUN/step_000500/{student/, state/, meta.json}, RUN/latest, metrics.jsonl, curves.png and samples/.
+    """RUN/step_000500/{student/, state/, meta.json}, RUN/latest, RUN/best, metrics.jsonl, curves.png and
+    samples/.
 
     `method` is an ADP or ADM. student/ is a plain diffusers model folder with the weights to sample with;
     state/ has a file for each of PARTS, the same for any number of ranks and any --shard: all that training
-    goes on from. meta.json says what made them, with their checksums. UserError if the folder holds a run
-    and --resume is not given, or a run of another kind, or something else, or if it is in use."""
+    goes on from. meta.json says what made them, with their checksums. `held_out` (metrics.held_out.HeldOut,
+    or None) scores the student: `best` names the checkpoint with the highest score. UserError if the folder
+    holds a run and --resume is not given, or a run of another kind, or something else, or if it is in use."""
 
-    def __init__(self, stage, args, method):
+    def __init__(self, stage, args, method, held_out=None):
         self.args = args
         self.method = method
+        self.held_out = held_out
         self.student = method.student
         self.teacher = method.teacher
         self.parts = {name: getattr(method, name) for name in PARTS if getattr(method, name, None)}
@@ -76,6 +84,8 @@ class Run:
         self.leaving = False  # whether the ranks have agreed to
         self.left_out = 0  # updates since the last line of metrics whose gradients were not finite
         self.streak = 0  # iterations in a row with such an update
+        self.score = None  # of this iteration, if it has one
+        self.best = -math.inf  # the highest of all scores
         self.meta = {
             "stage": stage,
             "teacher": describe_teacher(args.teacher),
@@ -105,12 +115,17 @@ class Run:
             self._restore(*found)
         else:
             self._check_that_nothing_foreign_is_there()
+        best_folder = None
+        if self.held_out:
+            best_folder, self.best = find_best(self.folder, self.held_out.identity, self.start)
         # this waits for all, too: every rank has looked before the main one writes
         if average({"start": self.start})["start"] != self.start:
             raise UserError(f"{self.folder} is not the same on all nodes: give an --out that they share")
         make_folder(os.path.join(self.folder, "samples"))
         if is_main():
             self._tidy()
+            if best_folder:  # a process may have been killed between the checkpoint and `best`
+                self._point("best", best_folder)
         self.bar = tqdm(
             desc=stage,
             total=self.args.iterations,
@@ -125,7 +140,7 @@ class Run:
         """UserError where a new run would write over something that no run of this project wrote."""
         if self._has_own_metrics():
             return
-        for name in ("metrics.jsonl", "curves.png", "latest"):
+        for name in ("metrics.jsonl", "curves.png", "latest", "best"):
             if os.path.exists(os.path.join(self.folder, name)):
                 raise UserError(f"{self.folder}/{name} is no run's of this project: give another --out")
 
@@ -136,7 +151,9 @@ class Run:
         with open(self.metrics, encoding="utf-8", errors="replace") as file:
             first = file.readline()
         line = parse_line(first)
-        return not first or bool(line and {"step", "seconds", "peak_mb"} <= set(line))
+        if not line:
+            return not first
+        return {"step", "seconds", "peak_mb"} <= set(line) or {"step", "held_out_seconds"} <= set(line)
 
     def _tidy(self):
         """Removes what a killed process left: half a checkpoint, and lines of iterations that will come
@@ -246,13 +263,16 @@ class Run:
             return
         line = {"step": step, **values, "left_out": self.left_out}
         line |= {"seconds": seconds, "peak_mb": peak_memory_mb()}
-        with self._spare_the_run("metrics.jsonl"), open(self.metrics, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._write_line(line)
         shown = {name: f"{value:.3g}" for name, value in list(values.items())[:4]}
         if self.left_out:
             shown["left_out"] = self.left_out
         self.bar.set_postfix(shown)
         self.left_out = 0
+
+    def _write_line(self, line):
+        with self._spare_the_run("metrics.jsonl"), open(self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _count_left_out(self, metrics):
         norms = {name: value for name, value in metrics.items() if name.startswith("norm_")}
@@ -277,6 +297,36 @@ class Run:
 
     # Saving -----------------------------------------------------------------------------------------------
 
+    def finish(self, step, prompts):
+        """What is due after an iteration: a held-out score, and a checkpoint, also of a student that is
+        better than all before it."""
+        is_due = self.is_due(step)
+        is_best = self._measure(step)
+        if is_due or is_best:
+            self.save(step, prompts, is_best)
+
+    def _measure(self, step):
+        """Whether the student has a held-out score now, a line of its own in metrics.jsonl, that is higher
+        than all before. The ranks agree, as they all have the same score."""
+        self.score = None
+        last = step == self.args.iterations
+        # a run that was told to stop saves at once
+        if not self.held_out or self.leaving or not last and step % self.args.eval_every:
+            return False
+        began = time.perf_counter()
+        values = self.held_out.measure()
+        seconds = time.perf_counter() - began
+        self.clock += seconds  # no iteration's
+        if is_main():
+            line = {f"held_out_{name}": value for name, value in values.items()}
+            self._write_line({"step": step, **line, "held_out_seconds": seconds})
+        score = next(iter(values.values()))
+        self.score = score if math.isfinite(score) else None
+        is_best = score > self.best
+        if is_best:
+            self.best = score
+        return is_best
+
     def is_due(self, step):
         """Whether to save now: every --save-every, at the end, and on every rank when one was told to
         stop."""
@@ -285,9 +335,11 @@ class Run:
         last = step == self.args.iterations
         return self.leaving or last or step % self.args.save_every == 0
 
-    def save(self, step, prompts):
+    def save(self, step, prompts, is_best=False):
         """A checkpoint, in one move, and samples of the first prompts from fixed noise. All ranks gather and
-        sample, the main one writes. UserError where weights are not finite, and where the disk is full."""
+        sample, the main one writes. `latest`, and `best` if it is that, name the checkpoint only when it is
+        there, and only then do others go. UserError where weights are not finite, and where the disk is
+        full."""
         self._check_finite(step)
         net = self.method.G
         folder = os.path.join(self.folder, f"step_{step:06d}")
@@ -302,12 +354,14 @@ class Run:
                     save_network(self.teacher.denoiser, weights, os.path.join(temporary, "student"))
             if is_main():
                 meta = {"step": step, **self.meta, "files": describe_files(temporary)}
+                if self.score is not None:
+                    meta["held_out"] = {"score": self.score, "of": self.held_out.identity}
                 write_sealed(os.path.join(temporary, "meta.json"), meta)
                 self._make_way_for(folder)
         if is_main():
-            with write_atomically(os.path.join(self.folder, "latest")) as temporary:
-                with open(temporary, "w") as file:
-                    file.write(os.path.basename(folder) + "\n")
+            self._point("latest", folder)
+            if is_best:
+                self._point("best", folder)
             self._prune()
             with self._spare_the_run("curves.png"):
                 save_curves(self.metrics, os.path.join(self.folder, "curves.png"))
@@ -350,13 +404,17 @@ class Run:
         else:
             os.rename(folder, f"{folder}.not-ours-{time.time_ns()}")
 
+    def _point(self, name, folder):
+        write_pointer(os.path.join(self.folder, name), folder)
+
     def _prune(self):
-        """Removes all but the newest --keep checkpoints; none while updates are left out, as the newest may
-        be of no use."""
+        """Removes all but the newest --keep checkpoints and the one that `best` names; none while updates are
+        left out, as the newest may be of no use."""
         if self.streak:
             return
+        best = follow(os.path.join(self.folder, "best"))
         for older in list_checkpoints(self.folder)[self.args.keep :]:
-            if is_ours(older):
+            if is_ours(older) and older != best:
                 remove(older)
 
 

@@ -86,14 +86,17 @@ class Means:
 
 
 def watch_gradient(x_fake, toward, log, project):
-    """When the backward pass comes to x_fake [B, ...] it logs the cosine of the descent with `toward`
-    [B, ...], a gauge of a discriminator's health. With `project` only the gradient's part along `toward` goes
-    on, row by row (ours: docs/paper-gaps.md#the-projected-gradient)."""
+    """When the backward pass comes to x_fake [B, ...] it logs two gauges of a discriminator's health: the
+    cosine of the gradient's descent with `toward` [B, ...], and which share of the gradient's square is
+    across that line. With `project` only the part along the line goes on, row by row (ours:
+    docs/paper-gaps.md#the-projected-gradient)."""
     line = F.normalize(toward.flatten(1))
 
     def watch(gradient):
         rows = gradient.flatten(1)
-        log(cosine=F.cosine_similarity(-rows, line).mean())
+        cosine = F.cosine_similarity(-rows, line)
+        across = 1 - cosine.square()
+        log(cosine=cosine.mean(), across=across.mean())
         if project:
             along = (rows * line).sum(1, keepdim=True)
             gradient = (along * line).view_as(gradient)

@@ -121,7 +121,8 @@ def read_metrics(folder):
     with open(os.path.join(folder, "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
     for line in lines:
-        del line["seconds"], line["peak_mb"]
+        for name in ("seconds", "peak_mb", "held_out_seconds"):
+            line.pop(name, None)
     return lines
 
 

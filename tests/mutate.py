@@ -604,6 +604,7 @@ TABLE = {
         ("the gradient off the line", "gradient = (along * line)", "gradient = (rows - along * line)"),
         ("the gradient as it is", "        if project:", "        if not project:"),
         ("the line with its length", "line = F.normalize(toward", "line = (toward"),
+        ("across without the square", "1 - cosine.square()", "1 - cosine"),
         ("the average's decay inverted", "decay=decay)", "decay=1 - decay)"),
         ("the average is not used", "self.average.copy_to(self.net.parameters())", "self.average"),
     ],

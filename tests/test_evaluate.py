@@ -268,7 +268,7 @@ def test_the_metric_that_fits_is_the_default(teacher_folder, prompts_path, folde
 
     info = tmp_path / "any.json"
     info.write_text(json.dumps([{"prompt_en": "a red circle", "dimension": ["color"]}]))
-    with pytest.raises(UserError, match="--metrics vbench is for videos, not for images"):
+    with pytest.raises(UserError, match="the metric vbench is for videos, not for images"):
         evaluate.main(["--images", f"{folders}/good", "--prompts", str(info), "--out", str(tmp_path / "out")])
     info.write_text(json.dumps([{"prompt": line} for line in ("a red circle", "a square", "a triangle")]))
     assert measure("--images", f"{folders}/good", "--prompts", str(info)) == ["clip"]
@@ -287,7 +287,7 @@ def test_vbench(tmp_path, monkeypatch, capsys):
     info.write_text(json.dumps(entries))
     arguments = ["--teacher", str(teacher), "--steps", "1", "--guidance", "1", "--prompts", str(info)]
     arguments += ["--seeds", "2", "--metrics", "oracle,vbench", "--out", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="--metrics clip is for images, not for videos"):
+    with pytest.raises(UserError, match="the metric clip is for images, not for videos"):
         evaluate.main([*arguments, "--metrics", "clip"])
 
     monkeypatch.setenv("PATH", str(tmp_path))

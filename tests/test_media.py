@@ -196,10 +196,20 @@ def test_panels_are_in_order_and_unknown_ones_last():
 
 
 def test_every_quantity_that_the_stages_log_has_a_title():
-    logged = "loss_f norm_f dmd_loss cosine loss_G norm_G loss_D D_abs D_gap norm_D seconds peak_mb"
+    logged = "loss_f norm_f dmd_loss cosine across loss_G norm_G loss_D D_abs D_gap norm_D seconds peak_mb"
     logged += " mse D_real D_fake norm_heads"
     for name in logged.split():
         assert media.choose_title(name, ["loss_D"]) != name
+
+
+def test_the_held_out_scores_have_rows_of_their_own():
+    names = ["held_out_seconds", "held_out_clip", "held_out_tv_shape", "mine", "held_out_valid"]
+    assert media.sort_names(names) == {
+        "Cost": ["held_out_seconds"],
+        "Held out": ["held_out_clip", "held_out_valid"],
+        "Held-out modes": ["held_out_tv_shape"],
+        "Other": ["mine"],
+    }
 
 
 def test_the_students_loss_is_named_after_what_it_is():

@@ -185,9 +185,16 @@ def test_cosine_is_of_ds_gradient_with_the_way_to_x_real(adm_arguments):
     x = b.x_fake.clone().requires_grad_()
     maps = method.teacher.features(x, b.s, b.cond)
     method.heads(maps).mean().backward()
+    gradient = x.grad.flatten(1)
     toward = (b.x_real - b.x_fake).flatten(1)
-    expected = torch.nn.functional.cosine_similarity(x.grad.flatten(1), toward).mean()
-    assert method.log.take()["cosine"].item() == pytest.approx(expected.item(), abs=1e-5)
+    expected = torch.nn.functional.cosine_similarity(gradient, toward).mean()
+    direction = toward / toward.norm(dim=1, keepdim=True)
+    along = (gradient * direction).sum(1, keepdim=True) * direction
+    across = (gradient - along).square().sum(1) / gradient.square().sum(1)
+    assert along.norm() > 1e-2 * gradient.norm()  # else a wrong share would be the right one
+    means = method.log.take()
+    assert means["cosine"].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert means["across"].item() == pytest.approx(across.mean().item(), abs=1e-5)
 
 
 def let_heads_say(method, real, fake):

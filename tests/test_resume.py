@@ -220,7 +220,7 @@ def test_resuming_with_other_settings_says_so(finished, dmd, tmp_path, capfd):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ("metrics.jsonl", "curves.png", "latest"))
+@pytest.mark.parametrize("name", ("metrics.jsonl", "curves.png", "latest", "best"))
 def test_what_no_run_wrote_is_not_written_over(adm_arguments, tmp_path, name):
     run = tmp_path / "run"
     run.mkdir()

@@ -27,7 +27,8 @@ def print_plan(args, stage, iterate):
     print(format_table(rows))
     print(describe_passes(args, networks))
     disk = count_checkpoint(args, networks) / GB
-    written = f"--keep {args.keep} has {args.keep + 1} of them while one is written"
+    most = args.keep + 2 if args.eval_every else args.keep + 1  # with the best, and the one that is written
+    written = f"--keep {args.keep} has {most} of them while one is written"
     print(f"a checkpoint takes {disk:.1f} GB of disk; {written}")
     print(describe_fit(args, networks, add_up(rows)))
 

@@ -1,0 +1,108 @@
+"""The held-out score of a student that trains: all ranks draw and score, each its share of the prompts."""
+
+import contextlib
+import math
+
+import torch
+
+from metrics.images import Images
+from metrics.scorer import join_columns
+from metrics.scorers import SCORERS, check_metric
+from support.files import compute_checksum_of_json
+from support.media import to_image
+from support.parallel import add_up, rank, world_size
+from support.prompts import read_prompts
+from support.systems import System
+
+
+def make_held_out(args, method):
+    """HeldOut for --eval-every, or None without it."""
+    return HeldOut(args, method) if args.eval_every else None
+
+
+class HeldOut:
+    """Scores the student of a method (an ADP or ADM), its moving average if it has one, on the same prompts
+    and noise every time: those with which evaluate.py scores its checkpoints.
+
+    `identity` says what a score is of; scores compare where it is the same."""
+
+    def __init__(self, args, method):
+        """UserError for prompts or a metric that the teacher cannot be scored with, and for a scorer's
+        package or weights that are missing."""
+        teacher = method.teacher
+        self.ema = method.ema
+        self.batch = args.batch
+        self.prompts = read_prompts(args.eval_prompts)
+        self.seeds = range(args.eval_seeds)
+        self.system = System(teacher, method.student, method.G)
+        teacher.check(self.prompts)
+        files = [[None for _ in self.seeds] for _ in self.prompts]
+        check_metric(args.eval_metric, Images("the student", "", files, {}, self.system), teacher.video)
+        self.scorer = SCORERS[args.eval_metric](args, self.prompts, teacher.video)
+        self.identity = {
+            "metric": args.eval_metric,
+            "scorer": self.scorer.description,
+            "prompts": compute_checksum_of_json(self.prompts),
+            "seeds": args.eval_seeds,
+        }
+
+    def measure(self):
+        """-> {name: number}, the score first, the same on all ranks, which all call it."""
+        numbers = choose_share(len(self.prompts))
+        parts = []
+        with self.ema.use(), decode_whole(self.system.teacher):
+            for first in range(0, len(numbers), self.batch):
+                parts.append(self._score(numbers[first : first + self.batch]))
+        columns = {}
+        for name, column in join_columns(parts).items():
+            own = column.reshape(len(numbers), len(self.seeds))
+            columns[name] = join_ranks(own, numbers, len(self.prompts)).flatten()
+        return select_numbers(self.scorer.result([columns], [columns]))
+
+    def _score(self, numbers):
+        """The scorer's columns of the prompts with these numbers."""
+        prompts = [self.prompts[i] for i in numbers]
+        prepared = []
+        for samples in self.system.images(prompts, numbers, self.seeds):  # [K, 3, (F,) H, W]
+            images = [to_image(sample.flatten(1, -2)) for sample in samples]  # frames below one another
+            prepared.append(torch.stack([self.scorer.prepare(image) for image in images]))
+        return self.scorer.score(torch.stack(prepared), prompts)
+
+
+@contextlib.contextmanager
+def decode_whole(teacher):
+    """Inside, videos are decoded as evaluate.py does. In tiles, as in training, a tiny teacher's are of
+    another size; those of others, which take much memory, no scorer takes."""
+    vae = teacher.pipe.vae
+    in_tiles = vae.use_tiling
+    vae.use_tiling = False
+    try:
+        yield
+    finally:
+        vae.use_tiling = in_tiles
+
+
+def choose_share(count):
+    """The numbers below `count` that are this rank's. It is as many on every rank, as ranks with shares of a
+    network's weights need each other's passes: some numbers may come twice."""
+    rounds = math.ceil(count / world_size())
+    return [(i * world_size() + rank()) % count for i in range(rounds)]
+
+
+def join_ranks(own, numbers, count):
+    """This rank's rows [n, K] of an array and their numbers -> the rows of all ranks, [count, K]."""
+    rows = torch.zeros(count, own.shape[1], dtype=torch.float64)
+    times = torch.zeros(count, 1, dtype=torch.float64)
+    rows[numbers] = torch.from_numpy(own).double()
+    times[numbers] = 1
+    mean = add_up(rows) / add_up(times)
+    return mean.numpy().astype(own.dtype)
+
+
+def select_numbers(result):
+    """What a scorer's result() gives -> what is logged of it: its numbers, and where an oracle reads them the
+    total variation of the modes to uniform."""
+    chosen = {name: float(value) for name, value in result.items() if not isinstance(value, dict)}
+    for name, distance in result.get("tv_uniform", {}).items():
+        chosen[f"tv_{name}"] = float(distance)
+    return chosen
