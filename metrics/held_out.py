@@ -6,6 +6,7 @@ import math
 import torch
 
 from metrics.images import Images
+from metrics.rows import HIDDEN, take_mean
 from metrics.scorer import join_columns
 from metrics.scorers import SCORERS, check_metric
 from support.files import compute_checksum_of_json
@@ -57,7 +58,8 @@ class HeldOut:
         for name, column in join_columns(parts).items():
             own = column.reshape(len(numbers), len(self.seeds))
             columns[name] = join_ranks(own, numbers, len(self.prompts)).flatten()
-        return select_numbers(self.scorer.result([columns], [columns]))
+        scores = [columns]
+        return select_numbers(self.scorer.result(scores, scores))
 
     def _score(self, numbers):
         """The scorer's columns of the prompts with these numbers."""
@@ -100,9 +102,12 @@ def join_ranks(own, numbers, count):
 
 
 def select_numbers(result):
-    """What a scorer's result() gives -> what is logged of it: its numbers, and where an oracle reads them the
-    total variation of the modes to uniform."""
-    chosen = {name: float(value) for name, value in result.items() if not isinstance(value, dict)}
-    for name, distance in result.get("tv_uniform", {}).items():
-        chosen[f"tv_{name}"] = float(distance)
+    """What a scorer's result() gives -> what is logged of it, means over the prompts: its numbers, and where
+    an oracle reads them the total variation of each attribute that prompts leave open."""
+    chosen = {}
+    for name, value in result.items():
+        if not isinstance(value, dict) and name not in HIDDEN:
+            chosen[name] = float(take_mean(value))
+    for name, distances in result.get("tv_of", {}).items():
+        chosen[f"tv_{name}"] = take_mean(distances)
     return chosen

@@ -4,7 +4,16 @@ import numpy as np
 import torch
 
 from metrics.scorer import Scorer, join_columns, read_pixels
+from metrics.variety import (
+    count_shares,
+    measure_coverage,
+    measure_excess_tv,
+    measure_excess_tv_to,
+    measure_spread,
+)
 from support.errors import UserError
+
+FEW = 64  # samples of a prompt, of which a value of six is hardly ever missed
 
 
 class Oracle(Scorer):
@@ -13,13 +22,19 @@ class Oracle(Scorer):
     accuracy           share of samples that are valid and show every attribute that their prompt names
     accuracy_of        the same for one attribute, over the prompts that name it
     valid              share of samples that show one clean shape
-    tv                 total-variation distance of an attribute's distribution, over the prompts that leave
-                       it open, to the reference's (of the reference itself: to uniform, as tv_uniform always)
+
+    Where there are several samples a prompt, the variety among them, each a mean over the prompts:
+
+    tv                 over the attributes that a prompt leaves open, the mean of each one's total variation to
+                       the reference's samples of that prompt, less what so few samples have by chance. Of the
+                       reference itself: to uniform, as tv_uniform is of all
+    tv_of              the same for one attribute, over the prompts that leave it open
+    coverage           share of an open attribute's values that have at least half their rate
     position_std       of the centre's coordinates, pixels
-    pairwise_distance  root mean square between two samples of one prompt"""
+    pairwise_distance  root mean square between two samples"""
 
     takes = ("images", "videos")
-    description = "exact, tiny/shapes.py"
+    description = "exact counts, prompt by prompt, in the world of tiny/shapes.py"
 
     def __init__(self, args, prompts, video):
         from tiny import shapes
@@ -66,6 +81,7 @@ class Oracle(Scorer):
             columns[f"wanted {name}"] = want
             right &= (want < 0) | (columns[name] == want)
         columns["accuracy"] = right.astype(np.float32)
+        columns["samples"] = np.full(len(right), samples)
         if samples > 1:
             columns["pairwise_distance"] = measure_distances(pixels)
         return columns
@@ -78,40 +94,55 @@ class Oracle(Scorer):
             named = want >= 0
             if named.any():
                 accuracy_of[name] = (columns[name] == want)[named].mean()
-
-        shares = self.count_shares(columns)
-        tv_uniform = {name: compare(share, 1 / len(share)) for name, share in shares.items()}
-        tv = tv_uniform
-        if reference is not scores:
-            shares_of_reference = self.count_shares(join_columns(reference))
-            tv = {name: compare(share, shares_of_reference[name]) for name, share in shares.items()}
-
-        variance = (columns["x"].var() + columns["y"].var()) / 2
         result = {
             "accuracy": columns["accuracy"].mean(),
             "valid": columns["valid"].mean(),
             "accuracy_of": accuracy_of,
-            "tv": tv,
-            "tv_uniform": tv_uniform,
-            "position_std": np.sqrt(variance),
         }
-        if "pairwise_distance" in columns:
-            result["pairwise_distance"] = columns["pairwise_distance"].mean()
+        if columns["samples"][0] > 1:
+            other = None if reference is scores else join_columns(reference)
+            result |= self.measure_variety(columns, other)
         return result
 
-    def count_shares(self, columns):
-        """The distribution of each attribute over the samples whose prompt leaves it open, if any."""
-        shares = {}
+    def note(self, rows):
+        few = [row for row in rows if row["samples"] < FEW * row["prompts"]]
+        return f"; coverage is low by chance with fewer than {FEW} samples a prompt" if few else ""
+
+    def measure_variety(self, columns, reference):
+        """-> {name: array [P], or {attribute: array [P]}}, NaN for a prompt that names the attribute.
+        reference: another system's columns, or None."""
+        samples = int(columns["samples"][0])
+        tv_uniform, tv, coverage = {}, {}, {}
         for name, values in self.attributes.items():
-            free = columns[name][columns[f"wanted {name}"] < 0]
-            if len(free):
-                shares[name] = np.bincount(free, minlength=len(values)) / len(free)
-        return shares
+            is_open = columns[f"wanted {name}"].reshape(-1, samples)[:, 0] < 0
+            if not is_open.any():
+                continue
+            shares = count_shares(columns[name].reshape(-1, samples), len(values))
+            excess = measure_excess_tv(shares, samples)
+            tv_uniform[name] = np.where(is_open, excess, np.nan)
+            coverage[name] = np.where(is_open, measure_coverage(shares), np.nan)
+            if reference:
+                others = int(reference["samples"][0])
+                other_shares = count_shares(reference[name].reshape(-1, others), len(values))
+                excess = measure_excess_tv_to(shares, samples, other_shares, others)
+            tv[name] = np.where(is_open, excess, np.nan)
+
+        x = columns["x"].reshape(-1, samples)
+        y = columns["y"].reshape(-1, samples)
+        distances = columns["pairwise_distance"].reshape(-1, samples)
+        result = {"position_std": measure_spread(x, y), "pairwise_distance": distances[:, 0]}
+        if tv:
+            coverage = average(coverage)
+            open_ones = {"tv": average(tv), "tv_of": tv, "coverage": coverage}
+            result = open_ones | result | {"tv_uniform": average(tv_uniform), "tv_uniform_of": tv_uniform}
+        return result
 
 
-def compare(share, other):
-    """Total-variation distance of two distributions [n], from 0 to 1."""
-    return 0.5 * np.abs(share - other).sum()
+def average(measured):
+    """{attribute: array [P]} -> the mean over the attributes that are no NaN [P], NaN where all are."""
+    stacked = np.stack(list(measured.values()))
+    count = np.isfinite(stacked).sum(0)
+    return np.where(count > 0, np.nansum(stacked, 0) / np.maximum(count, 1), np.nan)
 
 
 def measure_distances(pixels):

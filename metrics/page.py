@@ -82,7 +82,9 @@ def save_page(a, b, values, prompts, path):
     for p in chosen:
         scores = []
         for name in metrics:
-            scores.append([name, f"{values[a.name][name][p]:.3f}", f"{values[b.name][name][p]:.3f}"])
+            one, other = values[a.name][name][p], values[b.name][name][p]
+            if np.isfinite([one, other]).all():  # a prompt that names everything leaves no variety to measure
+                scores.append([name, f"{one:.3f}", f"{other:.3f}"])
         pages.append({"prompt": prompts[p], "a": embed(a, p), "b": embed(b, p), "scores": scores})
     parts = {
         "PAGES": json.dumps(pages).replace("<", "\\u003c"),  # no prompt can end the script

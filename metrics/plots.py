@@ -11,7 +11,9 @@ from support.media import save_figure, save_labelled_grid
 MEANINGS = {
     "accuracy": "Share of samples that show what the prompt says (higher is better)",
     "valid": "Share of samples that show one clean shape (higher is better)",
-    "position_std": "Spread of the shapes' positions in pixels (higher is more diverse)",
+    "tv": "Total variation of what a prompt leaves open, in excess of chance (lower is more diverse)",
+    "coverage": "Share of the values left open that occur (higher is more diverse)",
+    "position_std": "Spread of a prompt's shapes in pixels (higher is more diverse)",
     "pairwise_distance": "RMS distance of a prompt's samples (higher is more diverse)",
     "clip": "CLIP score (higher is better)",
     "pick": "PickScore (higher is better)",
@@ -94,7 +96,8 @@ def save_differences(values, reference, path):
 
 
 def draw_difference(axes, difference):
-    """The histogram of differences [P], one a prompt, and their mean."""
+    """The histogram of differences [P], one a prompt, NaN where it has none, and their mean."""
+    difference = difference[np.isfinite(difference)]
     axes.hist(difference, bins=30)
     axes.axvline(0, color="black", linewidth=1)
     axes.axvline(difference.mean(), color="C1", label=f"mean {difference.mean():.3g}")

@@ -11,6 +11,7 @@ HIDDEN = (
     "prompts",
     "samples",
     "tv_uniform",
+    "tv_uniform_of",
     "accuracy_of",
     "ci",
     "vbench",
@@ -33,14 +34,32 @@ def make_row(images, scorers, scores, references):
     for metric, scorer in scorers.items():
         joined = join_columns(scores[metric])
         result = scorer.result(scores[metric], references[metric])
-        for column in result:
-            if column in joined:
-                per_sample = joined[column].reshape(prompts, samples).astype(np.float64)
-                values[column] = per_sample.mean(1)
-                row["ci"][column] = bootstrap_interval(values[column])
+        for name, value in result.items():
+            if name in joined:
+                per_sample = joined[name].reshape(prompts, samples).astype(np.float64)
+                value = per_sample.mean(1)
+            if isinstance(value, np.ndarray):
+                values[name] = value
+            row[name] = take_mean(value)
+            if (interval := take_interval(value)) is not None:
+                row["ci"][name] = interval
         columns |= joined
-        row |= result
     return row, columns, values
+
+
+def take_mean(value):
+    """What a scorer's result() has -> the same with the means of its arrays over the prompts."""
+    if isinstance(value, dict):
+        return {name: take_mean(inner) for name, inner in value.items()}
+    return float(np.nanmean(value)) if isinstance(value, np.ndarray) else value
+
+
+def take_interval(value):
+    """The same -> the 95 % intervals of these means, None where there is no array."""
+    if isinstance(value, dict):
+        intervals = {name: take_interval(inner) for name, inner in value.items()}
+        return {name: interval for name, interval in intervals.items() if interval} or None
+    return bootstrap_interval(value[np.isfinite(value)]) if isinstance(value, np.ndarray) else None
 
 
 def bootstrap_interval(values):

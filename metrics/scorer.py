@@ -7,8 +7,8 @@ import torch
 class Scorer:
     """Judges the images of a prompt. The scorers whose result is a mean over the images inherit `result`.
 
-    Every scorer is made from the arguments of evaluate.py, all prompts, and whether the images are frames of
-    videos. Its weights come from --weights-dir, laid out as DIR/OWNER/REPOSITORY/FILE, or from the caches of
+    Every scorer is made from the arguments of evaluate.py or of a stage that scores its student, all prompts,
+    and whether the images are frames of videos. Its weights come from --weights-dir, laid out as DIR/OWNER/REPOSITORY/FILE, or from the caches of
     the hub and of torch, or from the network. All are read as tensors; nothing is unpickled."""
 
     takes = ("images",)  # what it is for: "images", "videos"
@@ -30,7 +30,9 @@ class Scorer:
         raise NotImplementedError
 
     def result(self, scores, reference):
-        """Lists of what score() gave, a system's and the reference's -> {name: number or {name: number}}."""
+        """Lists of what score() gave, a system's and the reference's (the same list, of the reference itself)
+        -> {name: value}. A value is a number, an array [P] with one a prompt, NaN where a prompt has none, or
+        {name: value}."""
         return {name: column.mean() for name, column in join_columns(scores).items()}
 
     def note(self, rows):

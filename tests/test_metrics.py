@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from metrics import variety
 from metrics.clip import Clip
 from metrics.fid import Fid
 from metrics.lpips import Lpips
 from metrics.oracle import Oracle
 from metrics.paper import VIDEOS, read_table, select_rows
 from metrics.preference import Hpsv2, Mps, PickScore
-from metrics.rows import bootstrap_interval, format_table
+from metrics.rows import bootstrap_interval, format_table, take_mean
 from metrics.vbench import QUALITY, SEMANTIC, summarise
 from support.errors import UserError
 from tiny import shapes, train
@@ -56,10 +57,13 @@ def test_oracle_counts_by_hand():
     assert result["valid"] == 1
     assert result["accuracy_of"]["colour"] == 3 / 4
     assert result["accuracy_of"]["shape"] == 1
-    # two small ones where the size is open, uniform would be half and half
-    assert result["tv"]["size"] == pytest.approx(1 / 2)
-    assert result["tv"]["shape"] == pytest.approx(0.5 * (1 / 6 + 1 / 6 + 1 / 3))
-    assert result["position_std"] == 0
+    # of two samples of two values half are alike and half are not: total variation 1/4 on average
+    nothing = float("nan")
+    np.testing.assert_allclose(result["tv_of"]["size"], [nothing, 0 - 1 / 4], atol=1e-6)
+    # of two samples of three values a third are alike: 1/3 x 2/3 + 2/3 x 1/3 on average
+    np.testing.assert_allclose(result["tv_of"]["shape"], [nothing, 1 / 3 - 4 / 9], atol=1e-6)
+    np.testing.assert_allclose(result["tv"], [nothing, (-1 / 4 - 1 / 9 - 1 / 9) / 3], atol=1e-6)
+    np.testing.assert_allclose(result["coverage"], [nothing, (1 + 2 / 3 + 2 / 3) / 3], atol=1e-6)
 
 
 def test_oracle_counts_an_invalid_image_as_wrong():
@@ -70,26 +74,95 @@ def test_oracle_counts_an_invalid_image_as_wrong():
     assert result["accuracy_of"] == {}  # the prompt names nothing
 
 
-def test_total_variation_is_to_the_reference():
-    teacher = read_scenes(["a shape"], [[(0, 0, 0, 0), (0, 1, 0, 0)]])
-    student = read_scenes(["a shape"], [[(0, 0, 0, 0), (1, 0, 0, 0)]])
-    expected = {"size": 0.5, "colour": 0.5, "shape": 0, "background": 0}
-    assert summarise_oracle(student, teacher)["tv"] == pytest.approx(expected)
-    assert summarise_oracle(teacher)["tv"] == summarise_oracle(teacher, student)["tv_uniform"]
+def draw_student(prompts, kind, seed, samples=64):
+    """The oracle's scores of a student that is right about everything its prompts name, and of what they
+    leave open draws all values ("perfect"), half of them ("half") or one picture a prompt ("one")."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for prompt in prompts:
+        attributes, centre = shapes.draw(rng, samples)
+        for name, wanted in shapes.parse(prompt).items():
+            if wanted is not None:
+                attributes[name][:] = wanted
+            elif kind == "half":
+                attributes[name] //= 2
+        if kind == "one":
+            attributes = {name: np.full(samples, values[0]) for name, values in attributes.items()}
+            centre = np.tile(centre[0], (samples, 1))
+        groups.append(torch.from_numpy(shapes.render(attributes, centre)))
+    return [Oracle(None, prompts, False).score(torch.stack(groups), prompts)]
 
 
-def test_spread_of_perfect_samples():
-    attributes, centre = shapes.draw(np.random.default_rng(0), 600)
-    oracle = Oracle(None, ["a shape"], False)
-    pixels = torch.from_numpy(shapes.render(attributes, centre))[None]
-    result = summarise_oracle([oracle.score(pixels, ["a shape"])])
-    assert result["accuracy"] == 1
-    assert result["position_std"] == pytest.approx(12 / np.sqrt(12), abs=0.1)  # uniform over 12 pixels
+def test_students_with_less_variety_are_told_apart():
+    """A student with one picture a prompt passes every count over all prompts together: accuracy, and the
+    values' frequencies."""
+    prompts = ["a small shape", "a red shape", "a circle on a black background", "a large blue square"] * 4
+    reference = draw_student(prompts, "perfect", 0)
+    tv, coverage, spread, distance = {}, {}, {}, {}
+    for kind in ("perfect", "half", "one"):
+        result = summarise_oracle(draw_student(prompts, kind, 1), reference)
+        assert result["accuracy"] == 1
+        tv[kind] = take_mean(result["tv"])
+        coverage[kind] = take_mean(result["coverage"])
+        spread[kind] = take_mean(result["position_std"])
+        distance[kind] = take_mean(result["pairwise_distance"])
+    assert abs(tv["perfect"]) < 0.02
+    assert 0.3 < tv["half"] < 0.5
+    assert tv["one"] > tv["half"] + 0.1
+    assert coverage["perfect"] > 0.97
+    assert 0.5 <= coverage["half"] < 0.65
+    assert coverage["one"] < 0.4
+    assert spread["perfect"] == pytest.approx(12 / np.sqrt(12), abs=0.1)  # uniform over 12 pixels
+    assert spread["half"] == pytest.approx(spread["perfect"], abs=0.1)
+    assert spread["one"] == 0
+    assert distance["one"] < 1e-3
+    assert distance["perfect"] > distance["half"] > 0.2
 
-    few = pixels[:, :20]
-    pairs = [float(((few[0, i] - few[0, j]) ** 2).mean().sqrt()) for i in range(20) for j in range(i)]
-    result = summarise_oracle([oracle.score(few, ["a shape"])])
-    assert float(result["pairwise_distance"]) == pytest.approx(np.mean(pairs), rel=1e-3)
+
+def test_total_variation_is_to_the_reference_and_less_chance():
+    """Student and reference have only small ones, as a reference itself may: no distance, and no variety."""
+    prompts = ["a red circle on a black background"]
+    all_small = [(0, RED, 0, 0)] * 8
+    half_small = [(0, RED, 0, 0)] * 4 + [(1, RED, 0, 0)] * 4
+    student = read_scenes(prompts, [all_small])
+    teacher = read_scenes(prompts, [half_small])
+    same = summarise_oracle(student, read_scenes(prompts, [all_small]))
+    assert same["tv_of"]["size"] == pytest.approx(0, abs=1e-6)
+    of_uniform = 0.5 - variety.expect_tv_to_uniform(2, 8)
+    assert same["tv_uniform_of"]["size"] == pytest.approx(of_uniform)
+    assert summarise_oracle(student)["tv_of"]["size"] == pytest.approx(of_uniform)  # the reference itself
+    other = summarise_oracle(student, teacher)
+    assert other["tv_of"]["size"] == pytest.approx(0.5 - variety.expect_tv_between((0.5, 0.5), 8, 8))
+    assert list(other["tv_of"]) == ["size"]
+
+
+def test_chance_is_the_average_over_many_draws():
+    rng = np.random.default_rng(0)
+    shares = np.array([0.5, 0.3, 0.2])
+    one = rng.multinomial(16, shares, size=40000) / 16
+    other = rng.multinomial(24, shares, size=40000) / 24
+    expected = variety.expect_tv_between(tuple(shares), 16, 24)
+    assert variety.measure_tv(one, other).mean() == pytest.approx(expected, abs=1e-3)
+    even = rng.multinomial(16, np.full(6, 1 / 6), size=40000) / 16
+    assert abs(variety.measure_excess_tv(even, 16).mean()) < 1e-3
+
+
+def test_coverage_counts_what_has_half_its_rate():
+    shares = np.array([[0.25, 0.25, 0.5], [1 / 6, 0.16, 0.68], [0, 0, 1]])
+    np.testing.assert_allclose(variety.measure_coverage(shares), [1, 2 / 3, 1 / 3])
+
+
+def test_pairwise_distance_by_hand():
+    attributes, centre = shapes.draw(np.random.default_rng(0), 20)
+    pixels = torch.from_numpy(shapes.render(attributes, centre))
+    pairs = [float(((pixels[i] - pixels[j]) ** 2).mean().sqrt()) for i in range(20) for j in range(i)]
+    result = summarise_oracle([Oracle(None, [], False).score(pixels[None], ["a shape"])])
+    assert take_mean(result["pairwise_distance"]) == pytest.approx(np.mean(pairs), rel=1e-3)
+
+
+def test_one_sample_has_no_variety():
+    result = summarise_oracle(read_scenes(["a red shape"], [[(0, RED, 0, 0)]]))
+    assert set(result) == {"accuracy", "valid", "accuracy_of"}
 
 
 def test_videos_are_read_by_the_video_oracle():
@@ -104,7 +177,7 @@ def test_videos_are_read_by_the_video_oracle():
     assert result["valid"] == 1
     assert result["accuracy"] == 0.5
     assert result["accuracy_of"] == {"colour": 1, "motion": 0.5}
-    assert set(result["tv"]) == {"size", "shape", "background"}
+    assert set(result["tv_of"]) == {"size", "shape", "background"}
 
 
 # Networks -------------------------------------------------------------------------------------------------
