@@ -25,9 +25,9 @@ class Oracle(Scorer):
 
     Where there are several samples a prompt, the variety among them, each a mean over the prompts:
 
-    tv                 over the attributes that a prompt leaves open, the mean of each one's total variation to
-                       the reference's samples of that prompt, less what so few samples have by chance. Of the
-                       reference itself: to uniform, as tv_uniform is of all
+    tv                 total variation of an attribute that the prompt leaves open to the reference's samples
+                       of that prompt, less what so few samples have by chance; mean over such attributes. Of
+                       the reference itself: to uniform, as tv_uniform is of all
     tv_of              the same for one attribute, over the prompts that leave it open
     coverage           share of an open attribute's values that have at least half their rate
     position_std       of the centre's coordinates, pixels

@@ -8,8 +8,9 @@ class Scorer:
     """Judges the images of a prompt. The scorers whose result is a mean over the images inherit `result`.
 
     Every scorer is made from the arguments of evaluate.py or of a stage that scores its student, all prompts,
-    and whether the images are frames of videos. Its weights come from --weights-dir, laid out as DIR/OWNER/REPOSITORY/FILE, or from the caches of
-    the hub and of torch, or from the network. All are read as tensors; nothing is unpickled."""
+    and whether the images are frames of videos. Its weights come from --weights-dir, laid out as
+    DIR/OWNER/REPOSITORY/FILE, or from the caches of the hub and of torch, or from the network. All are read
+    as tensors; nothing is unpickled."""
 
     takes = ("images",)  # what it is for: "images", "videos"
     description = ""  # model, weights and settings: what has to stand beside a number

@@ -1,4 +1,4 @@
-"""How much of a distribution the samples of one prompt show, and what so few samples would show of it at best."""
+"""How much of a distribution the samples of one prompt show, less what chance takes from so few."""
 
 import functools
 
@@ -7,7 +7,7 @@ import torch
 
 
 def count_shares(values, n):
-    """values int [P, K], K samples of each of P prompts, from 0 to n - 1 -> the share of each value [P, n]."""
+    """values int [P, K] below n, K samples of each of P prompts -> the share of each value [P, n]."""
     return np.stack([(values == i).mean(1) for i in range(n)], axis=1)
 
 

@@ -52,18 +52,18 @@ def summarise_oracle(scores, reference=None):
 def test_oracle_counts_by_hand():
     prompts = ["a small red circle on a black background", "a red shape"]
     scenes = [[(0, RED, 0, 0), (0, BLUE, 0, 0)], [(0, RED, 0, 0), (0, RED, 1, 1)]]
-    result = summarise_oracle(read_scenes(prompts, scenes))
+    result = summarise_oracle(read_scenes(prompts, scenes))  # of both of the second prompt the size is small
     assert result["accuracy"] == 3 / 4
     assert result["valid"] == 1
     assert result["accuracy_of"]["colour"] == 3 / 4
     assert result["accuracy_of"]["shape"] == 1
     # of two samples of two values half are alike and half are not: total variation 1/4 on average
     nothing = float("nan")
-    np.testing.assert_allclose(result["tv_of"]["size"], [nothing, 0 - 1 / 4], atol=1e-6)
+    np.testing.assert_allclose(result["tv_of"]["size"], [nothing, 1 / 2 - 1 / 4], atol=1e-6)
     # of two samples of three values a third are alike: 1/3 x 2/3 + 2/3 x 1/3 on average
     np.testing.assert_allclose(result["tv_of"]["shape"], [nothing, 1 / 3 - 4 / 9], atol=1e-6)
-    np.testing.assert_allclose(result["tv"], [nothing, (-1 / 4 - 1 / 9 - 1 / 9) / 3], atol=1e-6)
-    np.testing.assert_allclose(result["coverage"], [nothing, (1 + 2 / 3 + 2 / 3) / 3], atol=1e-6)
+    np.testing.assert_allclose(result["tv"], [nothing, (1 / 4 - 1 / 9 - 1 / 9) / 3], atol=1e-6)
+    np.testing.assert_allclose(result["coverage"], [nothing, (1 / 2 + 2 / 3 + 2 / 3) / 3], atol=1e-6)
 
 
 def test_oracle_counts_an_invalid_image_as_wrong():
