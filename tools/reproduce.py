@@ -1,0 +1,248 @@
+"""Runs the paper's ablations and ours on the tiny teachers, and writes the tables of docs/results.md.
+
+    python tools/reproduce.py                               # everything, three seeds; hours
+    python tools/reproduce.py --tables demo --seeds 0 1     # one table, two seeds
+    python tools/reproduce.py --quick --out runs/trial      # everything, a few iterations each; minutes
+    python tools/reproduce.py --report                      # only the tables, from docs/results.json
+
+A run is a command of a stage, RUNS below; a table is the runs that one command of evaluate.py compares,
+TABLES below. OUT/NAME-SEED has a run, OUT/NAME-SEED.json what it was: its command, seed, commit, machine,
+date and seconds of CPU. Repeated, the command goes on where it ended. The numbers go to docs/results.json (with
+--quick to OUT/results.json), and from there to docs/results.md and results.png.
+"""
+
+import datetime
+import os
+import platform
+import shlex
+import string
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from metrics.report import read_commit
+from support.arguments import Parser, positive, seed_number
+from support.errors import UserError, launch
+from support.files import ROOT, make_folder, read_json, write_json
+from tools.tables import save_plot, write_tables
+
+SDXL = "--teacher assets/tiny-sdxl --seed {seed}"
+SHORT = "--no-checkpointing --head-width 128 --betas 0.5 0.99 --clip 1"
+ADP = f"adp.py {SDXL} --pairs {{pairs}} {SHORT} --ema 0.99 --batch 64 --iterations 1700 --warmup-lr 1.2e-3"
+ADP += " --mse 1 --lr 2e-4 --decay 0.1 --head-lr 1e-3"
+WITH_SAM = "--pixel-backbone assets/tiny-sam.pth --warmup 1600"
+DISTIL = f"{SHORT} --warmup 60 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/8 --r1 0.03 --r2 0.03"
+ADM = f"adm.py {SDXL} --prompts prompts/shapes_train.txt {DISTIL} --batch 32 --guidance 1.75"
+DEMO = f"{ADM} --init {{adp}} --ema 0.99 --iterations 600"
+LONG = f"{ADM} --init {{adp}} --ema 0.995 --iterations 1500 --lr 1e-4"
+ALONE = f"{ADM} --steps 1 --ema 0.99 --iterations 600"
+SD3 = (
+    f"adm.py --teacher assets/tiny-sd3 --seed {{seed}} --prompts prompts/shapes_train.txt {DISTIL} --batch 16"
+)
+SD3 += " --ema 0.99 --guidance 2"
+VIDEO = f"adm.py --teacher assets/tiny-cogvideox --seed {{seed}} --prompts prompts/motion_train.txt {DISTIL}"
+VIDEO += " --batch 16 --ema 0.99 --guidance 2"
+
+# {name} is the folder of another run of the same seed, which comes first
+RUNS = {
+    "pairs": f"collect_ode.py {SDXL} --prompts prompts/shapes_train.txt --count 6144 --steps 12 --shard 256"
+    " --batch 64 --guidance 1.75",
+    "adp": f"{ADP} {WITH_SAM}",
+    # the paper's names of its ablations
+    "A1": f"{ADP} --lambda-pixel 0 --warmup 1700",
+    "A3": f"{ADP} {WITH_SAM} --lambda-latent 0.7 --lambda-pixel 0.3",
+    "A4": f"{ADP} --lambda-latent 1 --lambda-pixel 0 --warmup 1600",
+    "B1": f"{ALONE} --lr 3e-5",
+    "B2": f"{ALONE} --lr 1e-4 --loss dmd",
+    "dmd": f"{DEMO} --lr 1e-4 --loss dmd",
+    "dmdx": f"{DEMO} --lr 3e-5",
+    "projected": f"{DEMO} --lr 1e-4 --project",
+    "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
+    "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
+    "dmd-1500": f"{LONG} --loss dmd",
+    "dmd-3000": f"{LONG} --loss dmd --iterations 3000",
+    "dmdx-1500": LONG,
+    "projected-1500": f"{LONG} --project",
+    "sd3-start": f"{SD3} --iterations 1 --warmup 1",
+    "sd3-dmd": f"{SD3} --iterations 600 --lr 1.5e-5 --loss dmd",
+    "sd3-adm": f"{SD3} --iterations 600 --lr 1.5e-5",
+    "video-start": f"{VIDEO} --iterations 1 --warmup 1",
+    "video-adm": f"{VIDEO} --iterations 300 --lr 2e-5",
+}
+SHAPES = "--prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics oracle"
+EVALUATE = f"evaluate.py --teacher assets/tiny-sdxl --guidance 1.75 {SHAPES}"
+SMALL_LPIPS = "--lpips-net random --lpips-size 64"
+# the runs of a table, and the command that measures them
+TABLES = {
+    "demo": (("adp", "dmd", "dmdx", "projected"), f"{EVALUATE},lpips {SMALL_LPIPS}"),
+    "longer": (("adp", "dmd-1500", "dmd-3000", "dmdx-1500", "projected-1500"), EVALUATE),
+    "pipeline": (("A1", "A3", "A4", "adp", "B1", "B2", "dmd", "dmdx"), EVALUATE),
+    "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
+    "sd3": (
+        ("sd3-start", "sd3-dmd", "sd3-adm"),
+        f"evaluate.py --teacher assets/tiny-sd3 --guidance 2 {SHAPES}",
+    ),
+    "video": (
+        ("video-start", "video-adm"),
+        "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --prompts prompts/motion_eval.txt --seeds 64"
+        " --batch 32 --metrics oracle",
+    ),
+}
+# with --quick behind every command: argparse takes the last
+QUICK = {
+    "collect_ode.py": "--count 64 --shard 32 --batch 32 --steps 2",
+    "adp.py": "--iterations 4 --warmup 2 --batch 4",
+    "adm.py": "--iterations 2 --warmup 1 --batch 2",
+    "evaluate.py": "--seeds 2",
+}
+
+
+def list_needed(name):
+    """The names of the runs that the run `name` begins with."""
+    fields = [field for _, field, _, _ in string.Formatter().parse(RUNS[name]) if field]
+    return [field for field in fields if field != "seed"]
+
+
+def order_runs(tables, seeds):
+    """All runs of these tables, (name, seed), each after those that it needs."""
+    ordered = []
+
+    def add(name, seed):
+        for needed in list_needed(name):
+            add(needed, seed)
+        if (name, seed) not in ordered:
+            ordered.append((name, seed))
+
+    for table in tables:
+        for seed in seeds:
+            for name in TABLES[table][0]:
+                add(name, seed)
+    return ordered
+
+
+class Runs:
+    """The runs below a folder `out`."""
+
+    def __init__(self, out, quick):
+        self.out = out
+        self.quick = quick
+
+    def folder(self, name, seed):
+        return os.path.join(self.out, f"{name}-{seed}")
+
+    def complete(self, command):
+        """The words of a command of RUNS or TABLES, as they are typed behind `python`."""
+        words = shlex.split(command)
+        return words + shlex.split(QUICK[words[0]]) if self.quick else words
+
+    def command(self, name, seed):
+        """The words of a run's command."""
+        folders = {needed: self.folder(needed, seed) for needed in list_needed(name)}
+        words = self.complete(RUNS[name].format(seed=seed, **folders))
+        return [*words, "--out", self.folder(name, seed)]
+
+    def read(self, name, seed):
+        """What is known of a run that is complete, else None."""
+        return read_json(self.folder(name, seed) + ".json")
+
+    def make(self, name, seed):
+        """Runs one, or goes on with it. UserError where it fails."""
+        words = self.command(name, seed)
+        resume = [] if words[0] == "collect_ode.py" else ["--resume"]
+        record = run_command([*words, *resume], self.folder(name, seed) + ".log")
+        write_json(self.folder(name, seed) + ".json", record | {"command": shlex.join(words), "seed": seed})
+
+    def make_all(self, runs, jobs):
+        """Runs those that are not complete, `jobs` at a time, each after those that it needs."""
+        left = [run for run in runs if not self.read(*run)]
+        running = {}
+        with ThreadPoolExecutor(jobs) as pool:
+            while left or running:
+                for name, seed in list(left):
+                    is_ready = all(self.read(needed, seed) for needed in list_needed(name))
+                    if is_ready and len(running) < jobs:
+                        left.remove((name, seed))
+                        print(f"{time.strftime('%H:%M')} {name}, seed {seed}", flush=True)
+                        running[pool.submit(self.make, name, seed)] = name
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    del running[future]
+                    future.result()
+
+    def evaluate(self, table, seeds):
+        """Measures the runs of a table -> its entry of results.json."""
+        names, command = TABLES[table]
+        folder = os.path.join(self.out, f"table-{table}")
+        words = self.complete(command)
+        for seed in seeds:
+            for name in names:
+                words += ["--student", f"{name}-{seed}={self.folder(name, seed)}"]
+        record = run_command([*words, "--out", folder], folder + ".log")
+        report = read_json(os.path.join(folder, "report.json"))
+        rows = {row["system"]: row for row in report["rows"]}
+        runs = []
+        for name in names:
+            for seed in seeds:
+                runs.append({"name": name, **self.read(name, seed), "row": rows[f"{name}-{seed}"]})
+        return record | {"command": shlex.join(words), "teacher": rows["teacher"], "runs": runs}
+
+
+def run_command(words, log):
+    """Runs `python WORDS` on one thread -> {commit, machine, date, cpu_seconds}. UserError where it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    record = {"commit": read_commit(), "machine": describe_machine()}
+    with open(log, "a") as file:
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise UserError(f"{shlex.join(words)} failed: its output is in {log}")
+    record["date"] = datetime.date.today().isoformat()
+    record["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime)
+    return record
+
+
+def describe_machine():
+    """The number of cores, and what they are."""
+    model = platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{os.cpu_count()} x {model}"
+
+
+def main():
+    parser = Parser(__doc__, (), {})
+    add = parser.group("what is run")
+    add("--tables", "of docs/results.md", nargs="+", choices=list(TABLES), default=list(TABLES))
+    add("--seeds", "of the runs", nargs="+", type=seed_number, default=[0, 1, 2])
+    add("--quick", "a few iterations of everything", action="store_true")
+    add("--report", "nothing: only the tables again", action="store_true")
+    add("--jobs", "runs at a time, each on one core", type=positive, default=2)
+    add("--out", "folder for the runs", default="runs/reproduce")
+    args = parser.parse_args()
+
+    out = os.path.relpath(args.out, ROOT)
+    os.chdir(ROOT)
+    make_folder(out)
+    docs = out if args.quick else "docs"
+    path = os.path.join(docs, "results.json")
+    results = read_json(path) or {}
+    if not args.report:
+        runs = Runs(out, args.quick)
+        runs.make_all(order_runs(args.tables, args.seeds), args.jobs)
+        for table in args.tables:
+            print(f"{time.strftime('%H:%M')} table {table}", flush=True)
+            results[table] = runs.evaluate(table, args.seeds)
+            write_json(path, results)
+    text = write_tables(os.path.join(docs, "results.md"), results)
+    save_plot(results, os.path.join(docs, "results.png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    launch(main)
