@@ -1,5 +1,5 @@
-# make demo        the whole method on a tiny teacher, 10 to 13 minutes on two cores; results in runs/demo
-# make seeds       three of them, and the mean
+# make demo        the whole method on a tiny teacher, MINUTES minutes on two cores; results in runs/demo
+# make seeds       its runs with three seeds, an hour: docs/results.json, docs/results.md
 # make demo-sd3    a four-step student of tiny-sd3, 6 minutes: report.json and samples/ in runs/demo-sd3
 # make demo-video  an eight-step student of tiny-cogvideox, 6 minutes: runs/demo-video
 # make test        ruff, and every test
@@ -49,8 +49,7 @@ demo: setup
 		--json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 
 seeds: setup
-	for seed in 0 1 2; do $(MAKE) demo SEED=$$seed DEMO=runs/demo-$$seed || exit 1; done
-	$(PYTHON) tools/seeds.py runs/demo-*/report.json
+	$(PYTHON) tools/reproduce.py --tables demo
 
 demo-sd3: FAMILY := sd3
 demo-sd3: PROMPTS := shapes

@@ -378,29 +378,6 @@ def test_the_page_in_a_browser(folders, tmp_path):
         assert len(re.findall(r'<img id="[ab]" src="data:image/webp;base64,', shown)) == 2
 
 
-# Several seeds --------------------------------------------------------------------------------------------
-
-
-def test_the_summary_of_several_seeds(tmp_path, capsys):
-    """tools/seeds.py: mean and standard deviation by hand; a row a system, in the reports' order."""
-    from tools import seeds
-
-    paths = []
-    for seed, accuracy in enumerate((0.7, 0.8)):
-        tv = {"tv": {"shape": 0.1 * seed}, "tv_uniform": {"shape": 0.0}}
-        row = {"steps": 1, "prompts": 64, "accuracy": accuracy, **tv}
-        rows = [{"system": "teacher", **row}, {"system": "dmdx", **row, "accuracy": 0.5}]
-        path = tmp_path / f"{seed}.json"
-        path.write_text(json.dumps({"rows": rows, "seed": seed, "minutes": 12.0 + seed}))
-        paths.append(str(path))
-    seeds.main(paths)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| system | steps | accuracy | tv shape |"
-    assert lines[2] == "| teacher | 1.000 | 0.750 ± 0.071 | 0.050 ± 0.071 |"
-    assert lines[3] == "| dmdx | 1.000 | 0.500 | 0.050 ± 0.071 |"
-    assert lines[-1] == "seeds [0, 1], minutes 12.0, 13.0"
-
-
 def test_what_a_killed_evaluation_was_writing_is_removed(teacher_folder, prompts_path, tmp_path):
     """In every folder of the results; not what looks like it and is another's."""
     out = tmp_path / "out"

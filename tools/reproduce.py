@@ -7,8 +7,8 @@
 
 A run is a command of a stage, RUNS below; a table is the runs that one command of evaluate.py compares,
 TABLES below. OUT/NAME-SEED has a run, OUT/NAME-SEED.json what it was: its command, seed, commit, machine,
-date and seconds of CPU. Repeated, the command goes on where it ended. The numbers go to docs/results.json (with
---quick to OUT/results.json), and from there to docs/results.md and results.png.
+date and seconds of CPU. Repeated, the command goes on where it ended. The numbers go to docs/results.json
+(with --quick to OUT/results.json), and from there to docs/results.md and results.png.
 """
 
 import datetime
@@ -86,8 +86,8 @@ TABLES = {
     ),
     "video": (
         ("video-start", "video-adm"),
-        "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --prompts prompts/motion_eval.txt --seeds 64"
-        " --batch 32 --metrics oracle",
+        "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --prompts prompts/motion_eval.txt"
+        " --seeds 64 --batch 32 --metrics oracle",
     ),
 }
 # with --quick behind every command: argparse takes the last

@@ -1,0 +1,159 @@
+"""tools/reproduce.py: what runs after what, what is left out, and that the documented tables are the JSON's."""
+
+import json
+import os
+import shlex
+import subprocess
+
+import pytest
+
+import helpers
+from support.errors import UserError
+from tools import reproduce, tables
+
+PLACES = ("pairs", "init", "out", "resume")
+
+
+def parse_training(words):
+    """The words of a command of a training stage -> its settings, without folders."""
+    settings = vars(helpers.training_arguments(words[0].removesuffix(".py"), words[1:]))
+    return {name: value for name, value in settings.items() if name not in PLACES}
+
+
+def test_the_table_of_the_demo_is_of_the_commands_of_make_demo():
+    """The same settings, on one process with twice the batch."""
+    words = ["make", "-n", "-o", ".venv/ready", "demo", "SEED=1", "DEMO=runs/demo"]
+    result = subprocess.run(words, cwd=helpers.ROOT, capture_output=True, text=True, check=True)
+    lines = [line for line in result.stdout.replace("\\\n", " ").splitlines() if "nproc_per_node" in line]
+    commands = [shlex.split(line.partition("--nproc_per_node=2")[2]) for line in lines]
+    runs = reproduce.Runs("runs", False)
+    names = ["pairs", *reproduce.TABLES["demo"][0]]
+    assert len(commands) == len(names) + 1  # the last is evaluate.py
+    for name, theirs in zip(names[1:], commands[1:]):
+        theirs = parse_training(theirs)
+        ours = parse_training(runs.command(name, 1))
+        assert ours.pop("batch") == 2 * theirs.pop("batch")
+        assert ours == theirs, name
+    assert set(commands[0]) - set(runs.command("pairs", 1)) == {"runs/demo/pairs"}
+    missing = set(shlex.split(reproduce.TABLES["demo"][1])) - set(commands[-1])
+    assert missing == {"oracle,lpips", "--lpips-net", "random", "--lpips-size"}
+
+
+def test_every_command_is_one_that_its_stage_takes():
+    for name, command in reproduce.RUNS.items():
+        words = reproduce.Runs("runs", False).command(name, 0)
+        if words[0] != "collect_ode.py":
+            parse_training(words)
+        assert not list_unfilled(words), command
+
+
+def list_unfilled(words):
+    return [word for word in words if "{" in word]
+
+
+def test_runs_come_after_those_that_they_need():
+    ordered = reproduce.order_runs(["pipeline", "demo"], [3, 4])
+    assert len(ordered) == len(set(ordered))
+    for i, (name, seed) in enumerate(ordered):
+        for needed in reproduce.list_needed(name):
+            assert (needed, seed) in ordered[:i]
+    assert reproduce.list_needed("dmdx") == ["adp"]
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Commands are noted, not run -> the list of their words."""
+    noted = []
+
+    def run_command(words, log):
+        noted.append(words)
+        return {"commit": "abc", "machine": "here", "date": "2026-01-01", "cpu_seconds": 60}
+
+    monkeypatch.setattr(reproduce, "run_command", run_command)
+    return noted
+
+
+def test_what_is_complete_is_not_run_again(tmp_path, commands):
+    runs = reproduce.Runs(str(tmp_path), True)
+    wanted = [("pairs", 0), ("adp", 0), ("dmd", 0), ("dmdx", 0)]
+    runs.make_all(wanted[:2], jobs=1)
+    assert [words[0] for words in commands] == ["collect_ode.py", "adp.py"]
+    assert "--resume" not in commands[0]
+    assert "--resume" in commands[1]  # what was interrupted goes on
+    runs.make_all(wanted, jobs=2)
+    outs = [words[words.index("--out") + 1] for words in commands]
+    assert sorted(outs) == sorted(str(tmp_path / f"{name}-0") for name, _ in wanted)
+    record = json.loads((tmp_path / "dmd-0.json").read_text())
+    assert record["command"].startswith("adm.py --teacher assets/tiny-sdxl --seed 0")
+    assert f"--init {tmp_path}/adp-0" in record["command"]
+    assert record["cpu_seconds"] == 60
+
+
+def test_a_command_that_fails_is_named_with_its_output(tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(UserError, match=r"adm.py --steps none failed: its output is in .*log"):
+        reproduce.run_command(["adm.py", "--steps", "none"], str(log))
+    assert "--steps" in log.read_text()
+
+
+# The tables -----------------------------------------------------------------------------------------------
+
+
+def make_row(accuracy, tv):
+    ci = {"accuracy": [accuracy - 0.01, accuracy + 0.03]}
+    return {"nfe": 1, "accuracy": accuracy, "tv": tv, "tv_of": {"size": tv}, "ci": ci}
+
+
+def make_entry():
+    """An entry of results.json of one student with two seeds."""
+    runs = []
+    for seed, accuracy in enumerate((0.7, 0.8)):
+        record = {"seed": seed, "date": "2026-01-02", "commit": "0123456789", "machine": "2 x CPU"}
+        runs.append({"name": "dmdx", **record, "cpu_seconds": 90, "row": make_row(accuracy, 0.1 * seed)})
+    teacher = make_row(0.97, 0.0) | {"nfe": 50, "prompts": 64, "samples": 4096}
+    return {"teacher": teacher, "runs": runs}
+
+
+def test_a_table_has_the_means_and_the_spread_over_the_seeds(tmp_path):
+    text = tables.write_tables(str(tmp_path / "results.md"), {"demo": make_entry()})
+    lines = text.splitlines()
+    assert lines[0] == "<!-- table demo -->"
+    assert lines[1] == "| student | NFE | accuracy | tv | tv of size | CPU minutes |"
+    assert lines[3] == "| teacher | 50 | 0.970 | 0.000 | 0.00 |  |"
+    label = tables.LABELS["dmdx"]
+    assert lines[4] == f"| {label} | 1 | 0.750 ± 0.071 | 0.050 ± 0.071 | 0.05 | 1.5 |"
+    assert lines[6].startswith("Seeds 0, 1;")
+    assert "64 samples each; one seed's accuracy has an interval of at most 0.020" in lines[6]
+    assert "2 x CPU; 2026-01-02; commit 0123456." in lines[6]
+
+
+def test_the_words_around_a_table_stay(tmp_path):
+    path = tmp_path / "results.md"
+    path.write_text("# Results\n\n<!-- table demo -->\nold\n<!-- end -->\n\nWords.\n")
+    text = tables.write_tables(str(path), {"demo": make_entry()})
+    assert text.startswith("# Results\n\n<!-- table demo -->\n| student")
+    assert text.endswith("<!-- end -->\n\nWords.\n")
+    assert "old" not in text
+    assert path.read_text() == text
+    with pytest.raises(UserError, match="no place for the table ttur"):
+        tables.write_tables(str(path), {"ttur": make_entry()})
+
+
+def test_the_documented_tables_are_those_of_the_json(tmp_path):
+    """Nobody has changed a number by hand."""
+    with open(os.path.join(helpers.ROOT, "docs/results.json")) as file:
+        results = json.load(file)
+    with open(os.path.join(helpers.ROOT, "docs/results.md")) as file:
+        documented = file.read()
+    assert results
+    copy = tmp_path / "results.md"
+    copy.write_text(documented)
+    assert tables.write_tables(str(copy), results) == documented
+
+
+def test_the_plot_is_drawn(tmp_path):
+    path = tmp_path / "results.png"
+    tables.save_plot({"demo": make_entry()}, str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+    tables.save_plot({}, str(tmp_path / "none.png"))
+    assert not (tmp_path / "none.png").exists()
