@@ -1,4 +1,4 @@
-"""tools/reproduce.py: what runs after what, what is left out, and that the documented tables are the JSON's."""
+"""tools/reproduce.py: what runs after what, what is complete, and that documented tables are the JSON's."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 import helpers
 from support.errors import UserError
-from tools import reproduce, tables
+from tools import plots, reproduce, tables
 
 PLACES = ("pairs", "init", "out", "resume")
 
@@ -96,6 +96,18 @@ def test_a_command_that_fails_is_named_with_its_output(tmp_path):
     assert "--steps" in log.read_text()
 
 
+def test_gauges_are_averaged_over_the_end_of_a_run(tmp_path):
+    folder = tmp_path / "dmdx-0"
+    folder.mkdir()
+    lines = [{"step": 10 * i, "loss_f": float(i)} for i in range(6)]
+    lines[-1]["cosine"] = 0.5
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gauges = reproduce.Runs(str(tmp_path), False).average_gauges("dmdx", 0)
+    assert gauges == {"loss_f": 4.5, "cosine": 0.5}
+    plots.save_gauges({"dmdx": str(folder / "metrics.jsonl")}, str(tmp_path / "training.png"))
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
 # The tables -----------------------------------------------------------------------------------------------
 
 
@@ -153,7 +165,7 @@ def test_the_documented_tables_are_those_of_the_json(tmp_path):
 
 def test_the_plot_is_drawn(tmp_path):
     path = tmp_path / "results.png"
-    tables.save_plot({"demo": make_entry()}, str(path))
+    plots.save_plot({"demo": make_entry()}, str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
-    tables.save_plot({}, str(tmp_path / "none.png"))
+    plots.save_plot({}, str(tmp_path / "none.png"))
     assert not (tmp_path / "none.png").exists()

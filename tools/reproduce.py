@@ -12,9 +12,12 @@ date and seconds of CPU. Repeated, the command goes on where it ended. The numbe
 """
 
 import datetime
+import math
 import os
 import platform
 import shlex
+import shutil
+import statistics
 import string
 import subprocess
 import sys
@@ -25,8 +28,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from metrics.report import read_commit
 from support.arguments import Parser, positive, seed_number
 from support.errors import UserError, launch
-from support.files import ROOT, make_folder, read_json, write_json
-from tools.tables import save_plot, write_tables
+from support.files import ROOT, make_folder, read_json, read_json_lines, write_json
+from tools.plots import save_gauges, save_plot
+from tools.tables import write_tables
 
 SDXL = "--teacher assets/tiny-sdxl --seed {seed}"
 SHORT = "--no-checkpointing --head-width 128 --betas 0.5 0.99 --clip 1"
@@ -37,6 +41,7 @@ DISTIL = f"{SHORT} --warmup 60 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/
 ADM = f"adm.py {SDXL} --prompts prompts/shapes_train.txt {DISTIL} --batch 32 --guidance 1.75"
 DEMO = f"{ADM} --init {{adp}} --ema 0.99 --iterations 600"
 LONG = f"{ADM} --init {{adp}} --ema 0.995 --iterations 1500 --lr 1e-4"
+HEALTH = f"{ADM} --init {{adp}} --ema 0.99 --iterations 300"
 ALONE = f"{ADM} --steps 1 --ema 0.99 --iterations 600"
 SD3 = (
     f"adm.py --teacher assets/tiny-sd3 --seed {{seed}} --prompts prompts/shapes_train.txt {DISTIL} --batch 16"
@@ -65,6 +70,13 @@ RUNS = {
     "dmd-3000": f"{LONG} --loss dmd --iterations 3000",
     "dmdx-1500": LONG,
     "projected-1500": f"{LONG} --project",
+    # docs/training.md: one that is healthy, and what ails the others
+    "healthy": f"{HEALTH} --lr 3e-5",
+    "slow-f": f"{HEALTH} --lr 3e-5 --fake-lr 3e-6",
+    "slow-D": f"{HEALTH} --lr 3e-5 --head-lr 3e-5",
+    "fast-student": f"{HEALTH} --lr 1e-3",
+    "no-penalty": f"{HEALTH} --lr 3e-5 --r1 0 --r2 0",
+    "guidance-12": f"{HEALTH} --lr 3e-5 --guidance 12",
     "sd3-start": f"{SD3} --iterations 1 --warmup 1",
     "sd3-dmd": f"{SD3} --iterations 600 --lr 1.5e-5 --loss dmd",
     "sd3-adm": f"{SD3} --iterations 600 --lr 1.5e-5",
@@ -80,6 +92,10 @@ TABLES = {
     "longer": (("adp", "dmd-1500", "dmd-3000", "dmdx-1500", "projected-1500"), EVALUATE),
     "pipeline": (("A1", "A3", "A4", "adp", "B1", "B2", "dmd", "dmdx"), EVALUATE),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
+    "health": (
+        ("healthy", "slow-f", "slow-D", "fast-student", "no-penalty", "guidance-12"),
+        EVALUATE,
+    ),
     "sd3": (
         ("sd3-start", "sd3-dmd", "sd3-adm"),
         f"evaluate.py --teacher assets/tiny-sd3 --guidance 2 {SHAPES}",
@@ -185,8 +201,19 @@ class Runs:
         runs = []
         for name in names:
             for seed in seeds:
-                runs.append({"name": name, **self.read(name, seed), "row": rows[f"{name}-{seed}"]})
+                run = {"name": name, **self.read(name, seed), "row": rows[f"{name}-{seed}"]}
+                runs.append(run | {"gauges": self.average_gauges(name, seed)})
         return record | {"command": shlex.join(words), "teacher": rows["teacher"], "runs": runs}
+
+    def average_gauges(self, name, seed):
+        """What a run logged, {name: mean over the last third of its lines}."""
+        lines = read_json_lines(os.path.join(self.folder(name, seed), "metrics.jsonl"))
+        late = lines[-math.ceil(len(lines) / 3) :]
+        gauges = {}
+        for gauge in sorted(set().union(*late) - {"step"}):
+            values = [line[gauge] for line in late if gauge in line]
+            gauges[gauge] = round(statistics.mean(values), 5)
+        return gauges
 
 
 def run_command(words, log):
@@ -239,6 +266,11 @@ def main():
             print(f"{time.strftime('%H:%M')} table {table}", flush=True)
             results[table] = runs.evaluate(table, args.seeds)
             write_json(path, results)
+        if "health" in args.tables:
+            names = TABLES["health"][0]
+            metrics = {name: runs.folder(name, args.seeds[0]) + "/metrics.jsonl" for name in names}
+            save_gauges(metrics, os.path.join(docs, "training.png"))
+            shutil.copyfile(os.path.join(out, "table-health/grid.png"), os.path.join(docs, "gallery.png"))
     text = write_tables(os.path.join(docs, "results.md"), results)
     save_plot(results, os.path.join(docs, "results.png"))
     print(text)

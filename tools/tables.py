@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/results.md, written from docs/results.json."""
+"""The tables of docs/results.md, written from docs/results.json."""
 
 import os
 import re
@@ -7,7 +7,6 @@ import statistics
 from metrics.rows import format_markdown
 from support.errors import UserError
 from support.files import write_atomically
-from support.media import save_figure
 
 COLUMNS = ("accuracy", "valid", "tv", "coverage", "position_std", "pairwise_distance", "lpips_random")
 # the paper's tables 4 and 5, to stand beside ours: CLIP score, MPS; training time, CLIP score, MPS
@@ -41,7 +40,6 @@ LABELS = {
     "dmdx": "ADP, then ADM: DMDX (B4)",
     "projected": "ADP, then ADM `--project`",
 }
-METHODS = {"dmd": "DMD loss", "dmdx": "ADM", "projected": "ADM --project"}  # of the plot
 
 
 def write_tables(path, results):
@@ -122,34 +120,3 @@ def describe(entry):
         f"prompts, {samples} samples each; one seed's accuracy has an interval of at most {widest:.3f} on "
         f"either side. {'; '.join(machines)}; {', '.join(dates)}; commit {', '.join(commits)}."
     )
-
-
-def save_plot(results, path):
-    """Accuracy against variation in excess of chance, a point a seed, of the runs of the tables demo and
-    longer."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
-    colours = dict(zip(METHODS, ("C0", "C3", "C2")))
-    drawn = False
-    for table in ("demo", "longer"):
-        for name, runs in group_runs(results.get(table, {"runs": []})).items():
-            method, _, iterations = name.partition("-")
-            label = (
-                f"{METHODS.get(method, 'ADP, where all start')} {iterations or '600' * (method in METHODS)}"
-            )
-            tv = [run["row"]["tv"] for run in runs]
-            accuracy = [run["row"]["accuracy"] for run in runs]
-            marker = {"": "o", "1500": "^", "3000": "s"}[iterations]
-            axes.scatter(tv, accuracy, color=colours.get(method, "black"), marker=marker, label=label)
-            drawn = True
-    if not drawn:
-        return
-    axes.set_xlabel("tv: variety lost within a prompt, in excess of chance (0: none)")
-    axes.set_ylabel("accuracy")
-    axes.set_title("One-step students of tiny-sdxl, a point a seed; iterations after the method's name")
-    axes.grid(alpha=0.3)
-    handles = dict(zip(axes.get_legend_handles_labels()[1], axes.get_legend_handles_labels()[0]))
-    axes.legend(handles.values(), handles, fontsize=9)
-    save_figure(figure, path)
