@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -127,8 +128,7 @@ def make_entry():
 
 
 def test_a_table_has_the_means_and_the_spread_over_the_seeds(tmp_path):
-    text = tables.write_tables(str(tmp_path / "results.md"), {"demo": make_entry()})
-    lines = text.splitlines()
+    lines = tables.write_tables(str(tmp_path), {"demo": make_entry()})["results.md"].splitlines()
     assert lines[0] == "<!-- table demo -->"
     assert lines[1] == "| student | NFE | accuracy | tv | tv of size | CPU minutes |"
     assert lines[3] == "| teacher | 50 | 0.970 | 0.000 | 0.00 |  |"
@@ -139,28 +139,39 @@ def test_a_table_has_the_means_and_the_spread_over_the_seeds(tmp_path):
     assert "2 x CPU; 2026-01-02; commit 0123456." in lines[6]
 
 
+def test_the_papers_numbers_and_the_gauges_stand_beside_ours(tmp_path):
+    entry = make_entry()
+    for seed, run in enumerate(entry["runs"]):
+        run["gauges"] = dict.fromkeys(tables.GAUGES, 0.1 * seed)
+    texts = tables.write_tables(str(tmp_path), {"pipeline": entry, "health": entry})
+    assert "| 1.5 | 35.26 | 11.20 |" in texts["results.md"]
+    assert "| CPU minutes | loss_f | dmd_loss | cosine | D_gap | D_abs | norm_G |" in texts["training.md"]
+    assert "| 1.5 | 0.050 | 0.050 | 0.050 | 0.050 | 0.050 | 0.050 |" in texts["training.md"]
+
+
 def test_the_words_around_a_table_stay(tmp_path):
     path = tmp_path / "results.md"
     path.write_text("# Results\n\n<!-- table demo -->\nold\n<!-- end -->\n\nWords.\n")
-    text = tables.write_tables(str(path), {"demo": make_entry()})
+    text = tables.write_tables(str(tmp_path), {"demo": make_entry()})["results.md"]
     assert text.startswith("# Results\n\n<!-- table demo -->\n| student")
     assert text.endswith("<!-- end -->\n\nWords.\n")
     assert "old" not in text
     assert path.read_text() == text
-    with pytest.raises(UserError, match="no place for the table ttur"):
-        tables.write_tables(str(path), {"ttur": make_entry()})
+    with pytest.raises(UserError, match="results.md has no place for the table ttur"):
+        tables.write_tables(str(tmp_path), {"ttur": make_entry()})
 
 
 def test_the_documented_tables_are_those_of_the_json(tmp_path):
     """Nobody has changed a number by hand."""
-    with open(os.path.join(helpers.ROOT, "docs/results.json")) as file:
+    docs = os.path.join(helpers.ROOT, "docs")
+    with open(os.path.join(docs, "results.json")) as file:
         results = json.load(file)
-    with open(os.path.join(helpers.ROOT, "docs/results.md")) as file:
-        documented = file.read()
     assert results
-    copy = tmp_path / "results.md"
-    copy.write_text(documented)
-    assert tables.write_tables(str(copy), results) == documented
+    for file in ("results.md", "training.md"):
+        shutil.copyfile(os.path.join(docs, file), tmp_path / file)
+    for file, text in tables.write_tables(str(tmp_path), results).items():
+        with open(os.path.join(docs, file)) as documented:
+            assert documented.read() == text
 
 
 def test_the_plot_is_drawn(tmp_path):

@@ -1,7 +1,6 @@
 """The tables of docs/results.md, written from docs/results.json."""
 
 import os
-import re
 import statistics
 
 from metrics.rows import format_markdown
@@ -9,6 +8,8 @@ from support.errors import UserError
 from support.files import write_atomically
 
 COLUMNS = ("accuracy", "valid", "tv", "coverage", "position_std", "pairwise_distance", "lpips_random")
+GAUGES = ("loss_f", "dmd_loss", "cosine", "D_gap", "D_abs", "norm_G")  # of docs/training.md
+FILES = {"health": "training.md"}  # of a table that is not in results.md
 # the paper's tables 4 and 5, to stand beside ours: CLIP score, MPS; training time, CLIP score, MPS
 PAPER = {
     "pipeline": {
@@ -42,23 +43,42 @@ LABELS = {
 }
 
 
-def write_tables(path, results):
-    """Puts every table of `results` between its marks in the Markdown file `path`, or in a new one -> the
-    text. UserError where a mark is missing."""
-    marks = [f"<!-- table {name} -->\n<!-- end -->\n" for name in results]
-    text = "\n".join(marks)
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+def write_tables(folder, results):
+    """Puts every table of `results` between its marks in the Markdown files of the folder, or in new ones ->
+    {file: its text}. UserError where a mark is missing."""
+    texts = {}
     for name, entry in results.items():
-        found = re.search(f"(<!-- table {name} -->\n).*?(<!-- end -->)", text, re.DOTALL)
-        if not found:
-            raise UserError(f"{path} has no place for the table {name}: <!-- table {name} -->, <!-- end -->")
+        file = FILES.get(name, "results.md")
+        if file not in texts:
+            texts[file] = read_text(os.path.join(folder, file))
         table = f"{format_table(name, entry)}\n\n{describe(entry)}\n"
-        text = text[: found.end(1)] + table + text[found.start(2) :]
-    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    return text
+        texts[file] = put_table(texts[file], file, name, table)
+    for file, text in texts.items():
+        with write_atomically(os.path.join(folder, file)) as temporary:
+            with open(temporary, "w", encoding="utf-8") as opened:
+                opened.write(text)
+    return texts
+
+
+def read_text(path):
+    """A file's text, None where there is no file."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def put_table(text, file, name, table):
+    """The text with a table between its marks, in the place of what is there. text: None of a new file."""
+    begin = f"<!-- table {name} -->\n"
+    end = "<!-- end -->"
+    if text is None:
+        return f"{begin}{table}{end}\n"
+    before, found, after = text.partition(begin)
+    old, closed, rest = after.partition(end)
+    if not found or not closed:
+        raise UserError(f"{file} has no place for the table {name}: {begin.strip()}, {end}")
+    return before + begin + table + end + rest
 
 
 def format_table(table, entry):
@@ -67,16 +87,18 @@ def format_table(table, entry):
     teacher = entry["teacher"]
     columns = [name for name in COLUMNS if name in teacher]
     attributes = list(teacher["tv_of"])
+    gauges = GAUGES if table == "health" else ()
     paper = PAPER.get(table, {})
-    blank = [""] * len(paper.get("", ()))
-    heads = ["student", "NFE", *columns, f"tv of {', '.join(attributes)}", "CPU minutes", *paper.get("", ())]
+    further = (*gauges, *paper.get("", ()))
+    heads = ["student", "NFE", *columns, f"tv of {', '.join(attributes)}", "CPU minutes", *further]
+    blank = [""] * len(further)
     lines = [heads, ["teacher", *format_numbers([teacher], columns, attributes), "", *blank]]
     for name, runs in group_runs(entry).items():
-        rows = [run["row"] for run in runs]
+        numbers = format_numbers([run["row"] for run in runs], columns, attributes)
         minutes = statistics.mean(run["cpu_seconds"] for run in runs) / 60
-        numbers = format_numbers(rows, columns, attributes)
-        label = LABELS.get(name, name)
-        lines.append([label, *numbers, f"{minutes:.1f}", *paper.get(name, blank)])
+        cells = [f"{statistics.mean(run['gauges'][gauge] for run in runs):.3f}" for gauge in gauges]
+        cells += paper.get(name, blank[len(gauges) :])
+        lines.append([LABELS.get(name, name), *numbers, f"{minutes:.1f}", *cells])
     return format_markdown(lines)
 
 
