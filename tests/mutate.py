@@ -622,6 +622,21 @@ TABLE = {
         ("a velocity's first level", "flow_shift=1e30", "flow_shift=1.0"),
         ("a velocity is noise", 'prediction_type="flow_prediction"', 'prediction_type="epsilon"'),
     ],
+    "metrics/oracle.py": [
+        ("variety of what is named", "[:, 0] < 0", "[:, 0] >= 0"),
+        ("variety against uniform alone", "            if reference:", "            if not reference:"),
+    ],
+    "metrics/variety.py": [
+        ("chance is not taken off", " - expect_tv_to_uniform(n, samples)", ""),
+        (
+            "the reference has no chance",
+            "q = count_probabilities(share, others)",
+            "q = (other == share).double()",
+        ),
+        ("a value seen once is covered", "(shares >= 0.5 / n)", "(shares > 0)"),
+        ("the spread over all prompts", "(x.var(1, ddof=1) + y", "(x.var(ddof=1) + y"),
+        ("a distance twice as long", "return 0.5 * np.abs(", "return np.abs("),
+    ],
     "support/tensors.py": [
         ("the mean of all rows", "dims = tuple(range(1, x.ndim))", "dims = tuple(range(x.ndim))"),
         (
