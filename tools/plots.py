@@ -52,7 +52,7 @@ def save_plot(results, path):
             )
             tv = [run["row"]["tv"] for run in runs]
             accuracy = [run["row"]["accuracy"] for run in runs]
-            marker = {"": "o", "1500": "^", "3000": "s"}[iterations]
+            marker = "^" if iterations else "o"
             axes.scatter(tv, accuracy, color=colours.get(method, "black"), marker=marker, label=label)
             drawn = True
     if not drawn:

@@ -4,7 +4,6 @@ import os
 import statistics
 
 from metrics.rows import format_markdown
-from support.errors import UserError
 from support.files import write_atomically
 
 COLUMNS = ("accuracy", "valid", "tv", "coverage", "position_std", "pairwise_distance", "lpips_random")
@@ -44,15 +43,15 @@ LABELS = {
 
 
 def write_tables(folder, results):
-    """Puts every table of `results` between its marks in the Markdown files of the folder, or in new ones ->
-    {file: its text}. UserError where a mark is missing."""
+    """Puts every table of `results` between its marks in the Markdown files of the folder, or at their ends
+    -> {file: its text}."""
     texts = {}
     for name, entry in results.items():
         file = FILES.get(name, "results.md")
         if file not in texts:
             texts[file] = read_text(os.path.join(folder, file))
         table = f"{format_table(name, entry)}\n\n{describe(entry)}\n"
-        texts[file] = put_table(texts[file], file, name, table)
+        texts[file] = put_table(texts[file], name, table)
     for file, text in texts.items():
         with write_atomically(os.path.join(folder, file)) as temporary:
             with open(temporary, "w", encoding="utf-8") as opened:
@@ -61,23 +60,21 @@ def write_tables(folder, results):
 
 
 def read_text(path):
-    """A file's text, None where there is no file."""
+    """A file's text, none where there is no file."""
     if not os.path.exists(path):
-        return None
+        return ""
     with open(path, encoding="utf-8") as file:
         return file.read()
 
 
-def put_table(text, file, name, table):
-    """The text with a table between its marks, in the place of what is there. text: None of a new file."""
+def put_table(text, name, table):
+    """The text with a table between its marks, in the place of what is there, or at its end."""
     begin = f"<!-- table {name} -->\n"
-    end = "<!-- end -->"
-    if text is None:
-        return f"{begin}{table}{end}\n"
+    end = "<!-- end -->\n"
     before, found, after = text.partition(begin)
-    old, closed, rest = after.partition(end)
+    _, closed, rest = after.partition(end)
     if not found or not closed:
-        raise UserError(f"{file} has no place for the table {name}: {begin.strip()}, {end}")
+        return f"{text}\n## The table {name}\n\n{begin}{table}{end}"
     return before + begin + table + end + rest
 
 
