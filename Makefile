@@ -5,6 +5,7 @@
 # make test        ruff, and every test
 # make faults      kills, signals, full disks, damage, odd commands and files, an hour or two; docs/tests.md
 # make mutations   how many careless changes of one line no test notices; docs/tests.md
+# make full-size   iterations of the real architectures with random weights, on a CPU with 24 GB; docs/memory.md
 # make setup       the virtual environment that all use; make sets it up by itself
 
 SHELL := /bin/bash
@@ -21,7 +22,7 @@ FROM_ADP = $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt $(SHORT
 	--warmup 60 --guidance 1.75 $(DISTIL)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo seeds demo-sd3 demo-video test faults mutations
+.PHONY: setup demo seeds demo-sd3 demo-video test faults mutations full-size
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
@@ -85,3 +86,6 @@ faults: setup
 
 mutations: setup
 	$(PYTHON) tests/mutate.py
+
+full-size: setup
+	$(PYTHON) tools/full_size.py
