@@ -235,10 +235,12 @@ class Teacher:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def network(self, folder, subfolder):
-        """A network of the denoiser's class from its files, float32. UserError where they are damaged."""
-        variant = self.variant if folder == self.folder else None
-        net = load_network(type(self.denoiser), folder, subfolder, torch.float32, variant)
+    def network(self, checkpoint=None):
+        """The denoiser, or the student in a checkpoint's folder, from its files, float32. UserError for
+        damaged ones."""
+        place = (checkpoint, "student") if checkpoint else (self.folder, self.denoiser_name)
+        variant = None if checkpoint else self.variant
+        net = load_network(type(self.denoiser), *place, torch.float32, variant)
         return net.float()  # again, since diffusers leaves CogVideoX's table of positions in float64
 
     def trainable(self, args, adapter, folder=None):
@@ -247,8 +249,7 @@ class Teacher:
         adapter of this name, zero or that of the checkpoint."""
         if args.lora:
             return make_adapted(self.denoiser, adapter, args, folder)
-        net = self.network(folder, "student") if folder else self.network(self.folder, self.denoiser_name)
-        net.requires_grad_(True).train()
+        net = self.network(folder).requires_grad_(True).train()
         if args.checkpointing:
             net.enable_gradient_checkpointing()
         net = shard(net, args, self.dtype).to(self.device)
@@ -712,7 +713,7 @@ def load_student(path, teacher):
     """A checkpoint -> (network to sample with, in the teacher's precision, Student, meta). UserError for a
     student of another teacher."""
     folder, student, meta = open_student(path, teacher)
-    net = teacher.network(folder, "student").requires_grad_(False).to(teacher.device, teacher.dtype)
+    net = teacher.network(folder).requires_grad_(False).to(teacher.device, teacher.dtype)
     return net, student, meta
 
 

@@ -1,9 +1,10 @@
-"""Draws images or videos with a student, a teacher, or both; exports a student as a diffusers pipeline.
+"""Draws images or videos with a student, a teacher, or both; exports a student as a pipeline or a LoRA file.
 
     python sample.py --student runs/adm-sdxl --prompt "a small red circle" "a blue square" --seeds 0 1 2 3
     python sample.py --teacher cogvideox --prompts prompts.txt --out samples/teacher
     python sample.py --student runs/adm-cogvideox --prompts prompts.txt --side-by-side
     python sample.py --student runs/adm-sdxl --export exported/sdxl
+    python sample.py --student runs/adm-sdxl --export-lora exported/lora/sdxl.safetensors --rank 64
 
 Writes OUT/0000-0.png or .mp4 ... (prompt number, seed) and OUT/grid.png: a row a prompt, or a video's
 frames; and OUT/index.json, which says what made them: a folder holds the samples of one command. A sample
@@ -23,7 +24,7 @@ from support.arguments import positive, seed_number
 from support.checkpoints import find_checkpoint
 from support.errors import UserError, launch
 from support.escapes import make_printable
-from support.export import export, write_line
+from support.export import check_lora_file, export, export_lora, write_line, write_lora_lines
 from support.files import make_folder, remove_leftovers, write_sealed
 from support.folders import check_index
 from support.media import require_video_writer, save_grid, save_video
@@ -50,11 +51,19 @@ def parse_arguments(argv):
     add = parser.group("where it goes")
     add("--out", "folder for the samples", default="samples")
     add("--export", "write the student to this folder as a diffusers pipeline, and draw nothing")
+    lora = "write the student to this .safetensors file as a LoRA of its teacher, and draw nothing"
+    add("--export-lora", lora, metavar="FILE")
+    rank = "rank of the LoRA of a student whose every weight trained"
+    add("--rank", rank, type=positive, shown="that of its --lora")
     args = parser.parse_args(argv)
 
-    exporting = args.export is not None
+    exporting = args.export is not None or args.export_lora is not None
     if exporting and (args.prompt or args.prompts or not args.student):
-        raise UserError("--export takes a --student and no prompts")
+        raise UserError("--export and --export-lora take a --student and no prompts")
+    if args.export is not None and args.export_lora is not None:
+        raise UserError("give either --export or --export-lora: they take a command each")
+    if args.rank and args.export_lora is None:
+        raise UserError("--rank is for --export-lora FILE: give that, too")
     if not exporting and bool(args.prompt) == bool(args.prompts):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
     if args.prompt_column and not args.prompts:
@@ -63,7 +72,10 @@ def parse_arguments(argv):
         raise UserError("--side-by-side compares a --student with its teacher")
     for prompt in args.prompt or ():
         check_prompt(prompt)
-    if exporting:
+    if args.export_lora is not None:
+        check_lora_file(args.export_lora)
+        args.export_lora = os.path.abspath(args.export_lora)
+    elif exporting:
         args.export = os.path.abspath(args.export)  # without a slash at the end
         check_new(args.export)
     else:
@@ -86,6 +98,9 @@ def main(argv=None):
         # found once, as a run that goes on may have another one soon
         args.student, meta = find_checkpoint(args.student)
     teacher = common.load_teacher_of_students(args, [args.student] if args.student else [])
+    if args.export_lora is not None:
+        export_student_lora(args, teacher, meta)
+        return
     if args.export is not None:
         export_student(args, teacher, meta)
         return
@@ -117,6 +132,19 @@ def export_student(args, teacher, meta):
     print(f"{make_printable(args.export)}: a diffusers pipeline. It draws this student's samples with")
     print("import torch; from diffusers import DiffusionPipeline")
     print(write_line(system, args.export))
+
+
+def export_student_lora(args, teacher, meta):
+    """Writes the student, of a checkpoint with this meta, to --export-lora, and says how to draw with it."""
+    student = common.Student(teacher, meta["parametrisation"], meta["steps"])
+
+    def load_networks():
+        return teacher.network(args.student), teacher.network()
+
+    said = export_lora(student, args.student, meta, args.export_lora, args.rank, load_networks)
+    print(f"{make_printable(args.export_lora)}: a LoRA file, with scheduler/ beside it: {said}.")
+    print("It draws this student's samples with")
+    print("\n".join(write_lora_lines(student, args.export_lora)))
 
 
 def prepare_folder(args, systems, prompts):

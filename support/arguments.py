@@ -296,6 +296,8 @@ def add_training_arguments(parser):
     add("--shard", shard, choices=("ddp", "zero1", "fsdp"), default="ddp")
     lora = "rank of adapters on the frozen teacher, which are all that trains; 0 trains every weight"
     add("--lora", lora, type=whole, default=0)
+    targets = "endings of the names of the layers that get an adapter, as to_q to_k to_v"
+    add("--lora-targets", targets, nargs="+", metavar="ENDING", shown="all linear ones of the blocks")
     offload = "keep text encoders and VAE on the CPU but while used; prompts are encoded 64 iterations ahead"
     add("--offload", offload, action="store_true")
     checkpointing = "keep activations instead of computing them twice"
