@@ -107,9 +107,15 @@ def write_lora_lines(student, path):
     more = ["add_watermarker=False"] if isinstance(teacher.pipe, StableDiffusionXLPipeline) else []
     if teacher.variant:
         more.append(f"variant={teacher.variant!r}")
-    return [
+    lines = [
         f"import torch; from diffusers import DiffusionPipeline, {scheduler}",
         f"pipe = {write_opening(teacher, describe_teacher(teacher.path), more)}",
+    ]
+    if teacher.lora:
+        lines += [f"pipe.load_lora_weights({os.path.abspath(teacher.lora)!r})", "pipe.fuse_lora()"]
+        lines += ["pipe.unload_lora_weights()"]
+    return [
+        *lines,
         f"pipe.load_lora_weights({folder!r}, weight_name={name!r})",
         f"pipe.scheduler = {scheduler}.from_pretrained({os.path.join(folder, 'scheduler')!r})",
         f"pipe({write_call(student)})",

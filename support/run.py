@@ -54,7 +54,18 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 IDENTITY = ("stage", "fingerprint", "resolution", "frames", "parametrisation", "steps")
 IDENTITY_ARGUMENTS = ("loss", "init", "seed", "lora", "lora_targets", "head_width")
 # What does not change the numbers, or is compared as part of the above
-FREE = ("teacher", "variant", "out", "resume", "plan", "gpu_gb", "log_every", "save_every", "keep")
+FREE = (
+    "teacher",
+    "variant",
+    "teacher_lora",
+    "out",
+    "resume",
+    "plan",
+    "gpu_gb",
+    "log_every",
+    "save_every",
+    "keep",
+)
 FREE += ("patience", "shard", "offload", "compile", "checkpointing")
 FREE += ("eval_every", "eval_prompts", "eval_metric", "eval_seeds", "weights_dir")
 FREE += ("clip_model", "clip_weights", "clip_prefix", "hps_version", "lpips_net", "lpips_size")
@@ -91,9 +102,11 @@ class Run:
             "stage": stage,
             "teacher": describe_teacher(args.teacher),
             "variant": args.variant,
+            "teacher_lora": args.teacher_lora and os.path.abspath(args.teacher_lora),
             "fingerprint": self.teacher.fingerprint,
             "resolution": self.teacher.resolution,
             "frames": self.teacher.frames,
+            "negative_prompt": self.teacher.null_prompt,
             "parametrisation": self.student.parametrisation,
             "steps": self.student.steps,
             "data": describe_data(method),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_export import CPU, PROMPT, Recorded
 from torch import nn
 
+import adm
 import common
 import helpers
 import sample
@@ -261,3 +262,147 @@ def test_targets_are_the_layers_whose_names_end_so(teacher):
     assert 0 < len(chosen) < len(every)
     with pytest.raises(UserError, match="--lora-targets o_q is the end of none of .*attn1.to_q"):
         find_targets(teacher.denoiser, ["to_v", "o_q"])
+
+
+# Another teacher: a fine-tune, a LoRA in the weights ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """(folder of an SDXL teacher, a LoRA file of its U-Net and first text encoder, their merged weights)."""
+    root = tmp_path_factory.mktemp("tuned")
+    folder = helpers.make_teacher(root / "teacher", 0)
+    pipe = common.load_teacher(folder, CPU).pipe
+    torch.manual_seed(2)
+    layers, merged = {}, {}
+    for part in ("unet", "text_encoder"):
+        net = getattr(pipe, part)
+        merged[part] = {name: weight.clone() for name, weight in net.state_dict().items()}
+        layers[part] = {}
+        ending = "to_q" if part == "unet" else "q_proj"
+        for name in [name for name, _ in net.named_modules() if name.endswith(ending)]:
+            weight = merged[part][f"{name}.weight"]
+            down, up = torch.randn(2, weight.shape[1]), 0.1 * torch.randn(len(weight), 2)
+            layers[part] |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+            merged[part][f"{name}.weight"] = weight + 0.5 * up @ down  # alpha is half the rank
+    config = {"r": 2, "lora_alpha": 1, "target_modules": ["to_q"]}
+    text_config = {"r": 2, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    type(pipe).save_lora_weights(
+        root,
+        unet_lora_layers=layers["unet"],
+        text_encoder_lora_layers=layers["text_encoder"],
+        unet_lora_adapter_metadata=config,
+        text_encoder_lora_adapter_metadata=text_config,
+    )
+    return folder, str(root / LORA_FILE), merged
+
+
+def load(*words):
+    args = helpers.training_arguments("adm", [*words])
+    return common.load_teacher_from(args, CPU)
+
+
+def test_a_lora_is_merged_into_every_network_that_it_is_of(tuned):
+    folder, file, merged = tuned
+    teacher = load("--teacher", folder, "--teacher-lora", file)
+    for part, state in merged.items():
+        loaded = getattr(teacher.pipe, part).state_dict()
+        assert loaded.keys() == state.keys()
+        for name, weight in state.items():
+            torch.testing.assert_close(loaded[name], weight, msg=f"{part} {name}")
+    weights = teacher.network().state_dict()  # what a student trains from, once more of the files
+    for name, weight in merged["unet"].items():
+        torch.testing.assert_close(weights[name], weight)
+    for name, weight in merged["text_encoder"].items():  # which are not merged twice
+        torch.testing.assert_close(teacher.pipe.text_encoder.state_dict()[name], weight)
+    assert not any(p.requires_grad for p in teacher.pipe.text_encoder.parameters())
+    plain = load("--teacher", folder)
+    assert not teacher.null(1)["encoder_hidden_states"].any()
+    prompts = ["a red circle"]
+    assert not teacher.encode(prompts)["encoder_hidden_states"].equal(
+        plain.encode(prompts)["encoder_hidden_states"]
+    )
+
+
+def test_a_student_starts_from_a_fine_tune(tuned, tmp_path):
+    """A folder that its own pipeline wrote is a teacher like any other."""
+    plain = load("--teacher", tuned[0])
+    before = plain.fingerprint
+    weights = {name: 1.1 * weight for name, weight in plain.denoiser.state_dict().items()}
+    plain.denoiser.load_state_dict(weights)
+    plain.pipe.save_pretrained(tmp_path)
+    teacher = load("--teacher", str(tmp_path))
+    assert teacher.fingerprint != before
+    assert all(weight.equal(weights[name]) for name, weight in teacher.network().state_dict().items())
+
+
+def test_a_teachers_lora_is_part_of_its_fingerprint(tuned, tmp_path):
+    """By what is in the file, whatever its name and whatever the precision."""
+    folder, file, _ = tuned
+    copy = str(tmp_path / "copy.safetensors")
+    shutil.copyfile(file, copy)
+    words = ["--teacher", folder, "--teacher-lora"]
+    own = load(*words, file).fingerprint
+    assert own == load(*words, copy, "--precision", "bf16").fingerprint
+    tensors = load_file(file)
+    tensors["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"] *= 1.001
+    save_file(tensors, copy)
+    assert own != load(*words, copy).fingerprint
+    assert own != load("--teacher", folder).fingerprint
+
+
+def test_a_student_of_a_tuned_teacher_needs_it(tuned, prompts_file, tmp_path, capsys, monkeypatch):
+    """Trained with --lora, resumed, drawn and written as a LoRA file without naming the teacher again."""
+    helpers.make_runs_comparable(monkeypatch.setattr)
+    folder, file, _ = tuned
+    run = str(tmp_path / "run")
+    words = ["--teacher", folder, "--prompts", prompts_file, "--lora", "2", "--out", run, *helpers.QUICK]
+    adm.main([*words, "--teacher-lora", file, "--iterations", "1"])
+    with pytest.raises(UserError, match="its fingerprint is"):
+        adm.main([*words, "--resume"])
+    adm.main([*words, "--teacher-lora", file, "--resume"])
+    draw = ["--prompt", PROMPT, "--out", str(tmp_path / "drawn"), "--student", run]
+    sample.main(draw)
+    with pytest.raises(UserError, match=f"was distilled from {folder} with {file}, not from {folder}$"):
+        sample.main([*draw, "--teacher", folder])
+    capsys.readouterr()
+    sample.main(["--student", run, "--export-lora", str(tmp_path / "student.safetensors")])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"pipe.load_lora_weights({file!r})" in lines
+    assert "pipe.fuse_lora()" in lines
+
+
+MISFITS = (
+    ("missing.safetensors", "there is no file"),
+    ("text.safetensors", "is no .safetensors file"),
+    ("weights.safetensors", "is no LoRA"),
+    ("nan.safetensors", "is damaged: unet"),
+    ("other.safetensors", "does not fit the teacher"),
+    ("sd3.safetensors", "does not fit the teacher: 2 of its 2 factors find no layer"),
+    ("more.safetensors", "does not fit the teacher: 2 of its"),
+)
+
+
+@pytest.mark.parametrize("name, sentence", MISFITS)
+def test_files_that_are_no_lora_of_the_teacher_are_refused(tuned, tmp_path, monkeypatch, name, sentence):
+    folder, file, _ = tuned
+    monkeypatch.chdir(tmp_path)
+    tensors = load_file(file)
+    first = next(key for key in tensors if key.startswith("unet"))
+    other = {key: weight[:, :-1] for key, weight in tensors.items()}
+    down, up = torch.ones(2, 2), torch.ones(2, 2)
+    pair = {"transformer.x.lora_A.weight": down, "transformer.x.lora_B.weight": up}
+    more = {"unet.nowhere.lora_A.weight": down, "unet.nowhere.lora_B.weight": up}
+    files = {
+        "weights.safetensors": {"conv.weight": torch.ones(3, 3)},
+        "nan.safetensors": tensors | {first: tensors[first] * float("nan")},
+        "other.safetensors": other,
+        "sd3.safetensors": pair,
+        "more.safetensors": tensors | more,
+    }
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    if name in files:
+        save_file({key: weight.contiguous() for key, weight in files[name].items()}, name)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load("--teacher", folder, "--teacher-lora", name)
+    assert "\n" not in str(caught.value)
