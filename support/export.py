@@ -4,18 +4,21 @@ import os
 import re
 import shutil
 
+from support.card import PLACE
 from support.checkpoints import LORA_FILE
 from support.errors import UserError
-from support.files import compute_checksum, make_folder, write_atomically
+from support.files import compute_checksum, make_folder, short_name, write_atomically, write_text
+from support.hub import is_hub_id
 from support.loading import describe_teacher
 from support.lora_files import check_pipeline, save_layers, split_change
 from support.outputs import check_file
 from support.schedulers import choose_timesteps
 
 
-def export(system, folder):
+def export(system, folder, card=""):
     """Writes a student (System) as a complete diffusers pipeline to `folder`, which `write_line`'s line opens
-    and which samples as the student does. UserError where diffusers has no such scheduler."""
+    and which samples as the student does. card: the text of README.md. UserError where diffusers has no such
+    scheduler."""
     from diffusers import StableDiffusionXLPipeline
 
     source = system.teacher.pipe
@@ -29,14 +32,15 @@ def export(system, folder):
         pipe.register_to_config(add_watermarker=False)
     with write_atomically(folder) as temporary:
         pipe.save_pretrained(temporary)
+        write_text(os.path.join(temporary, "README.md"), card)
 
 
 def check_lora_file(path):
-    """UserError where a LoRA file and its scheduler/ could not be written, or would go over something."""
+    """UserError where a LoRA file and what is beside it cannot be written, or would go over something."""
     if not path.endswith(".safetensors"):
         raise UserError(f"--export-lora {path}: give the file a name that ends in .safetensors")
     check_file(path)
-    for name in (os.path.basename(path), "scheduler"):
+    for name in (os.path.basename(path), "scheduler", "README.md"):
         found = os.path.join(os.path.dirname(path), name)
         if os.path.lexists(found):
             raise UserError(f"{found} is there already; give --export-lora a file in another folder")
@@ -91,33 +95,40 @@ def describe_split(rank, left_out, error):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def write_line(system, folder):
-    """The line of Python with which plain diffusers draws what the student draws. torch, DiffusionPipeline
-    and the prompt are its reader's; every argument whose default would draw something else is there."""
-    return f"{write_opening(system.teacher, os.path.abspath(folder))}({write_call(system.student)})"
+def write_line(system, place):
+    """The line of Python with which plain diffusers draws what the student draws, of an export at `place`, an
+    absolute path or a hub id. torch, DiffusionPipeline and the prompt are its reader's; every argument whose
+    default would draw something else is there."""
+    return f"{write_opening(system.teacher, place)}({write_call(system.student)})"
 
 
-def write_lora_lines(student, path):
-    """The same for a LoRA file: lines of Python, of which the last draws."""
+def write_lora_lines(student, path, is_card=False):
+    """The same for a LoRA file: lines of Python, of which the last draws. is_card: for a model card, without
+    the paths of this machine."""
     from diffusers import StableDiffusionXLPipeline
 
     teacher = student.teacher
-    folder, name = os.path.split(os.path.abspath(path))
-    scheduler = type(student.scheduler()).__name__
+    place, name = os.path.split(path)
+    base = describe_teacher(teacher.path)
+    lora = teacher.lora and os.path.abspath(teacher.lora)
+    if is_card:
+        place = PLACE
+        base = base if is_hub_id(base) else short_name(base)
+        lora = lora and short_name(lora)
     more = ["add_watermarker=False"] if isinstance(teacher.pipe, StableDiffusionXLPipeline) else []
     if teacher.variant:
         more.append(f"variant={teacher.variant!r}")
+    scheduler = type(student.scheduler()).__name__
     lines = [
         f"import torch; from diffusers import DiffusionPipeline, {scheduler}",
-        f"pipe = {write_opening(teacher, describe_teacher(teacher.path), more)}",
+        f"pipe = {write_opening(teacher, base, more)}",
     ]
-    if teacher.lora:
-        lines += [f"pipe.load_lora_weights({os.path.abspath(teacher.lora)!r})", "pipe.fuse_lora()"]
-        lines += ["pipe.unload_lora_weights()"]
+    if lora:
+        lines += [f"pipe.load_lora_weights({lora!r})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
     return [
         *lines,
-        f"pipe.load_lora_weights({folder!r}, weight_name={name!r})",
-        f"pipe.scheduler = {scheduler}.from_pretrained({os.path.join(folder, 'scheduler')!r})",
+        f"pipe.load_lora_weights({place!r}, weight_name={name!r})",
+        f'pipe.scheduler = {scheduler}.from_pretrained({place!r}, subfolder="scheduler")',
         f"pipe({write_call(student)})",
     ]
 

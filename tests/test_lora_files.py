@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_export import CPU, PROMPT, Recorded
 from torch import nn
@@ -119,6 +120,9 @@ def test_plain_diffusers_draws_the_students_pictures(tmp_path, capsys):
         sample.main(["--student", checkpoint, "--export-lora", file, *rank])
         printed = capsys.readouterr().out.splitlines()
         assert ("exactly" in printed[0]) == (kind == "adapter")
+        card = ModelCard.load(tmp_path / f"lora{i}" / "README.md")
+        assert card.data.base_model_relation == "adapter"
+        assert printed[0].split(": ")[-1].rstrip(".") in card.text
         lines.append(printed[2:])
         net, student, _ = common.load_student(checkpoint, teacher)
         pictures, noise = draw_student(student, net)
