@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_export import CPU, PROMPT, Recorded
@@ -358,7 +358,7 @@ def test_a_teachers_lora_is_part_of_its_fingerprint(tuned, tmp_path):
 def test_a_student_of_a_tuned_teacher_needs_it(tuned, prompts_file, tmp_path, capsys, monkeypatch):
     """Trained with --lora, resumed, drawn and written as a LoRA file without naming the teacher again."""
     helpers.make_runs_comparable(monkeypatch.setattr)
-    folder, file, _ = tuned
+    folder, file, merged = tuned
     run = str(tmp_path / "run")
     words = ["--teacher", folder, "--prompts", prompts_file, "--lora", "2", "--out", run, *helpers.QUICK]
     adm.main([*words, "--teacher-lora", file, "--iterations", "1"])
@@ -374,6 +374,10 @@ def test_a_student_of_a_tuned_teacher_needs_it(tuned, prompts_file, tmp_path, ca
     lines = capsys.readouterr().out.splitlines()
     assert f"pipe.load_lora_weights({file!r})" in lines
     assert "pipe.fuse_lora()" in lines
+    sample.main(["--student", run, "--export", str(tmp_path / "whole")])
+    exported = DiffusionPipeline.from_pretrained(tmp_path / "whole").text_encoder.state_dict()
+    for name, weight in merged["text_encoder"].items():
+        torch.testing.assert_close(exported[name], weight)
 
 
 MISFITS = (
