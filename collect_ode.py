@@ -50,10 +50,11 @@ def main(argv=None):
     args.guidance = teacher.guidance if args.guidance is None else args.guidance
     out = args.out or os.path.join("pairs", short_name(args.teacher))
     index = {
-        "teacher": describe_teacher(args.teacher),
+        "teacher": describe_teacher(args.teacher, args.teacher_lora),
         "fingerprint": teacher.fingerprint,
         "steps": args.steps,
         "guidance": args.guidance,
+        "negative_prompt": teacher.null_prompt,
         "precision": str(teacher.dtype).removeprefix("torch."),
         "seed": args.seed,
         "resolution": teacher.resolution,

@@ -20,17 +20,17 @@ from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
 from support.hub import is_hub_id
-from support.loading import load_dinov2, load_network, load_pipeline, shorten
+from support.loading import describe_teacher, load_dinov2, load_network, load_pipeline, shorten
 from support.lora import make_adapted
+from support.lora_files import merge_into_network, merge_into_teacher
 from support.parallel import choose_dtype, compile_blocks, own_device, shard
 from support.prompts import check_vocabulary
 from support.sam import load_sam_encoder, make_sam_encoder_on_meta
 from support.schedulers import make_flow_scheduler, make_lcm_scheduler, make_velocity_scheduler
 from support.tensors import broadcast, concatenate
-from support.training import set_up_for_training
+from support.training import fill_training_arguments, set_up_for_training
 
 T = 1000.0
-NO_PIXELS_OF_VIDEO = "the pixel discriminator sees single pictures, not video: give --lambda-pixel 0"
 
 # ----------------------------------------------------------------------------------------------------------
 # Teachers
@@ -58,6 +58,8 @@ class Teacher:
     guidance: float  # of the same: the pipeline's default
     adm_guidance: float  # of the real score in ADM
     batch: int  # rows at a time on a rank
+    null_prompt = ""  # of the unconditional condition
+    lora = None  # a LoRA file that was merged into the weights
     video = False
     frames = None
     fps = None
@@ -223,9 +225,9 @@ class Teacher:
         check_vocabulary(self.pipe.tokenizer, prompts)
 
     def null(self, n):
-        """The unconditional condition, n rows: the empty prompt."""
+        """The unconditional condition, n rows: that of null_prompt."""
         if not hasattr(self, "_null"):
-            self._null = self.encode([""])
+            self._null = self.encode([self.null_prompt])
         return {name: value.expand(n, *value.shape[1:]) for name, value in self._null.items()}
 
     # Networks ---------------------------------------------------------------------------------------------
@@ -235,11 +237,14 @@ class Teacher:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def network(self, folder, subfolder):
-        """A network of the denoiser's class from its files, float32. UserError where they are damaged."""
-        variant = self.variant if folder == self.folder else None
-        net = load_network(type(self.denoiser), folder, subfolder, torch.float32, variant)
-        return net.float()  # again, since diffusers leaves CogVideoX's table of positions in float64
+    def network(self, checkpoint=None):
+        """The denoiser, or the student in a checkpoint's folder, from its files, float32. UserError for
+        damaged ones."""
+        place = (checkpoint, "student") if checkpoint else (self.folder, self.denoiser_name)
+        variant = None if checkpoint else self.variant
+        net = load_network(type(self.denoiser), *place, torch.float32, variant)
+        net = net.float()  # again, since diffusers leaves CogVideoX's table of positions in float64
+        return net if checkpoint else merge_into_network(self, net)
 
     def trainable(self, args, adapter, folder=None):
         """A network of the denoiser's architecture whose float32 weights train: the denoiser's own, or
@@ -247,8 +252,7 @@ class Teacher:
         adapter of this name, zero or that of the checkpoint."""
         if args.lora:
             return make_adapted(self.denoiser, adapter, args, folder)
-        net = self.network(folder, "student") if folder else self.network(self.folder, self.denoiser_name)
-        net.requires_grad_(True).train()
+        net = self.network(folder).requires_grad_(True).train()
         if args.checkpointing:
             net.enable_gradient_checkpointing()
         net = shard(net, args, self.dtype).to(self.device)
@@ -354,10 +358,10 @@ class SDXL(Teacher):
         }
 
     def null(self, n):
-        """Zeros where the pipeline's config says so (as SDXL's does), else the empty prompt."""
+        """Zeros for the empty prompt where the pipeline's config says so, as SDXL's does."""
         if not hasattr(self, "_null"):
-            self._null = self.encode([""])
-            if self.pipe.config.force_zeros_for_empty_prompt:
+            self._null = self.encode([self.null_prompt])
+            if self.pipe.config.force_zeros_for_empty_prompt and not self.null_prompt:
                 for name in ("encoder_hidden_states", "text_embeds"):
                     self._null[name] = torch.zeros_like(self._null[name])
         return super().null(n)
@@ -557,7 +561,7 @@ def try_out(teacher):
     t = torch.full((1,), T, device=teacher.device)
     try:
         x = torch.zeros(1, *teacher.latent_shape, device=teacher.device)
-        raw = teacher.raw(teacher.denoiser, x, t, teacher.null(1))
+        raw = teacher.raw(teacher.denoiser, x, t, teacher.encode([""]))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of many kinds, as parts can misfit in many ways
@@ -571,6 +575,11 @@ def load_teacher_from(args, device):
     """The teacher of these arguments; its family's batch where none is given."""
     dtype = choose_dtype(args.precision, device)
     teacher = load_teacher(args.teacher, device, dtype, args.resolution, args.frames, args.variant)
+    if args.teacher_lora:
+        merge_into_teacher(teacher, args.teacher_lora)
+    if getattr(args, "negative_prompt", None) is not None:  # adp.py has none
+        teacher.check([args.negative_prompt])
+        teacher.null_prompt = args.negative_prompt
     args.batch = args.batch or teacher.batch
     return teacher
 
@@ -584,6 +593,7 @@ def load_teacher_of_students(args, students):
     if not args.teacher:
         args.teacher = meta["teacher"]
         args.variant = args.variant or meta.get("variant")
+        args.teacher_lora = args.teacher_lora or meta.get("teacher_lora")
     args.resolution = args.resolution or meta.get("resolution")
     args.frames = args.frames or meta.get("frames")
     return load_teacher_from(args, own_device())
@@ -595,16 +605,6 @@ def load_training_teacher(args, device):
     fill_training_arguments(args, teacher)
     set_up_for_training(teacher, args)
     return teacher
-
-
-def fill_training_arguments(args, family):
-    """The defaults that a stage takes from the teacher. UserError for what it cannot do with it. family: a
-    Teacher, or its class, as --plan has no teacher."""
-    if family.video and getattr(args, "lambda_pixel", 0):
-        raise UserError(NO_PIXELS_OF_VIDEO)
-    args.batch = args.batch or family.batch
-    if getattr(args, "guidance", 0) is None:
-        args.guidance = family.adm_guidance
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -703,8 +703,9 @@ def open_student(path, teacher, steps=None):
     """A checkpoint -> (its folder, Student, meta). UserError for a student of another teacher."""
     folder, meta = find_checkpoint(path, "student")
     if meta["fingerprint"] != teacher.fingerprint:
-        source = meta["teacher"]
-        raise UserError(f"the checkpoint {folder} was distilled from {source}, not from {teacher.path}")
+        source = describe_teacher(meta["teacher"], meta.get("teacher_lora"))
+        own = describe_teacher(teacher.path, teacher.lora)
+        raise UserError(f"the checkpoint {folder} was distilled from {source}, not from {own}")
     return folder, Student(teacher, meta["parametrisation"], steps or meta["steps"]), meta
 
 
@@ -712,7 +713,7 @@ def load_student(path, teacher):
     """A checkpoint -> (network to sample with, in the teacher's precision, Student, meta). UserError for a
     student of another teacher."""
     folder, student, meta = open_student(path, teacher)
-    net = teacher.network(folder, "student").requires_grad_(False).to(teacher.device, teacher.dtype)
+    net = teacher.network(folder).requires_grad_(False).to(teacher.device, teacher.dtype)
     return net, student, meta
 
 

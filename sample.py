@@ -1,9 +1,10 @@
-"""Draws images or videos with a student, a teacher, or both; exports a student as a diffusers pipeline.
+"""Draws images or videos with a student, a teacher, or both; exports a student as a pipeline or a LoRA file.
 
     python sample.py --student runs/adm-sdxl --prompt "a small red circle" "a blue square" --seeds 0 1 2 3
     python sample.py --teacher cogvideox --prompts prompts.txt --out samples/teacher
     python sample.py --student runs/adm-cogvideox --prompts prompts.txt --side-by-side
     python sample.py --student runs/adm-sdxl --export exported/sdxl
+    python sample.py --student runs/adm-sdxl --export-lora exported/lora/sdxl.safetensors --rank 64
 
 Writes OUT/0000-0.png or .mp4 ... (prompt number, seed) and OUT/grid.png: a row a prompt, or a video's
 frames; and OUT/index.json, which says what made them: a folder holds the samples of one command. A sample
@@ -18,13 +19,15 @@ import torch
 from tqdm import tqdm
 
 import common
+from metrics.rows import format_table
 from support import arguments
 from support.arguments import positive, seed_number
+from support.card import PLACE, write_card
 from support.checkpoints import find_checkpoint
 from support.errors import UserError, launch
 from support.escapes import make_printable
-from support.export import export, write_line
-from support.files import make_folder, remove_leftovers, write_sealed
+from support.export import check_lora_file, export, export_lora, write_line, write_lora_lines
+from support.files import make_folder, read_json, remove_leftovers, write_sealed, write_text
 from support.folders import check_index
 from support.media import require_video_writer, save_grid, save_video
 from support.outputs import check_folder, check_new
@@ -50,11 +53,22 @@ def parse_arguments(argv):
     add = parser.group("where it goes")
     add("--out", "folder for the samples", default="samples")
     add("--export", "write the student to this folder as a diffusers pipeline, and draw nothing")
+    lora = "write the student to this .safetensors file as a LoRA of its teacher, and draw nothing"
+    add("--export-lora", lora, metavar="FILE")
+    rank = "rank of the LoRA of a student whose every weight trained"
+    add("--rank", rank, type=positive, shown="that of its --lora")
+    add("--report", "a report.json of evaluate.py, whose table comes into the model card", metavar="FILE")
     args = parser.parse_args(argv)
 
-    exporting = args.export is not None
+    exporting = args.export is not None or args.export_lora is not None
     if exporting and (args.prompt or args.prompts or not args.student):
-        raise UserError("--export takes a --student and no prompts")
+        raise UserError("--export and --export-lora take a --student and no prompts")
+    if args.export is not None and args.export_lora is not None:
+        raise UserError("give either --export or --export-lora: they take a command each")
+    if args.rank and args.export_lora is None:
+        raise UserError("--rank is for --export-lora FILE: give that, too")
+    if args.report and not exporting:
+        raise UserError("--report is for the model card of --export or --export-lora: give one of them, too")
     if not exporting and bool(args.prompt) == bool(args.prompts):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
     if args.prompt_column and not args.prompts:
@@ -63,7 +77,10 @@ def parse_arguments(argv):
         raise UserError("--side-by-side compares a --student with its teacher")
     for prompt in args.prompt or ():
         check_prompt(prompt)
-    if exporting:
+    if args.export_lora is not None:
+        check_lora_file(args.export_lora)
+        args.export_lora = os.path.abspath(args.export_lora)
+    elif exporting:
         args.export = os.path.abspath(args.export)  # without a slash at the end
         check_new(args.export)
     else:
@@ -82,12 +99,14 @@ def check_prompt(prompt):
 def main(argv=None):
     args = parse_arguments(argv)
     prompts = read_prompts(args.prompts, args.prompt_column) if args.prompts else args.prompt
+    table = read_table(args.report) if args.report else None
     if args.student:
         # found once, as a run that goes on may have another one soon
         args.student, meta = find_checkpoint(args.student)
     teacher = common.load_teacher_of_students(args, [args.student] if args.student else [])
-    if args.export is not None:
-        export_student(args, teacher, meta)
+    if args.export is not None or args.export_lora is not None:
+        write = export_student if args.export_lora is None else export_student_lora
+        write(args, teacher, meta, table)
         return
     if teacher.video:
         require_video_writer()
@@ -108,15 +127,44 @@ def load_system(args, teacher):
     return System(teacher, student, net, checkpoint=args.student)
 
 
-def export_student(args, teacher, meta):
-    """Writes the student, of a checkpoint with this meta, to --export, and says how to draw with it."""
+def export_student(args, teacher, meta, table):
+    """Writes the student, of a checkpoint with this meta, to --export, and says how to draw with it. table:
+    of --report, for its card."""
     student = common.Student(teacher, meta["parametrisation"], meta["steps"])
     student.scheduler()  # where there is none the weights need not be read
     system = load_system(args, teacher)
-    export(system, args.export)
+    imports = "import torch; from diffusers import DiffusionPipeline"
+    lines = [imports, f"images = {write_line(system, PLACE)}[0]"]
+    export(system, args.export, write_card(student, meta, os.path.basename(args.export), lines, table))
     print(f"{make_printable(args.export)}: a diffusers pipeline. It draws this student's samples with")
-    print("import torch; from diffusers import DiffusionPipeline")
+    print(imports)
     print(write_line(system, args.export))
+
+
+def export_student_lora(args, teacher, meta, table):
+    """The same for a LoRA file, --export-lora."""
+    student = common.Student(teacher, meta["parametrisation"], meta["steps"])
+
+    def load_networks():
+        return teacher.network(args.student), teacher.network()
+
+    said = export_lora(student, args.student, meta, args.export_lora, args.rank, load_networks)
+    folder, name = os.path.split(args.export_lora)
+    lines = write_lora_lines(student, args.export_lora, is_card=True)
+    card = write_card(student, meta, name.removesuffix(".safetensors"), lines, table, lora=said)
+    write_text(os.path.join(folder, "README.md"), card)
+    print(f"{make_printable(args.export_lora)}: a LoRA file, with scheduler/ beside it: {said}.")
+    print("It draws this student's samples with")
+    print("\n".join(write_lora_lines(student, args.export_lora)))
+
+
+def read_table(path):
+    """The Markdown table of a report.json of evaluate.py. UserError for any other file."""
+    report = read_json(path)
+    try:
+        return format_table(report["rows"], report["paper"])
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"--report {path} is no report.json of evaluate.py") from error
 
 
 def prepare_folder(args, systems, prompts):

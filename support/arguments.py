@@ -10,7 +10,7 @@ from fractions import Fraction
 from support.escapes import make_printable
 from support.outputs import check_folder
 from support.parallel import is_main
-from support.prompts import COLUMNS, PROMPTS
+from support.prompts import COLUMNS, PROMPTS, is_encodable
 
 # of evaluate.py those that need nothing but a student's images; fid and vbench want thousands of them, too
 EVAL_METRICS = ("oracle", "clip", "pick", "hpsv2", "mps", "lpips")
@@ -97,6 +97,12 @@ def variant_name(text):
     return text
 
 
+def encodable(text):
+    if not is_encodable(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text")
+    return text
+
+
 def new_folder(text):
     """A folder's path, to which results can be written."""
     check_folder(text)
@@ -126,6 +132,7 @@ def add_teacher_arguments(parser, required=True):
     add("--teacher", f"{names}, a pipeline folder, or a hub id", required=required, shown=shown)
     variant = "of the teacher's weight files, as fp16 in model.fp16.safetensors"
     add("--variant", variant, type=variant_name, shown="those without one")
+    add("--teacher-lora", "a LoRA .safetensors file that is merged into the teacher", metavar="FILE")
     shown = "the teacher's: SDXL and SD3 1024, CogVideoX 480x720"
     add("--resolution", "pixels: a side, or HEIGHTxWIDTH", type=resolution, shown=shown)
     shown = "the teacher's: CogVideoX 49"
@@ -142,6 +149,15 @@ def add_sampler_arguments(parser):
     add("--steps", "steps of the teacher's sampler", type=sampler_steps, shown=shown)
     shown = parser.default_of("guidance")
     add("--guidance", "the teacher's classifier-free guidance scale", type=non_negative, shown=shown)
+    add_negative_prompt(parser, "teacher")
+
+
+def add_negative_prompt(parser, title):
+    add = parser.group(title)
+    negative = "what the teacher's guidance leads away from"
+    add(
+        "--negative-prompt", negative, type=encodable, metavar="TEXT", shown="the pipeline's own, mostly none"
+    )
 
 
 def add_prompts_arguments(parser, title, text=PROMPTS_HELP, **options):
@@ -206,6 +222,7 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     # paper silent: guidance: DMD2's 8 for SDXL, the pipelines' own defaults for the others
     shown = parser.default_of("adm_guidance")
     add("--guidance", "the teacher's classifier-free guidance scale", type=non_negative, shown=shown)
+    add_negative_prompt(parser, "method")
     # paper silent: dt: what peers take; the two classes of the discriminator differ by about dt
     add("--dt", "length of the ODE step, in units of T", type=fraction, default="1/64")
     ttur = "updates of fake score and discriminator for one of the student"
@@ -296,6 +313,8 @@ def add_training_arguments(parser):
     add("--shard", shard, choices=("ddp", "zero1", "fsdp"), default="ddp")
     lora = "rank of adapters on the frozen teacher, which are all that trains; 0 trains every weight"
     add("--lora", lora, type=whole, default=0)
+    targets = "endings of the names of the layers that get an adapter, as to_q to_k to_v"
+    add("--lora-targets", targets, nargs="+", metavar="ENDING", shown="all linear ones of the blocks")
     offload = "keep text encoders and VAE on the CPU but while used; prompts are encoded 64 iterations ahead"
     add("--offload", offload, action="store_true")
     checkpointing = "keep activations instead of computing them twice"

@@ -25,7 +25,8 @@ META = {  # what is read of meta.json
     "arguments",
     "files",
 }
-CONTENT = {"student", "state", "meta.json"}
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what a pipeline looks for in a folder
+CONTENT = {"student", "state", "meta.json", LORA_FILE, "scheduler"}
 STEP = re.compile(r"step_\d+")  # a checkpoint's folder
 
 

@@ -239,6 +239,11 @@ def sample_json_lines(path, count):
     return values
 
 
+def write_text(path, text):
+    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
 def write_json(path, value):
     with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)

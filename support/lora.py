@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 
 import torch
 from torch import nn
@@ -18,13 +19,13 @@ class Adapted(nn.Module):
     Its parameters are the adapter's alone, float32. The backbone itself, called as ever, has all adapters
     off."""
 
-    def __init__(self, backbone, name, rank):
+    def __init__(self, backbone, name, rank, endings=None):
+        """endings: of the names of the layers that it adapts (--lora-targets), by default all of them."""
         super().__init__()
         peft = require("peft", "peft", "adds LoRA adapters")
-        names = [n.removesuffix(".base_layer") for n in find_linear_layers(backbone)]
-        targets = [n for n in names if "lora_" not in n]
         # paper silent: lora targets: every linear layer of the blocks; alpha = rank, so that the learning
         # rate means the same for all ranks
+        targets = list(find_targets(backbone, endings))
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
         backbone.add_adapter(config, name)
         self.name = name
@@ -91,19 +92,46 @@ class Adapted(nn.Module):
             state[f"{n}.weight"] = state[f"{n}.weight"].float() + delta
         return state
 
+    def read_layers(self):
+        """{name as peft has it: weight} of the adapter alone, float32, on the CPU."""
+        layers = {}
+        for n, layer in self.layers.items():
+            layers[f"{n}.lora_A.weight"] = layer.lora_A[self.name].weight.detach().cpu()
+            layers[f"{n}.lora_B.weight"] = layer.lora_B[self.name].weight.detach().cpu()
+        return layers
+
+
+def find_targets(net, endings=None):
+    """{name: linear layer} of those in blocks that --lora adapts: all, or those whose names have one of these
+    endings (to_q, attn.to_out.0). UserError for an ending that none has."""
+    layers = {}
+    for name, layer in find_linear_layers(net).items():
+        if "lora_" not in name:
+            layers[name.removesuffix(".base_layer")] = layer
+    if not endings:
+        return layers
+    chosen = {}
+    for ending in endings:
+        fitting = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{ending}")}
+        if not fitting:
+            kinds = sorted({re.sub(r".*blocks\.\d+\.", "", name) for name in layers})
+            raise UserError(f"--lora-targets {ending} is the end of none of {', '.join(kinds)}")
+        chosen |= fitting
+    return chosen
+
 
 def make_adapted(backbone, name, args, folder=None):
     """The backbone with an adapter of this name, zero or that of the student in the checkpoint `folder`.
     UserError where that student is of another kind."""
     if args.compile:
         raise UserError("--compile is for networks that train whole; --lora has none")
-    net = Adapted(backbone, name, args.lora)
+    net = Adapted(backbone, name, args.lora, args.lora_targets)
     if folder:
         try:
             net.load_state_dict(read_tensors(os.path.join(folder, "state", "G.pt")))
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(
-                f"--lora {args.lora} starts from the teacher, or from a student of the same --lora; "
-                f"{folder} is none"
+                f"--lora {args.lora} starts from the teacher, or from a student of the same --lora and "
+                f"--lora-targets; {folder} is none"
             ) from error
     return net

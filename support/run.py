@@ -39,6 +39,7 @@ from support.files import (
 )
 from support.loading import describe_teacher
 from support.lora import Adapted
+from support.lora_files import save_lora_beside
 from support.media import save_curves, save_grid, save_video
 from support.pairs import identify
 from support.parallel import average, gather, gather_zero1, is_main, lay_out, wait_for_all, world_size
@@ -51,9 +52,20 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # What a run is: with another value it is another run
 IDENTITY = ("stage", "fingerprint", "resolution", "frames", "parametrisation", "steps")
-IDENTITY_ARGUMENTS = ("loss", "init", "seed", "lora", "head_width")
+IDENTITY_ARGUMENTS = ("loss", "init", "seed", "lora", "lora_targets", "head_width")
 # What does not change the numbers, or is compared as part of the above
-FREE = ("teacher", "variant", "out", "resume", "plan", "gpu_gb", "log_every", "save_every", "keep")
+FREE = (
+    "teacher",
+    "variant",
+    "teacher_lora",
+    "out",
+    "resume",
+    "plan",
+    "gpu_gb",
+    "log_every",
+    "save_every",
+    "keep",
+)
 FREE += ("patience", "shard", "offload", "compile", "checkpointing")
 FREE += ("eval_every", "eval_prompts", "eval_metric", "eval_seeds", "weights_dir")
 FREE += ("clip_model", "clip_weights", "clip_prefix", "hps_version", "lpips_net", "lpips_size")
@@ -90,9 +102,11 @@ class Run:
             "stage": stage,
             "teacher": describe_teacher(args.teacher),
             "variant": args.variant,
+            "teacher_lora": args.teacher_lora and os.path.abspath(args.teacher_lora),
             "fingerprint": self.teacher.fingerprint,
             "resolution": self.teacher.resolution,
             "frames": self.teacher.frames,
+            "negative_prompt": self.teacher.null_prompt,
             "parametrisation": self.student.parametrisation,
             "steps": self.student.steps,
             "data": describe_data(method),
@@ -352,6 +366,8 @@ class Run:
                     weights = gather(net.state_dict())
                 if is_main():
                     save_network(self.teacher.denoiser, weights, os.path.join(temporary, "student"))
+                    if isinstance(net, Adapted):
+                        save_lora_beside(self.student, net.read_layers(), temporary)
             if is_main():
                 meta = {"step": step, **self.meta, "files": describe_files(temporary)}
                 if self.score is not None:

@@ -48,7 +48,7 @@ class System:
             "steps": self.steps,
         }
         if not self.student:
-            return index | {"guidance": self.guidance}
+            return index | {"guidance": self.guidance, "negative_prompt": self.teacher.null_prompt}
         meta = read_sealed(os.path.join(self.checkpoint, "meta.json"))
         checksums = {
             name: checksum for name, checksum in meta["files"].items() if name.startswith("student/")

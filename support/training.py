@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
+from support.errors import UserError
 from support.offload import Offload
 from support.parallel import shard, wrap_ddp
 
@@ -30,6 +31,16 @@ def set_up_for_training(teacher, args):
         teacher.offload = Offload(teacher.pipe, names, teacher._encode, teacher.device)
     teacher.fingerprint  # noqa: B018  read it while its weights are whole
     shard(teacher.denoiser, args, None)
+
+
+def fill_training_arguments(args, family):
+    """The defaults that a stage takes from the teacher. UserError for what it cannot do with it. family: a
+    Teacher, or its class, as --plan has no teacher."""
+    if family.video and getattr(args, "lambda_pixel", 0):
+        raise UserError("the pixel discriminator sees single pictures, not video: give --lambda-pixel 0")
+    args.batch = args.batch or family.batch
+    if getattr(args, "guidance", 0) is None:
+        args.guidance = family.adm_guidance
 
 
 def prepare(net, lr, args):

@@ -425,12 +425,12 @@ TABLE = {
         # conditions, maps and pixels
         (
             "the null prompt is a word",
-            'self._null = self.encode([""])\n            if',
+            "self._null = self.encode([self.null_prompt])\n            if",
             'self._null = self.encode(["a"])\n            if',
         ),
         (
             "the null prompt is a word in SD3",
-            'self._null = self.encode([""])\n        return',
+            "self._null = self.encode([self.null_prompt])\n        return",
             'self._null = self.encode(["a"])\n        return',
         ),
         (
@@ -491,11 +491,6 @@ TABLE = {
             "CogVideoX's output backwards",
             "return raw.transpose(1, 2).float()",
             "return raw.transpose(1, 2).flip(2).float()",
-        ),
-        (
-            "ADM with the sampler's guidance",
-            "args.guidance = family.adm_guidance",
-            "args.guidance = family.guidance",
         ),
         # students
         ("the straight path backwards", "return (1 - r) * x_0 + r * eps", "return r * x_0 + (1 - r) * eps"),
@@ -585,6 +580,11 @@ TABLE = {
         ),
     ],
     "support/training.py": [
+        (
+            "ADM with the sampler's guidance",
+            "args.guidance = family.adm_guidance",
+            "args.guidance = family.guidance",
+        ),
         ("AdamW's betas", '"betas": args.betas', '"betas": (0.5, 0.9)'),
         ("AdamW's weight decay", '"weight_decay": args.weight_decay', '"weight_decay": 0'),
         (
@@ -653,6 +653,26 @@ TABLE = {
         ("LoRA's adapter subtracted", "float() + delta", "float() - delta"),
         ("LoRA's adapters stay on", "self.backbone.switched_on[:] = before", "self.backbone"),
     ],
+    "support/lora_files.py": [
+        ("a LoRA file's alpha", '"lora_alpha": rank', '"lora_alpha": 2 * rank'),
+        (
+            "a LoRA file's factors too large",
+            "up = left[:, :rank] * root",
+            "up = left[:, :rank] * values[:rank]",
+        ),
+        (
+            "a LoRA file that is no part of the fingerprint",
+            "[teacher.fingerprint, compute_checksum(path)]",
+            "[teacher.fingerprint]",
+        ),
+        ("a LoRA file left out of what trains", "    if teacher.lora:", "    if not teacher.lora:"),
+        (
+            "a LoRA file merged twice",
+            "pipe, teacher.lora, 0, [teacher.denoiser_name])",
+            "pipe, teacher.lora, 0)",
+        ),
+        ("a LoRA file's error of layers alone", "missing += size", "missing += 0"),
+    ],
 }
 
 MUTATIONS = []
@@ -674,6 +694,8 @@ def order_tests(mutation):
     """All tests, those first that are likely to fail."""
     if mutation and mutation.file in ("adm.py", "adp.py"):
         return OF_THE_STAGES + OF_THE_PARTS + SLOW
+    if mutation and mutation.file == "support/lora_files.py":
+        return ["tests/test_lora_files.py"]
     return OF_THE_PARTS + OF_THE_STAGES + SLOW
 
 

@@ -14,6 +14,7 @@ import adp
 import common
 import helpers
 from support import run
+from support.checkpoints import LORA_FILE, find_checkpoint
 from support.errors import UserError
 from tools.bench import free_port
 
@@ -249,6 +250,15 @@ def test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains(arguments_o
     torch.testing.assert_close(of_adapter, of_saved, rtol=1e-4, atol=1e-5)
     assert (of_adapter - of_backbone).abs().max() > 1e-2
     assert of_backbone.equal(fresh.call(fresh.denoiser, x, t, cond))
+
+    checkpoint, meta = find_checkpoint(str(tmp_path))
+    assert {LORA_FILE, "scheduler/scheduler_config.json"} < set(meta["files"])
+    fresh.pipe.load_lora_weights(checkpoint)
+    of_file = fresh.call(fresh.denoiser, x, t, cond)
+    torch.testing.assert_close(of_adapter, of_file, rtol=1e-4, atol=1e-5)
+    scheduler = method.student.scheduler()
+    kept = type(scheduler).from_pretrained(checkpoint, subfolder="scheduler")
+    assert all(kept.config[name] == value for name, value in scheduler.config.items() if name[0] != "_")
 
 
 def test_lora_goes_on_from_lora_alone(arguments_of, tmp_path):

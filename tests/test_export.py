@@ -111,9 +111,9 @@ def test_the_printed_lines_draw_the_students_pictures(teachers, tmp_path, capsys
     """Run as they are printed, all in one fresh process, elsewhere: exact in fp32, close in bf16."""
     from safetensors.torch import save_file
 
-    def watch(system, folder):
+    def watch(system, folder, card):
         systems.append(system)
-        export(system, folder)
+        export(system, folder, card)
 
     systems, lines, expected = [], [], []
     monkeypatch.setattr(sample, "export", watch)

@@ -16,6 +16,7 @@ import common
 import helpers
 from support.parallel import freeze
 from support.rows import Rows, draw_rows
+from support.training import fill_training_arguments
 
 ROOT = Path(helpers.ROOT)
 CPU = torch.device("cpu")
@@ -342,7 +343,7 @@ def test_adps_warm_up_has_a_rate_of_its_own(places, tmp_path, monkeypatch, famil
 @pytest.mark.parametrize("family, guidance", ((common.SDXL, 8), (common.SD3, 7), (common.CogVideoX, 6)))
 def test_adms_guidance_is_the_familys_for_adm(family, guidance):
     args = helpers.training_arguments("adm", ["--teacher", "sdxl"])
-    common.fill_training_arguments(args, family)
+    fill_training_arguments(args, family)
     assert args.guidance == guidance
 
 

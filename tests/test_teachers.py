@@ -227,7 +227,7 @@ def test_a_teacher_in_the_hubs_cache_is_found_without_network(plain, tmp_path, m
     monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path))
     teacher = common.load_teacher("owner/name", CPU)
     assert teacher.folder.startswith(str(tmp_path))
-    assert teacher.network(teacher.folder, "unet").conv_in.weight.dtype == torch.float32
+    assert teacher.network().conv_in.weight.dtype == torch.float32
 
 
 def rename_weights(folder, *parts):

@@ -7,7 +7,8 @@ stage's own iteration, run on torch's meta device: what changes there changes he
 import itertools
 
 from support.escapes import make_printable
-from support.parallel import find_blocks, find_linear_layers
+from support.lora import find_targets
+from support.parallel import find_blocks
 from tools.meta import count_parameters
 from tools.trace import Networks, change, shorten
 
@@ -82,7 +83,7 @@ def count_states(args, networks, processes):
 
 def count_adapter(args, teacher):
     """Parameters of one network's --lora adapter."""
-    layers = find_linear_layers(teacher.denoiser).values()
+    layers = find_targets(teacher.denoiser, args.lora_targets).values()
     return sum(args.lora * (layer.in_features + layer.out_features) for layer in layers)
 
 
@@ -127,7 +128,7 @@ def measure_activations(args, networks):
 
 def count_checkpoint(args, networks):
     """Bytes that a checkpoint takes on the disk: all that trains and its optimisers' states, and the student
-    once more, in float32."""
+    once more, in float32, with --lora also as a LoRA file."""
     state = networks.teacher.denoiser.state_dict()
     student = sum(weight.numel() for weight in state.values())
     trained = count_adapter(args, networks.teacher) if args.lora else student
@@ -136,6 +137,8 @@ def count_checkpoint(args, networks):
         count += 3 * trained
     if args.ema:
         count += trained
+    if args.lora:
+        count += trained  # the LoRA file
     if networks.heads:
         count += 3 * count_parameters(networks.heads)
     return 4 * count

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common import FAMILIES, fill_training_arguments
+from common import FAMILIES
+from support.training import fill_training_arguments
 from tools.meta import META, DataOnMeta, make_teacher_on_meta, read_configs
 from tools.passes import Passes, count_passes
 from tools.storages import Storages

@@ -1,0 +1,175 @@
+"""LoRA files as diffusers' pipelines read them: of a student that trained so, or split off a whole one."""
+
+import contextlib
+import copy
+import os
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from support.checkpoints import LORA_FILE
+from support.errors import UserError, require
+from support.files import compute_checksum, compute_checksum_of_json
+from support.loading import shorten
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # those that have a low-rank form in peft
+OVERSAMPLE = 32  # directions beside the wanted ones, for the randomised SVD
+
+
+def takes_lora(teacher):
+    """Whether its pipeline reads LoRA files of the denoiser."""
+    kind = type(teacher.pipe)
+    return teacher.denoiser_name in getattr(kind, "_lora_loadable_modules", ())
+
+
+def check_pipeline(teacher):
+    """UserError where plain diffusers could not read a LoRA file of this teacher."""
+    if not takes_lora(teacher):
+        kind = type(teacher.pipe).__name__
+        raise UserError(f"diffusers' {kind} reads no LoRA files: export the whole student with --export")
+
+
+def save_layers(teacher, layers, folder, name=LORA_FILE):
+    """Writes adapters {peft's name in the denoiser: weight}, all of one rank, as the teacher's pipeline does.
+    alpha, in the file's header, is the rank: the pipeline takes them at scale 1."""
+    rank = next(len(weight) for key, weight in layers.items() if "lora_A" in key)
+    targets = sorted({key.split(".lora_")[0] for key in layers})
+    config = {"r": rank, "lora_alpha": rank, "target_modules": targets}
+    part = teacher.denoiser_name
+    parts = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": config}
+    type(teacher.pipe).save_lora_weights(folder, weight_name=name, **parts)
+
+
+def save_lora_beside(student, layers, folder):
+    """Adds to a checkpoint's folder the adapter of a student (common.Student) as a LoRA file, and its
+    scheduler, where diffusers has them."""
+    if not takes_lora(student.teacher):
+        return
+    save_layers(student.teacher, layers, folder)
+    with contextlib.suppress(UserError):  # there is no such scheduler: then the file is all
+        student.scheduler().save_pretrained(os.path.join(folder, "scheduler"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A LoRA that is merged into the teacher
+# ----------------------------------------------------------------------------------------------------------
+
+
+def merge_into_teacher(teacher, path):
+    """--teacher-lora: adds a LoRA file, in any form that diffusers reads, to the weights of the teacher's
+    networks; what is in it is part of the fingerprint. UserError for a file that is none, or does not fit."""
+    require("peft", "peft", "merges --teacher-lora")
+    count = count_factors(path)
+    # its own is of the weights before: what is merged in bf16 rounds otherwise than in fp32
+    teacher.fingerprint = compute_checksum_of_json([teacher.fingerprint, compute_checksum(path)])[:16]
+    if not takes_lora(teacher):
+        kind = type(teacher.pipe).__name__
+        raise UserError(f"diffusers' {kind} reads no LoRA files: leave --teacher-lora out")
+    merge(teacher.pipe, path, count)
+    teacher.lora = path
+
+
+def merge_into_network(teacher, net):
+    """Merges the teacher's LoRA, if it has one, into a network of its denoiser's weights -> the network."""
+    if teacher.lora:
+        pipe = copy.copy(teacher.pipe)
+        setattr(pipe, teacher.denoiser_name, net)
+        merge(pipe, teacher.lora, 0, [teacher.denoiser_name])
+    return net
+
+
+def count_factors(path):
+    """How many low-rank factors a LoRA file has. UserError for any other file."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file --teacher-lora {path}")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--teacher-lora {path} is no .safetensors file: {shorten(error)}") from error
+    factors = {name: tensor for name, tensor in tensors.items() if "lora" in name and tensor.ndim > 1}
+    if not factors:
+        raise UserError(f"--teacher-lora {path} is no LoRA: no tensor in it has lora in its name")
+    for name, tensor in factors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"--teacher-lora {path} is damaged: {name} is not finite")
+    return len(factors)
+
+
+def merge(pipe, path, count, parts=None):
+    """Adds a LoRA file to the weights of the pipeline's networks, or of some alone. UserError where less than
+    `count` of its factors found their layer."""
+    from diffusers.utils import logging
+
+    parts = parts or [name for name in pipe._lora_loadable_modules if getattr(pipe, name, None) is not None]
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it says at length which networks a file has nothing for
+    try:
+        pipe.load_lora_weights(path)
+    except Exception as error:  # of many kinds, as files can misfit in many ways
+        raise UserError(f"--teacher-lora {path} does not fit the teacher: {shorten(error)}") from error
+    finally:
+        logging.set_verbosity(level)
+    found = 0
+    for part in parts:
+        found += sum(".lora_" in name for name, _ in getattr(pipe, part).named_parameters())
+    if found < count:
+        lost = f"{count - found} of its {count} factors find no layer"
+        raise UserError(f"--teacher-lora {path} does not fit the teacher: {lost}")
+    pipe.fuse_lora(components=parts)
+    pipe.unload_lora_weights()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A whole student as a LoRA
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def split_change(student, teacher, rank, device):
+    """Two float32 networks of one architecture -> (adapters {peft's name: weight} of this rank, nearest to
+    what training changed; names of what changed and has no adapter; |what is missing| / |change|, over all
+    weights)."""
+    torch.manual_seed(0)  # of the SVD: the same file every time
+    before = dict(teacher.named_parameters())
+    modules = dict(student.named_modules())
+    layers, left_out = {}, []
+    missing, whole = 0.0, 0.0
+    for name, weight in student.named_parameters():
+        change = (weight - before[name]).to(device)
+        if not change.any():
+            continue
+        size = change.square().sum().item()
+        whole += size
+        module, kind = name.rsplit(".", 1)
+        if kind == "weight" and has_low_rank_form(modules[module]):
+            down, up = factorise(change.flatten(1), rank)
+            missing += (change.flatten(1) - up @ down).square().sum().item()
+            ones = (1,) * (weight.ndim - 2)  # a convolution's second factor is one of 1x1
+            layers[f"{module}.lora_A.weight"] = down.view(rank, *weight.shape[1:]).cpu()
+            layers[f"{module}.lora_B.weight"] = up.view(len(weight), rank, *ones).cpu()
+        else:
+            missing += size
+            left_out.append(name)
+    if not layers:
+        raise UserError("the student's weights are the teacher's: there is nothing to write")
+    return layers, left_out, (missing / whole) ** 0.5
+
+
+def has_low_rank_form(module):
+    return isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1
+
+
+def factorise(matrix, rank):
+    """matrix [m, n] -> (down [rank, n], up [m, rank]), whose product is nearest to it but for what a
+    randomised SVD misses: a whole one takes hours for a large teacher. With zeros where there are fewer
+    directions than `rank`, as readers take alpha / rank for the scale."""
+    count = min(rank + OVERSAMPLE, *matrix.shape)
+    left, values, right = torch.svd_lowrank(matrix, q=count, niter=4)
+    root = values[:rank].sqrt()
+    up = left[:, :rank] * root
+    down = root[:, None] * right[:, :rank].T
+    padding = rank - len(root)
+    return F.pad(down, (0, 0, 0, padding)).contiguous(), F.pad(up, (0, padding)).contiguous()
