@@ -6,6 +6,8 @@ import json
 import math
 import typing
 
+import torch
+
 from support.errors import UserError
 
 # What becomes of a field; docs/teacher-configs.md has them all, and a test holds the two together.
@@ -141,7 +143,7 @@ UNET_FIELDS = {
     **honour(
         "time_embedding_act_fn", "timestep_post_act", "conv_out_kernel", "mid_block_only_cross_attention"
     ),
-    "addition_embed_type": ("text_time",),
+    "addition_embed_type": ABSENT,
     "attention_type": ("default",),
     "class_embed_type": ABSENT,
     "class_embeddings_concat": OFF,
@@ -150,6 +152,7 @@ UNET_FIELDS = {
     "num_class_embeds": ABSENT,
     "time_cond_proj_dim": ABSENT,  # the guidance scale as an input, of LCM
 }
+SDXL_FIELDS = {**UNET_FIELDS, "addition_embed_type": ("text_time",)}
 SD3_FIELDS = {
     **honour("sample_size", "patch_size", "in_channels", "out_channels", "num_layers", "attention_head_dim"),
     **honour("num_attention_heads", "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"),
@@ -174,21 +177,25 @@ VAE_FIELDS = {
     "out_channels": (3,),
     "force_upcast": UNUSED,  # from fp16, in which nothing runs here
 }
-SDXL_VAE_FIELDS = {
+IMAGE_VAE_FIELDS = {
     **VAE_FIELDS,
     "mid_block_add_attention": HONOURED,
     "sample_size": UNUSED,  # of tiles
-    "latents_mean": HONOURED,
-    "latents_std": HONOURED,
-    "shift_factor": (None, 0),  # the pipeline does not read it, as those below
 }
-SD3_VAE_FIELDS = {
-    **VAE_FIELDS,
-    "mid_block_add_attention": HONOURED,
-    "sample_size": UNUSED,  # of tiles
-    "shift_factor": HONOURED,
+SD_VAE_FIELDS = {
+    **IMAGE_VAE_FIELDS,
+    "shift_factor": (None, 0),  # the pipeline does not read it, as those below
     "latents_mean": ABSENT,
     "latents_std": ABSENT,
+}
+SDXL_VAE_FIELDS = {
+    **SD_VAE_FIELDS,
+    "latents_mean": HONOURED,
+    "latents_std": HONOURED,
+}
+SD3_VAE_FIELDS = {
+    **SD_VAE_FIELDS,
+    "shift_factor": HONOURED,
 }
 COGVIDEOX_VAE_FIELDS = {
     **VAE_FIELDS,
@@ -213,6 +220,7 @@ class Part:
 
     classes: tuple
     fields: dict = dataclasses.field(default_factory=dict)
+    packing: int = 1  # numbers of a latent's channel that are one token of a denoiser's input
 
 
 CLIP = Part(("CLIPTextModel", "CLIPTextModelWithProjection"))
@@ -223,7 +231,7 @@ T5_TOKENIZER = Part(("T5Tokenizer", "T5TokenizerFast"))
 PIPELINES = {
     "StableDiffusionXLPipeline": {
         "scheduler": Part(DIFFUSION, DIFFUSION_FIELDS),
-        "unet": Part(("UNet2DConditionModel",), UNET_FIELDS),
+        "unet": Part(("UNet2DConditionModel",), SDXL_FIELDS),
         "vae": Part(("AutoencoderKL",), SDXL_VAE_FIELDS),
         "text_encoder": CLIP,
         "text_encoder_2": POOLED_CLIP,
@@ -248,9 +256,23 @@ PIPELINES = {
         "text_encoder": T5,
         "tokenizer": T5_TOKENIZER,
     },
+    "StableDiffusionPipeline": {
+        "scheduler": Part(DIFFUSION, DIFFUSION_FIELDS),
+        "unet": Part(("UNet2DConditionModel",), UNET_FIELDS),
+        "vae": Part(("AutoencoderKL",), SD_VAE_FIELDS),
+        "text_encoder": Part(("CLIPTextModel",)),
+        "tokenizer": CLIP_TOKENIZER,
+    },
 }
 MAY_BE_ABSENT = ("text_encoder_3", "tokenizer_3")
-NEVER_CALLED = ("image_encoder", "feature_extractor", "add_watermarker")  # of the pipelines, without an image
+# of the pipelines' components and switches, without an image
+NEVER_CALLED = (
+    "image_encoder",
+    "feature_extractor",
+    "add_watermarker",
+    "safety_checker",
+    "requires_safety_checker",
+)
 SWITCHES = {"StableDiffusionXLPipeline": ("force_zeros_for_empty_prompt",)}  # of model_index.json
 
 
@@ -312,7 +334,7 @@ def check_configs(name, pipeline, configs, classes):
     [(part, denoiser)] = whole.items()
     if not scheduler.get("shift", 1) > 0:
         raise refuse(name, config_file("scheduler"), "shift", scheduler["shift"], "it must be above 0")
-    check_channels(name, config_file(part), denoiser, vae)
+    check_channels(name, config_file(part), denoiser, vae, PIPELINES[pipeline][part].packing)
     check_scale(name, vae)
 
 
@@ -376,33 +398,42 @@ def is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_channels(name, file, denoiser, vae):
+def count_latent_channels(vae):
+    """Of a VAE's config: the two names are of different classes."""
+    return vae.get("latent_channels", vae.get("z_dim"))
+
+
+def check_channels(name, file, denoiser, vae, packing):
     """UserError for a denoiser that takes or gives more than the latents."""
     channels = denoiser["in_channels"]
-    if denoiser["out_channels"] not in (None, channels):
+    latents = channels // packing
+    if denoiser.get("out_channels") not in (None, channels, latents):
         why = f"not the {show(channels)} of in_channels: an inpainting, editing or learned-variance network"
         raise refuse(name, file, "out_channels", denoiser["out_channels"], why)
-    if vae["latent_channels"] != channels:
+    if count_latent_channels(vae) != latents:
+        field = "latent_channels" if "latent_channels" in vae else "z_dim"
         why = f"but the denoiser's in_channels are {show(channels)}"
-        raise refuse(name, "vae/config.json", "latent_channels", vae["latent_channels"], why)
+        raise refuse(name, "vae/config.json", field, vae[field], why)
 
 
 def check_scale(name, vae):
     """UserError for numbers with which latents cannot be scaled."""
     file = "vae/config.json"
-    if not (is_number(vae["scaling_factor"]) and vae["scaling_factor"] > 0):
-        raise refuse(name, file, "scaling_factor", vae["scaling_factor"], "it must be a number above 0")
-    if not (vae["shift_factor"] is None or is_number(vae["shift_factor"])):
-        raise refuse(name, file, "shift_factor", vae["shift_factor"], "it must be a number")
+    factor = vae.get("scaling_factor", 1)
+    if not (is_number(factor) and factor > 0):
+        raise refuse(name, file, "scaling_factor", factor, "it must be a number above 0")
+    shift = vae.get("shift_factor")
+    if not (shift is None or is_number(shift)):
+        raise refuse(name, file, "shift_factor", shift, "it must be a number")
     for field, other in (("latents_mean", "latents_std"), ("latents_std", "latents_mean")):
-        value = vae[field]
+        value = vae.get(field)
         if value is None:
             continue
         if vae[other] is None:
             raise refuse(name, file, field, value, f"but no {other}")
         is_list = isinstance(value, list) and all(map(is_number, value))
-        if not is_list or len(value) != vae["latent_channels"]:
-            raise refuse(name, file, field, value, "it must be a number for each of the latent_channels")
+        if not is_list or len(value) != count_latent_channels(vae):
+            raise refuse(name, file, field, value, "it must be a number for each of the latents' channels")
 
 
 def read_size(name, sample_size, factor):
@@ -416,16 +447,19 @@ def read_size(name, sample_size, factor):
     return size[0] * factor, size[1] * factor
 
 
-def unscale(latents, config):
-    """Latents [B, C, ...] as the denoiser wants them -> as the VAE of this config does, as the pipeline's
-    call does."""
-    latents = latents / config.scaling_factor
-    shape = (1, -1, *[1] * (latents.ndim - 2))
-    if config.latents_mean:
-        mean = latents.new_tensor(config.latents_mean).view(shape)
-        std = latents.new_tensor(config.latents_std).view(shape)
+def unscale(latents, vae):
+    """Latents [B, C, ...] as the denoiser wants them -> as this VAE does, as the pipeline's call does: by a
+    factor and a shift, by means and deviations of the channels, or by a batch norm's statistics."""
+    config = vae.config
+    latents = latents / config.get("scaling_factor", 1)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if hasattr(vae, "bn"):
+        mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.bn.eps).sqrt()
+    if mean is not None:
+        shape = (1, -1, *[1] * (latents.ndim - 2))
+        mean, std = (torch.as_tensor(value).to(latents).view(shape) for value in (mean, std))
         latents = latents * std + mean
-    return latents + (config.shift_factor or 0)
+    return latents + (config.get("shift_factor") or 0)
 
 
 def describe_sampler(kind, config):

@@ -32,12 +32,9 @@ def write_line(system, folder):
     for name, part in teacher.pipe.components.items():
         if part is None and name not in teacher.pipe._optional_components:
             opening.append(f"{name}=None")  # SD3 without T5: diffusers wants to hear it
-    height, width = teacher.resolution
     timesteps = choose_timesteps(system.student.scheduler(), system.student.times)
     steps = f"timesteps={timesteps}" if timesteps else f"num_inference_steps={system.steps}"
-    drawing = ["prompt", steps, "guidance_scale=1", f"height={height}", f"width={width}"]
-    if teacher.video:
-        length = teacher.denoiser.config.max_text_seq_length
-        drawing += [f"num_frames={teacher.frames}", f"max_sequence_length={length}"]
+    settings = teacher.call_settings(teacher.student_guidance)
+    drawing = ["prompt", steps, *(f"{name}={value!r}" for name, value in settings.items())]
     device = "" if teacher.device.type == "cpu" else f'.to("{teacher.device.type}")'
     return f"DiffusionPipeline.from_pretrained({', '.join(opening)}){device}({', '.join(drawing)})"

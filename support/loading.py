@@ -1,6 +1,7 @@
 """Loads a pipeline so that no weight is missing, made up, left over, or not a number."""
 
 import dataclasses
+import inspect
 import os
 import re
 import textwrap
@@ -87,7 +88,16 @@ def load_pipeline(name, path, dtype, variant=None):
             f"the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps along the "
             "same schedule"
         )
-    return getattr(diffusers, teacher.pipeline)(**parts, **teacher.switches), folder
+    return assemble(getattr(diffusers, teacher.pipeline), parts, teacher.switches), folder
+
+
+def assemble(pipeline, parts, switches):
+    """A diffusers pipeline of this class: the components that it wants but that are not there are None."""
+    wanted = inspect.signature(pipeline).parameters
+    if "requires_safety_checker" in wanted:
+        switches = {**switches, "requires_safety_checker": False}
+    absent = [part for part, parameter in wanted.items() if parameter.default is parameter.empty]
+    return pipeline(**{**dict.fromkeys(absent), **parts}, **switches)
 
 
 def fetch_folder(name, path, variant):

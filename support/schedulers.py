@@ -24,8 +24,18 @@ def make_lcm_scheduler(alphas_cumprod, prediction, steps):
         prediction_type=prediction,
         clip_sample=False,
         original_inference_steps=len(betas),
+        steps_offset=1,  # nothing reads it, but a StableDiffusionPipeline complains of any other
         timestep_scaling=EXACT,
     )
+
+
+def read_shift(config, tokens):
+    """The shift S of a flow scheduler's config, for pictures of so many tokens."""
+    if not config.get("use_dynamic_shifting"):
+        return config.get("shift", config.get("flow_shift"))
+    fewest, most = config.base_image_seq_len, config.max_image_seq_len
+    share = (tokens - fewest) / (most - fewest)
+    return math.exp(config.base_shift + share * (config.max_shift - config.base_shift))
 
 
 def make_flow_scheduler(sigmas):
@@ -55,6 +65,45 @@ def make_flow_scheduler(sigmas):
     )
 
 
+def make_fixed_scheduler(sigmas):
+    """The same, for pipelines that give diffusers their number of steps n but no mu, as dynamic shifting
+    wants it. UserError where there is none, which is so for hundreds of steps.
+
+    Without it the range of u ends at k = 0.001 shifted by a. The two conditions then make a the smaller root
+    of A a^2 - B a + C."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    steps = len(sigmas) - 1
+    if steps == 0:
+        return make_flow_scheduler(sigmas)
+    a = 1.0
+    if steps > 1:
+        end = 1e-3
+        ratio = (1 - sigmas[1]) / (1 - sigmas[-1])
+        A = end * (1 - ratio * steps)
+        B = (1 - end) * ratio * (steps - 1)
+        C = (1 - end) * (1 - ratio)
+        if B * B < 4 * A * C:
+            raise UserError(
+                f"a student of {steps + 1} steps cannot be exported: diffusers' flow scheduler has no shift "
+                "with its noise levels; train one of fewer steps"
+            )
+        a = 2 * C / (B + math.sqrt(B * B - 4 * A * C))
+    return FlowMatchEulerDiscreteScheduler(shift=a, shift_terminal=sigmas[-1], stochastic_sampling=True)
+
+
+def make_shifted_scheduler(sigmas):
+    """The same, for pipelines that give diffusers the levels 1, 1 - 1/n ... 1/n themselves: it has but to
+    shift them."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    shift = 1.0
+    if len(sigmas) > 1:
+        u = 1 - 1 / len(sigmas)
+        shift = sigmas[1] * (1 - u) / (u * (1 - sigmas[1]))
+    return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=True)
+
+
 def make_velocity_scheduler():
     """For one-step velocity students of a variance-preserving teacher: one step of flow from noise level 1,
     the network's timestep 1000, x_0 = x_T - v. A shift without end makes the first level exactly 1."""
@@ -66,6 +115,7 @@ def make_velocity_scheduler():
         flow_shift=1e30,
         solver_order=1,
         final_sigmas_type="zero",
+        steps_offset=1,  # as above
     )
 
 

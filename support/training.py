@@ -19,7 +19,7 @@ def set_up_for_training(teacher, args):
     checkpointed, and with --shard fsdp the teacher is sharded, too."""
     if args.checkpointing:
         teacher.denoiser.enable_gradient_checkpointing()
-        if not teacher.video:
+        if can_checkpoint(teacher.pipe.vae) and not teacher.video:
             teacher.pipe.vae.enable_gradient_checkpointing()
     if teacher.video:
         teacher.pipe.vae.enable_tiling()  # only previews are decoded: whole, one of CogVideoX takes 23 GB
@@ -30,6 +30,11 @@ def set_up_for_training(teacher, args):
         teacher.offload = Offload(teacher.pipe, names, teacher._encode, teacher.device)
     teacher.fingerprint  # noqa: B018  read it while its weights are whole
     shard(teacher.denoiser, args, None)
+
+
+def can_checkpoint(net):
+    """Whether a diffusers network has gradient checkpointing."""
+    return net._supports_gradient_checkpointing
 
 
 def prepare(net, lr, args):

@@ -1,16 +1,15 @@
-"""The three families against diffusers: real configs, samplers, schedules, conditions, exported students."""
+"""The families against diffusers: real configs, samplers, schedules, conditions, exported students."""
 
 import json
 import os
 import shutil
 import sys
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from transformers import T5Tokenizer
 
 import adp
@@ -21,19 +20,20 @@ from support.errors import UserError
 from support.media import save_video
 from support.rows import Rows
 from support.systems import System
-from tiny import train
+from tiny import families, train
+from tools import meta
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
-CONFIGS = os.path.join(helpers.ROOT, "assets", "configs")
 PROMPTS = ["a red circle", "a small square"]
-KINDS = ("sdxl", "sd3", "cogvideox")  # one of BUILD for each family
+KINDS = ("sdxl", "sd3", "cogvideox", *families.FAMILIES)  # one of BUILD for each family
 BUILD = {
     "sdxl": train.build_sdxl,
     "sd3": train.build_sd3,
     "sd3-t5": lambda: train.build_sd3(t5_encoder=True),
     "cogvideox": train.build_cogvideox,
     "cogvideox-rotary": lambda: train.build_cogvideox(rotary=True),
+    **{kind: family["build"] for kind, family in families.FAMILIES.items()},
 }
 
 
@@ -57,11 +57,6 @@ def teachers(folders):
     return {kind: common.load_teacher(folder, CPU) for kind, folder in folders.items()}
 
 
-def read_configs(name):
-    with open(os.path.join(CONFIGS, f"{name}.json")) as file:
-        return json.load(file)
-
-
 def build_part(config):
     """A component of a pipeline from its config."""
     return getattr(diffusers, config["_class_name"]).from_config(config)
@@ -71,47 +66,50 @@ def draw_noise(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def swap_axes(teacher, x):
-    """Latents between this project's order of axes and diffusers', which has a video's frames first."""
-    return x.transpose(1, 2) if teacher.video else x
-
-
-def draw(pipe, teacher, x_T, **settings):
+def draw(pipe, teacher, x_T, steps, scale, **settings):
     """The diffusers pipeline's own latents for PROMPTS from the noise x_T."""
     pipe.set_progress_bar_config(disable=True)
-    if teacher.video:
-        settings["max_sequence_length"] = teacher.denoiser.config.max_text_seq_length
-    noise = swap_axes(teacher, x_T)
-    latents = pipe(PROMPTS, latents=noise, output_type="latent", **settings)[0]
-    return swap_axes(teacher, latents)
+    settings |= teacher.call_settings(scale)
+    noise = teacher.pack(x_T)
+    latents = pipe(PROMPTS, latents=noise, num_inference_steps=steps, output_type="latent", **settings)[0]
+    return teacher.unpack(latents)
 
 
 # The real models, without weights -------------------------------------------------------------------------
 
 SD3_TEXT = {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)}
+SD_MAPS = [(320, 64, 64), (640, 32, 32), (1280, 16, 16), (1280, 8, 8), (1280, 8, 8)]
 REAL = {  # name: (family, parameters, latents, condition, maps)
     "sdxl": (
-        common.SDXL,
+        "SDXL",
         2_567_463_684,
         (4, 128, 128),
         {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
         [(320, 128, 128), (640, 64, 64), (1280, 32, 32), (1280, 32, 32)],
     ),
-    "sd3-medium": (common.SD3, 2_028_328_000, (16, 128, 128), SD3_TEXT, [(1536, 64, 64)] * 4),
-    "sd3.5-large": (common.SD3, 8_056_627_520, (16, 128, 128), SD3_TEXT, [(2432, 64, 64)] * 4),
+    "sd3-medium": ("SD3", 2_028_328_000, (16, 128, 128), SD3_TEXT, [(1536, 64, 64)] * 4),
+    "sd3.5-large": ("SD3", 8_056_627_520, (16, 128, 128), SD3_TEXT, [(2432, 64, 64)] * 4),
     "cogvideox-2b": (
-        common.CogVideoX,
+        "CogVideoX",
         1_693_783_872,
         (16, 13, 60, 90),
         {"encoder_hidden_states": (226, 4096)},
         [(1920, 13, 30, 45)] * 4,
     ),
     "cogvideox-5b": (
-        common.CogVideoX,
+        "CogVideoX",
         5_570_283_072,
         (16, 13, 60, 90),
         {"encoder_hidden_states": (226, 4096)},
         [(3072, 13, 30, 45)] * 4,
+    ),
+    "sd1.5": ("StableDiffusion", 859_520_964, (4, 64, 64), {"encoder_hidden_states": (77, 768)}, SD_MAPS),
+    "sd2.1-base": (
+        "StableDiffusion",
+        865_910_724,
+        (4, 64, 64),
+        {"encoder_hidden_states": (77, 1024)},
+        SD_MAPS,
     ),
 }
 
@@ -120,29 +118,18 @@ REAL = {  # name: (family, parameters, latents, condition, maps)
 def test_the_real_denoisers(name):
     """Their published sizes, and the shapes at every tap at the default resolution."""
     family, parameters, latents, condition, maps = REAL[name]
-    configs = read_configs(name)
-    with META:
-        net = build_part(configs["denoiser"])
-    assert sum(p.numel() for p in net.parameters()) == parameters
-    pipe = SimpleNamespace(
-        components={},
-        scheduler=build_part(configs["scheduler"]),
-        unet=net,
-        transformer=net,
-        vae=SimpleNamespace(enable_slicing=lambda: None),
-        vae_scale_factor=8,
-        vae_scale_factor_spatial=8,
-        vae_scale_factor_temporal=4,
-    )
-    prepare = CogVideoXPipeline._prepare_rotary_positional_embeddings
-    pipe._prepare_rotary_positional_embeddings = lambda *args: prepare(pipe, *args)
-    teacher = family(pipe, name, META, torch.float32)
+    configs = meta.read_configs(name)
+    pipe = meta.make_pipeline_on_meta(configs, torch.float32)
+    teacher = common.find_family(configs["pipeline"])(pipe, name, META, torch.float32)
+    assert type(teacher).__name__ == family
+    assert meta.count_parameters(teacher.denoiser) == parameters
     assert teacher.latent_shape == latents
+    assert teacher.condition_shapes(configs["text_length"]) == condition
     with META:
         cond = {key: torch.empty(1, *shape) for key, shape in condition.items()}
         found = teacher.features(torch.empty(1, *latents), torch.empty(1), cond)
         assert [tuple(m.shape[1:]) for m in found] == maps
-        assert common.Heads(found)(found).shape == (1, 4)
+        assert common.Heads(found)(found).shape == (1, len(maps))
     if name == "cogvideox-5b":
         assert [tuple(part.shape) for part in teacher.rotary] == [(17550, 64)] * 2
 
@@ -160,7 +147,7 @@ def test_schedules_of_the_real_models(name):
     teacher = object.__new__(common.Teacher)
     teacher.device = CPU
     teacher.path = name
-    teacher._read_schedule(build_part(read_configs(name)["scheduler"]))
+    teacher._read_schedule(build_part(meta.read_configs(name)["scheduler"]))
     alpha, sigma = teacher.schedule(torch.tensor([1, 250, 500, 750, 1000], dtype=torch.float64))
     abar = torch.tensor(PUBLISHED[name], dtype=torch.float64)
     torch.testing.assert_close(alpha**2, abar, atol=5e-8, rtol=0)
@@ -169,6 +156,7 @@ def test_schedules_of_the_real_models(name):
 
 def test_schedule_of_sd3_with_its_shift_of_3():
     teacher = object.__new__(common.SD3)
+    teacher.patches = (64, 64)
     teacher._read_schedule(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     _, sigma = teacher.schedule(torch.tensor([1000, 500, 250], dtype=torch.float64))
     torch.testing.assert_close(sigma, torch.tensor([1, 0.75, 0.5], dtype=torch.float64))
@@ -209,11 +197,11 @@ def test_25_steps_are_the_pipelines_own(teachers, kind):
     teacher = teachers[kind]
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 25, 3.0)
-    settings = {"num_inference_steps": 25, "guidance_scale": 3.0}
+    settings = {}
     if teacher.prediction == "flow":
         # diffusers' default for its last steps shifts sigma_min twice; with explicit sigmas it shifts once
         settings["sigmas"] = np.linspace(1, 1 / 25, 25)
-    theirs = draw(teacher.pipe, teacher, x_T, **settings)
+    theirs = draw(teacher.pipe, teacher, x_T, 25, 3.0, **settings)
     assert (ours - theirs).abs().max() < 1e-5 * ours.std()
     assert ours.std() > 0.1
 
@@ -237,7 +225,7 @@ def test_rotary_embeddings_come_from_the_config_not_the_name(folders, tmp_path, 
     assert (teacher.rotary is not None) == (kind == "cogvideox-rotary")
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 2, 1.0)
-    theirs = draw(teacher.pipe, teacher, x_T, num_inference_steps=2, guidance_scale=1.0)
+    theirs = draw(teacher.pipe, teacher, x_T, 2, 1.0)
     assert (ours - theirs).abs().max() < 1e-4
 
 
@@ -387,7 +375,7 @@ def test_the_shipped_teacher_is_an_ordinary_pipeline():
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 2, 2.0)
-    theirs = draw(pipe, teacher, x_T, num_inference_steps=2, guidance_scale=2.0)
+    theirs = draw(pipe, teacher, x_T, 2, 2.0)
     assert (ours - theirs).abs().max() < 1e-4
 
 
@@ -436,14 +424,14 @@ def test_exported_pipelines_draw_the_students_images(
     rows = Recorded(range(2), ("test", 7), CPU)
     ours = student.sample(system.net, rows, teacher.encode(PROMPTS))
 
-    noise = iter([swap_axes(teacher, eps) for eps in rows.given[1:]])
+    noise = iter([teacher.pack(eps) for eps in rows.given[1:]])
     schedulers = diffusers.schedulers
     for module in (schedulers.scheduling_lcm, schedulers.scheduling_flow_match_euler_discrete):
         # after the last step the flow scheduler draws once more, and multiplies by zero
         monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: next(noise, torch.zeros(shape)))
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3" else {}
     pipe = DiffusionPipeline.from_pretrained(folder, **absent)
-    theirs = draw(pipe, teacher, rows.given[0], num_inference_steps=steps, guidance_scale=1.0)
+    theirs = draw(pipe, teacher, rows.given[0], steps, teacher.student_guidance)
     assert (ours - theirs).abs().max() < 1e-5 * ours.std()
     assert ours.std() > 0.1
 
@@ -536,7 +524,7 @@ def test_the_real_pipelines_with_random_weights(name):
     """What the benchmark builds: text encoders of the widths that the real denoisers take."""
     with META:
         pipe = train.build_real(name)
-    assert type(pipe).__name__ in common.FAMILIES
+    assert common.find_family(type(pipe).__name__)
     assert pipe.vae.dtype == torch.bfloat16
     if name == "sdxl":
         clip = pipe.text_encoder.config.hidden_size
@@ -550,4 +538,6 @@ def test_the_real_pipelines_with_random_weights(name):
         assert pooled == pipe.transformer.config.pooled_projection_dim
         assert pipe.text_encoder_3.config.d_model == pipe.transformer.config.joint_attention_dim
     else:
-        assert pipe.text_encoder.config.d_model == pipe.transformer.config.text_embed_dim
+        config = getattr(pipe, common.find_family(type(pipe).__name__).denoiser_name).config
+        widths = (config.get(key) for key in ("text_embed_dim", "cross_attention_dim"))
+        assert pipe.text_encoder.config.hidden_size in widths

@@ -31,6 +31,8 @@ SIZES = {
     "sd3.5-large": (273.9, 161.1, 34.2),
     "cogvideox-2b": (57.6, 33.9, 7.2),
     "cogvideox-5b": (189.4, 111.4, 23.7),
+    "sd1.5": (29.2, 17.2, 3.7),
+    "sd2.1-base": (29.4, 17.3, 3.7),
 }
 FP32 = ["--precision", "fp32"]
 MOTION = os.path.join(os.path.dirname(PROMPTS), "motion_train.txt")
@@ -53,7 +55,7 @@ def add_up_states(rows):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_states_of_the_five_teachers(name):
+def test_states_of_the_known_teachers(name):
     args = parse(adm, "--teacher", name)
     networks = make_networks(adm, args)
     denoiser = networks.teacher.denoiser
