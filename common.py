@@ -26,7 +26,14 @@ from support.loading import load_network, load_pipeline, shorten
 from support.lora import make_adapted
 from support.parallel import choose_dtype, compile_blocks, own_device, shard
 from support.prompts import check_vocabulary
-from support.schedulers import make_flow_scheduler, make_lcm_scheduler, make_velocity_scheduler, read_shift
+from support.schedulers import (
+    make_flow_scheduler,
+    make_lcm_scheduler,
+    make_velocity_scheduler,
+    read_alphas_cumprod,
+    read_shift,
+    space_timesteps,
+)
 from support.taps import choose_four, read_taps
 from support.tensors import broadcast, concatenate
 from support.training import set_up_for_training
@@ -45,6 +52,10 @@ TEACHERS = {
     "cogvideox": "THUDM/CogVideoX-2b",
     "cogvideox-2b": "THUDM/CogVideoX-2b",
     "cogvideox-5b": "THUDM/CogVideoX-5b",
+    "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "wan2.2-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2.1-base": "stabilityai/stable-diffusion-2-1-base",
 }
@@ -96,27 +107,27 @@ class Teacher:
         self.patches = (height // patch, width // patch)  # the map of a transformer's tokens
         self._read_schedule(pipe.scheduler)
 
+    def _set_frames(self, frames, multiple):
+        """The length of a video. UserError for one that is no multiple plus 1."""
+        if frames % multiple != 1:
+            raise UserError(
+                f"--frames {frames}: this autoencoder wants a multiple of {multiple}, plus 1 "
+                f"({multiple + 1}, {2 * multiple + 1}, ...)"
+            )
+        self.frames = frames
+        latent_frames = (frames - 1) // self.pipe.vae_scale_factor_temporal + 1
+        channels, height, width = self.latent_shape
+        self.latent_shape = (channels, latent_frames, height, width)
+        self.patches = (latent_frames, *self.patches)
+
     def _read_schedule(self, scheduler):
         """The variance-preserving schedule of SDXL and CogVideoX; abar at t = 0, 1, ..., T.
 
         paper silent: time axis: clean data first, then the training schedule, so that timestep n of the
         network is t = n + 1, both ends are exact, and nothing divides by alpha_T."""
         self.prediction = scheduler.config.prediction_type
-        abar = scheduler.alphas_cumprod.double().cpu()
-        abar = torch.cat([torch.ones(1, dtype=torch.float64), abar])
-        self.alphas_cumprod = abar.to(self.device)
-        # some schedulers have 2**-24 in the place of 0
-        falls = (abar.diff() < 1e-6).all() and (abar >= 0).all()
-        if len(abar) != T + 1 or not falls:
-            raise UserError(
-                f"the teacher {self.path} has no noise schedule of {T:g} steps that falls from 1 towards 0 "
-                "(trained_betas, beta_start, beta_end)"
-            )
-        if self.prediction == "epsilon" and abar[-1] < 1e-6:
-            raise UserError(
-                f"the teacher {self.path} predicts noise (prediction_type: epsilon) at zero terminal SNR "
-                "(rescale_betas_zero_snr, beta_schedule), where noise says nothing of the picture"
-            )
+        abar = read_alphas_cumprod(scheduler, self.path)
+        self.alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), abar]).to(self.device)
 
     # The forward process, x_t = alpha_t x_0 + sigma_t eps -------------------------------------------------
 
@@ -198,18 +209,8 @@ class Teacher:
 
     def times(self, steps):
         """The teacher's own times for a sampler of so many steps: its scheduler's spacing, then 0."""
-        from diffusers import DDIMScheduler
-
-        config = self.pipe.scheduler.config
-        spacing = config.get("timestep_spacing", "linspace")  # of a scheduler that has no other
-        scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=config.get("steps_offset", 0))
-        scheduler.set_timesteps(steps)
-        times = (scheduler.timesteps.double() + 1).tolist()
-        if times[0] > T:
-            raise UserError(
-                f"the teacher's steps_offset moves the first of {steps} steps beyond its schedule: give fewer"
-            )
-        return [*times, 0.0]
+        timesteps = space_timesteps(self.pipe.scheduler.config, steps)
+        return [*(timestep + 1.0 for timestep in timesteps), 0.0]
 
     def student_times(self, steps):
         """The times of a student of so many steps.
@@ -511,19 +512,12 @@ class CogVideoX(Teacher):
     def __init__(self, pipe, path, device, dtype, resolution=None, frames=None):
         super().__init__(pipe, path, device, dtype, resolution)
         config = self.denoiser.config
-        self.frames = frames or config.sample_frames
-        if self.frames % 8 != 1:
-            raise UserError(
-                f"--frames {self.frames}: this autoencoder wants a multiple of 8, plus 1 (9, 17, ... 49)"
-            )
-        latent_frames = (self.frames - 1) // pipe.vae_scale_factor_temporal + 1
-        channels, height, width = self.latent_shape
-        self.latent_shape = (channels, latent_frames, height, width)
-        self.patches = (latent_frames, *self.patches)
+        self._set_frames(frames or config.sample_frames, 8)
         self.taps = self.block_taps(self.denoiser.transformer_blocks, 0)  # (video, text)
         self.rotary = None
         if config.use_rotary_positional_embeddings:
-            self.rotary = pipe._prepare_rotary_positional_embeddings(*self.resolution, latent_frames, device)
+            size = (*self.resolution, self.patches[0])
+            self.rotary = pipe._prepare_rotary_positional_embeddings(*size, device)
         pipe.vae.enable_slicing()
 
     def _geometry(self):
@@ -572,6 +566,7 @@ FAMILIES = {  # the paper's
 }
 OTHER_FAMILIES = {  # pipeline: (module of teachers/, its class)
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "WanPipeline": ("wan", "Wan"),
 }
 
 

@@ -120,6 +120,21 @@ FLOW_FIELDS = {
     "use_beta_sigmas": SAMPLER,
     "stochastic_sampling": SAMPLER,
 }
+# Wan's: UniPC, which has the fields of the first kind but none of its schedule, or the flow scheduler's
+WAN_SCHEDULER_FIELDS = {
+    **DIFFUSION_FIELDS,
+    **FLOW_FIELDS,
+    "beta_start": UNUSED,
+    "beta_end": UNUSED,
+    "beta_schedule": UNUSED,
+    "trained_betas": UNUSED,
+    "rescale_betas_zero_snr": UNUSED,
+    "timestep_spacing": UNUSED,
+    "steps_offset": UNUSED,
+    "prediction_type": ("flow_prediction",),
+    "use_flow_sigmas": (True,),
+    "flow_shift": HONOURED,
+}
 
 # ----------------------------------------------------------------------------------------------------------
 # Networks
@@ -170,6 +185,14 @@ COGVIDEOX_FIELDS = {
     "patch_size_t": ABSENT,
     "use_learned_positional_embeddings": OFF,  # of image-to-video
 }
+WAN_FIELDS = {
+    **honour("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim"),
+    **honour("freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "qk_norm", "eps", "rope_max_seq_len"),
+    "patch_size": ([1, 2, 2],),
+    "image_dim": ABSENT,  # of image-to-video, as those below
+    "added_kv_proj_dim": ABSENT,
+    "pos_embed_seq_len": ABSENT,
+}
 VAE_FIELDS = {
     **honour("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),
     **honour("latent_channels", "norm_num_groups", "scaling_factor", "use_quant_conv", "use_post_quant_conv"),
@@ -207,6 +230,13 @@ COGVIDEOX_VAE_FIELDS = {
     "shift_factor": (None, 0),
     "latents_mean": ABSENT,
     "latents_std": ABSENT,
+}
+WAN_VAE_FIELDS = {
+    **honour("base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "dropout"),
+    **honour("temperal_downsample", "is_residual", "patch_size", "out_channels", "scale_factor_spatial"),
+    **honour("latents_mean", "latents_std"),
+    "in_channels": UNUSED,
+    "scale_factor_temporal": (4,),
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -263,7 +293,24 @@ PIPELINES = {
         "text_encoder": Part(("CLIPTextModel",)),
         "tokenizer": CLIP_TOKENIZER,
     },
+    "WanPipeline": {
+        "scheduler": Part(
+            ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"), WAN_SCHEDULER_FIELDS
+        ),
+        "transformer": Part(("WanTransformer3DModel",), WAN_FIELDS),
+        "vae": Part(("AutoencoderKLWan",), WAN_VAE_FIELDS),
+        "text_encoder": Part(("UMT5EncoderModel",)),
+        "tokenizer": T5_TOKENIZER,
+    },
 }
+# of model_index.json: what has to be null, and what it would be
+MUST_BE_NULL = {
+    "WanPipeline": {
+        "transformer_2": "a second network for low noise, as Wan 2.2 A14B has: one network is supported",
+        "boundary_ratio": "the time from which a second network is used: one network is supported",
+    }
+}
+NOTHING = (None, [None, None])
 MAY_BE_ABSENT = ("text_encoder_3", "tokenizer_3")
 # of the pipelines' components and switches, without an image
 NEVER_CALLED = (
@@ -273,7 +320,10 @@ NEVER_CALLED = (
     "safety_checker",
     "requires_safety_checker",
 )
-SWITCHES = {"StableDiffusionXLPipeline": ("force_zeros_for_empty_prompt",)}  # of model_index.json
+SWITCHES = {  # of model_index.json
+    "StableDiffusionXLPipeline": ("force_zeros_for_empty_prompt",),
+    "WanPipeline": ("expand_timesteps",),
+}
 
 
 def choose_classes(name, index):
@@ -286,15 +336,19 @@ def choose_classes(name, index):
         raise UserError(f"the teacher {name!r} is a {show(pipeline)}; known are {', '.join(PIPELINES)}")
     parts = PIPELINES[pipeline]
     switches = {}
+    null = MUST_BE_NULL.get(pipeline, {})
     for field, value in index.items():
-        if field in SWITCHES.get(pipeline, ()) and isinstance(value, bool):
+        if field in null:
+            if value not in NOTHING:
+                raise refuse(name, "model_index.json", field, value, null[field])
+        elif field in SWITCHES.get(pipeline, ()) and isinstance(value, bool):
             switches[field] = value
         elif field not in parts and field not in NEVER_CALLED and not field.startswith("_"):
             raise refuse(name, "model_index.json", field, value, f"which a {pipeline} does not take")
     classes = {}
     for part, known in parts.items():
         value = index.get(part)
-        if value in (None, [None, None]) and part in MAY_BE_ABSENT:
+        if value in NOTHING and part in MAY_BE_ABSENT:
             classes[part] = None
         elif isinstance(value, list) and len(value) == 2 and value[1] in known.classes:
             classes[part] = find_class(value[1])
@@ -332,8 +386,9 @@ def check_configs(name, pipeline, configs, classes):
     vae = whole.pop("vae")
     scheduler = whole.pop("scheduler")
     [(part, denoiser)] = whole.items()
-    if not scheduler.get("shift", 1) > 0:
-        raise refuse(name, config_file("scheduler"), "shift", scheduler["shift"], "it must be above 0")
+    for field in ("shift", "flow_shift"):
+        if not scheduler.get(field, 1) > 0:
+            raise refuse(name, config_file("scheduler"), field, scheduler[field], "it must be above 0")
     check_channels(name, config_file(part), denoiser, vae, PIPELINES[pipeline][part].packing)
     check_scale(name, vae)
 
@@ -375,7 +430,8 @@ def check_fields(name, file, config, kind, fields):
 
 
 def is_among(value, values):
-    """As `in`, but True is not 1 here, nor False 0."""
+    """As `in`, but True is not 1 here, nor False 0; a tuple is a list."""
+    value = list(value) if isinstance(value, tuple) else value
     return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values)
 
 

@@ -4,7 +4,43 @@ import math
 
 from support.errors import UserError
 
+STEPS = 1000  # of every schedule
 EXACT = 1e6  # LCMScheduler's timestep_scaling, with which its step is x0_hat exactly, not nearly
+
+
+def read_alphas_cumprod(scheduler, name):
+    """abar at the timesteps 0 ... 999 of a teacher's variance-preserving schedule, float64 on the CPU.
+    UserError for one that is none, or of which noise prediction says nothing. name: the teacher's."""
+    abar = scheduler.alphas_cumprod.double().cpu()
+    # some schedulers have 2**-24 in the place of 0
+    falls = (abar.diff() < 1e-6).all() and (abar >= 0).all() and (abar <= 1 + 1e-6).all()
+    if len(abar) != STEPS or not falls:
+        raise UserError(
+            f"the teacher {name} has no noise schedule of {STEPS} steps that falls from 1 towards 0 "
+            "(trained_betas, beta_start, beta_end)"
+        )
+    if scheduler.config.prediction_type == "epsilon" and abar[-1] < 1e-6:
+        raise UserError(
+            f"the teacher {name} predicts noise (prediction_type: epsilon) at zero terminal SNR "
+            "(rescale_betas_zero_snr, beta_schedule), where noise says nothing of the picture"
+        )
+    return abar
+
+
+def space_timesteps(config, steps):
+    """The timesteps of so many steps with the spacing of a scheduler's config. UserError where they leave
+    the schedule."""
+    from diffusers import DDIMScheduler
+
+    spacing = config.get("timestep_spacing", "linspace")  # of a scheduler that has no other
+    scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=config.get("steps_offset", 0))
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.tolist()
+    if timesteps[0] >= STEPS:
+        raise UserError(
+            f"the teacher's steps_offset moves the first of {steps} steps beyond its schedule: give fewer"
+        )
+    return timesteps
 
 
 def make_lcm_scheduler(alphas_cumprod, prediction, steps):

@@ -360,7 +360,7 @@ TABLE = {
     ],
     "common.py": [
         # the schedule
-        ("data at t = 1", "torch.ones(1, dtype=torch.float64), abar", "abar[:1], abar"),
+        ("data at t = 1", "[torch.ones(1, dtype=torch.float64), abar]", "[abar[:1], abar]"),
         (
             "abar in steps",
             "self.alphas_cumprod[below + 1], t - below)",
@@ -423,7 +423,7 @@ TABLE = {
             "return self.diffuse(eps_hat, x0_hat, s)",
         ),
         # times
-        ("sampler's times off by one", "scheduler.timesteps.double() + 1)", "scheduler.timesteps.double())"),
+        ("sampler's times off by one", "timestep + 1.0 for", "timestep + 0.0 for"),
         ("student's times not from T", "[T - i * int(T) // steps", "[T - (i + 0.5) * int(T) // steps"),
         ("SD3's student's times", "[T * (1 - i / steps)", "[T * (1 - i / (steps + 1))"),
         # conditions, maps and pixels

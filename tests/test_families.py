@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 META = torch.device("meta")
 PROMPTS = ["a red circle", "a small square"]
 KINDS = ("sdxl", "sd3", "cogvideox", *families.FAMILIES)  # one of BUILD for each family
+TRANSFORMERS = [kind for kind in families.FAMILIES if kind != "stable-diffusion"]
 BUILD = {
     "sdxl": train.build_sdxl,
     "sd3": train.build_sd3,
@@ -54,7 +55,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teachers(folders):
-    return {kind: common.load_teacher(folder, CPU) for kind, folder in folders.items()}
+    return {kind: load(kind, folder) for kind, folder in folders.items()}
+
+
+def load(kind, folder, **size):
+    """A teacher of this kind, of its small size where its configs say none."""
+    small = families.FAMILIES.get(kind, {}).get("size", {})
+    return common.load_teacher(folder, CPU, **(small | size))
 
 
 def build_part(config):
@@ -78,6 +85,7 @@ def draw(pipe, teacher, x_T, steps, scale, **settings):
 # The real models, without weights -------------------------------------------------------------------------
 
 SD3_TEXT = {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)}
+UMT5 = {"encoder_hidden_states": (512, 4096)}
 SD_MAPS = [(320, 64, 64), (640, 32, 32), (1280, 16, 16), (1280, 8, 8), (1280, 8, 8)]
 REAL = {  # name: (family, parameters, latents, condition, maps)
     "sdxl": (
@@ -103,6 +111,9 @@ REAL = {  # name: (family, parameters, latents, condition, maps)
         {"encoder_hidden_states": (226, 4096)},
         [(3072, 13, 30, 45)] * 4,
     ),
+    "wan2.1-1.3b": ("Wan", 1_418_996_800, (16, 21, 60, 104), UMT5, [(1536, 21, 30, 52)] * 4),
+    "wan2.1-14b": ("Wan", 14_288_491_584, (16, 21, 60, 104), UMT5, [(5120, 21, 30, 52)] * 4),
+    "wan2.2-5b": ("Wan", 4_999_787_712, (48, 31, 44, 80), UMT5, [(3072, 31, 22, 40)] * 4),
     "sd1.5": ("StableDiffusion", 859_520_964, (4, 64, 64), {"encoder_hidden_states": (77, 768)}, SD_MAPS),
     "sd2.1-base": (
         "StableDiffusion",
@@ -169,10 +180,10 @@ def test_schedule_of_sd3_with_its_shift_of_3():
 def test_predictions_agree_with_the_scheduler(teachers, kind):
     """x0_hat, eps_hat and the step, from any raw output, in float64."""
     teacher = teachers[kind]
-    scheduler = teacher.pipe.scheduler
+    scheduler = make_first_order(teacher, 10).scheduler
     x_t = draw_noise(2, *teacher.latent_shape, dtype=torch.float64)
     raw = draw_noise(2, *teacher.latent_shape, dtype=torch.float64, seed=1)
-    if teacher.prediction == "flow":
+    if kind == "sd3":
         scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
     else:
         scheduler.set_timesteps(10)
@@ -192,18 +203,57 @@ def test_predictions_agree_with_the_scheduler(teachers, kind):
             torch.testing.assert_close(x0_hat, result.pred_original_sample, atol=1e-5, rtol=1e-5)
 
 
+def make_first_order(teacher, steps):
+    """The teacher's pipeline, with Euler's steps where its own sampler is another."""
+    if type(teacher.pipe.scheduler).__name__ != "UniPCMultistepScheduler":
+        return teacher.pipe
+    _, sigmas = teacher.schedule(torch.tensor(teacher.times(steps)[:-1], dtype=torch.float64))
+    scheduler = teacher.flow_scheduler(sigmas.tolist())
+    scheduler.register_to_config(stochastic_sampling=False)
+    return type(teacher.pipe)(**{**teacher.pipe.components, "scheduler": scheduler})
+
+
 @pytest.mark.parametrize("kind", BUILD)
 def test_25_steps_are_the_pipelines_own(teachers, kind):
     teacher = teachers[kind]
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 25, 3.0)
     settings = {}
-    if teacher.prediction == "flow":
+    if kind.startswith("sd3"):
         # diffusers' default for its last steps shifts sigma_min twice; with explicit sigmas it shifts once
         settings["sigmas"] = np.linspace(1, 1 / 25, 25)
-    theirs = draw(teacher.pipe, teacher, x_T, 25, 3.0, **settings)
+    theirs = draw(make_first_order(teacher, 25), teacher, x_T, 25, 3.0, **settings)
     assert (ours - theirs).abs().max() < 1e-5 * ours.std()
     assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", families.FAMILIES)
+@pytest.mark.parametrize("scale", (1.0, 4.0))
+@torch.no_grad()
+def test_the_pipelines_own_at_another_size(folders, kind, scale):
+    """Latents and pixels, with guidance and without."""
+    teacher = load(kind, folders[kind], **families.FAMILIES[kind]["other_size"])
+    x_T = draw_noise(2, *teacher.latent_shape)
+    ours = teacher.sample(x_T, teacher.encode(PROMPTS), 4, scale)
+    theirs = draw(make_first_order(teacher, 4), teacher, x_T, 4, scale)
+    assert (ours - theirs).abs().max() < 1e-5 * ours.std()
+    if scale == 1:
+        settings = teacher.call_settings(scale) | {"num_inference_steps": 1, "output_type": "pt"}
+        latents = teacher.sample(x_T, teacher.encode(PROMPTS), 1, scale)
+        pixels = make_first_order(teacher, 1)(PROMPTS, latents=teacher.pack(x_T), **settings)[0]
+        pixels = pixels.transpose(1, 2) if teacher.video else pixels
+        ours = (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
+        assert (ours - pixels).abs().max() < 1e-4
+        assert ours.std() > 0.01
+
+
+def test_wans_times_are_unipcs(teachers):
+    teacher = teachers["wan"]
+    scheduler = teacher.pipe.scheduler
+    scheduler.set_timesteps(50)
+    _, sigma = teacher.schedule(torch.tensor(teacher.times(50), dtype=torch.float64))
+    torch.testing.assert_close(sigma.float(), scheduler.sigmas, atol=2e-6, rtol=0)
+    assert teacher.shift == 3.0
 
 
 def test_sd3_shifts_its_last_step_once(teachers):
@@ -325,10 +375,10 @@ def test_the_position_table_survives_every_load(teachers):
     assert student.patch_embed.pos_embedding.equal(table)
 
 
-@pytest.mark.parametrize("kind", ("sd3", "cogvideox-rotary"))
+@pytest.mark.parametrize("kind", ("sd3", "cogvideox-rotary", *TRANSFORMERS))
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_one_map_a_tap_and_the_same_gradient_under_checkpointing(folders, kind, checkpointing):
-    teacher = common.load_teacher(folders[kind], CPU)
+    teacher = load(kind, folders[kind])
     x = draw_noise(1, *teacher.latent_shape)
     gradients = []
     for net_checkpointing in (False, checkpointing):
@@ -345,7 +395,7 @@ def test_one_map_a_tap_and_the_same_gradient_under_checkpointing(folders, kind, 
 
 @pytest.mark.parametrize(
     "kind, place, token",  # (frame,) row, column of the latents and of the map: patches of 2
-    (("sd3", (6, 1), (3, 0)), ("cogvideox", (2, 6, 1), (2, 3, 0))),
+    (("sd3", (6, 1), (3, 0)), ("cogvideox", (2, 6, 1), (2, 3, 0)), ("wan", (2, 6, 1), (2, 3, 0))),
 )
 @torch.no_grad()
 def test_maps_are_the_tokens_in_place(teachers, kind, place, token):
@@ -539,5 +589,5 @@ def test_the_real_pipelines_with_random_weights(name):
         assert pipe.text_encoder_3.config.d_model == pipe.transformer.config.joint_attention_dim
     else:
         config = getattr(pipe, common.find_family(type(pipe).__name__).denoiser_name).config
-        widths = (config.get(key) for key in ("text_embed_dim", "cross_attention_dim"))
+        widths = (config.get(key) for key in ("text_embed_dim", "cross_attention_dim", "text_dim"))
         assert pipe.text_encoder.config.hidden_size in widths

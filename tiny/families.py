@@ -1,9 +1,17 @@
 """Tiny pipelines of the families beyond the paper's, of the real classes, their weights random."""
 
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
+from diffusers import (
+    AutoencoderKLWan,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import CLIPTextModel, UMT5Config, UMT5EncoderModel
 
-from tiny.parts import TOKENS, build_clip, build_tokenizer, build_vae
+from tiny.parts import TOKENS, build_clip, build_t5_tokenizer, build_tokenizer, build_vae
 
 
 def build_stable_diffusion():
@@ -45,9 +53,67 @@ def build_stable_diffusion_text(width, length=TOKENS):
     return {"tokenizer": tokenizer, "text_encoder": build_clip(CLIPTextModel, width, tokenizer, width)}
 
 
-FAMILIES = {"stable-diffusion": {"build": build_stable_diffusion}}
+def build_wan():
+    """A WanPipeline: 4x3x8x6 latents of 9x64x48 videos."""
+    transformer = WanTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=256,
+        num_layers=4,
+        rope_max_seq_len=64,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, -0.4],
+        latents_std=[0.5, 1.0, 1.5, 2.0],
+    )
+    return WanPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        **build_wan_text(64),
+    )
+
+
+def build_wan_text(width):
+    """Its text encoder with its tokenizer."""
+    tokenizer = build_t5_tokenizer()
+    config = UMT5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )
+    return {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(config)}
+
+
+FAMILIES = {  # "size": of its samples, where its configs do not say it; "other_size": another
+    "stable-diffusion": {
+        "build": build_stable_diffusion,
+        "other_size": {"resolution": (48, 32)},
+    },
+    "wan": {
+        "build": build_wan,
+        "size": {"resolution": (64, 48), "frames": 9},
+        "other_size": {"resolution": (32, 64), "frames": 5},
+    },
+}
 TEXT = {  # pipeline: its text encoders and tokenizers, of the widths that its denoiser's config wants
     "StableDiffusionPipeline": lambda config, length: build_stable_diffusion_text(
         config.cross_attention_dim, length
     ),
+    "WanPipeline": lambda config, length: build_wan_text(config.text_dim),
 }
