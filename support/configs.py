@@ -120,6 +120,15 @@ FLOW_FIELDS = {
     "use_beta_sigmas": SAMPLER,
     "stochastic_sampling": SAMPLER,
 }
+DYNAMIC_FLOW_FIELDS = {
+    **FLOW_FIELDS,
+    "use_dynamic_shifting": HONOURED,
+    "base_shift": HONOURED,
+    "max_shift": HONOURED,
+    "base_image_seq_len": HONOURED,
+    "max_image_seq_len": HONOURED,
+    "time_shift_type": ("exponential",),
+}
 # Wan's: UniPC, which has the fields of the first kind but none of its schedule, or the flow scheduler's
 WAN_SCHEDULER_FIELDS = {
     **DIFFUSION_FIELDS,
@@ -193,6 +202,13 @@ WAN_FIELDS = {
     "added_kv_proj_dim": ABSENT,
     "pos_embed_seq_len": ABSENT,
 }
+Z_IMAGE_FIELDS = {
+    **honour("in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps"),
+    **honour("qk_norm", "cap_feat_dim", "rope_theta", "t_scale", "axes_dims", "axes_lens"),
+    "all_patch_size": ([2],),
+    "all_f_patch_size": ([1],),
+    "siglip_feat_dim": ABSENT,  # of the variant that edits pictures
+}
 VAE_FIELDS = {
     **honour("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),
     **honour("latent_channels", "norm_num_groups", "scaling_factor", "use_quant_conv", "use_post_quant_conv"),
@@ -258,6 +274,8 @@ POOLED_CLIP = Part(("CLIPTextModelWithProjection",))
 T5 = Part(("T5EncoderModel",))
 CLIP_TOKENIZER = Part(("CLIPTokenizer", "CLIPTokenizerFast"))
 T5_TOKENIZER = Part(("T5Tokenizer", "T5TokenizerFast"))
+QWEN_TOKENIZER = Part(("Qwen2Tokenizer", "Qwen2TokenizerFast"))
+DYNAMIC_FLOW = Part(("FlowMatchEulerDiscreteScheduler",), DYNAMIC_FLOW_FIELDS)
 PIPELINES = {
     "StableDiffusionXLPipeline": {
         "scheduler": Part(DIFFUSION, DIFFUSION_FIELDS),
@@ -301,6 +319,13 @@ PIPELINES = {
         "vae": Part(("AutoencoderKLWan",), WAN_VAE_FIELDS),
         "text_encoder": Part(("UMT5EncoderModel",)),
         "tokenizer": T5_TOKENIZER,
+    },
+    "ZImagePipeline": {
+        "scheduler": DYNAMIC_FLOW,
+        "transformer": Part(("ZImageTransformer2DModel",), Z_IMAGE_FIELDS),
+        "vae": Part(("AutoencoderKL",), SD3_VAE_FIELDS),
+        "text_encoder": Part(("Qwen3Model",)),
+        "tokenizer": QWEN_TOKENIZER,
     },
 }
 # of model_index.json: what has to be null, and what it would be

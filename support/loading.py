@@ -172,7 +172,7 @@ def check_vocabularies(name, parts):
         if part.startswith("text_encoder") and encoder is not None:
             tokenizer = part.replace("text_encoder", "tokenizer")
             words = len(parts[tokenizer])
-            known = encoder.config.vocab_size
+            known = encoder.config.get_text_config().vocab_size
             if words > known:
                 raise UserError(
                     f"the teacher {name} cannot be used: its {tokenizer} has {words} words, "

@@ -1,6 +1,7 @@
 """The families against diffusers: real configs, samplers, schedules, conditions, exported students."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -86,6 +87,7 @@ def draw(pipe, teacher, x_T, steps, scale, **settings):
 
 SD3_TEXT = {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)}
 UMT5 = {"encoder_hidden_states": (512, 4096)}
+QWEN3 = {"encoder_hidden_states": (512, 2560), "length": ()}
 SD_MAPS = [(320, 64, 64), (640, 32, 32), (1280, 16, 16), (1280, 8, 8), (1280, 8, 8)]
 REAL = {  # name: (family, parameters, latents, condition, maps)
     "sdxl": (
@@ -114,6 +116,7 @@ REAL = {  # name: (family, parameters, latents, condition, maps)
     "wan2.1-1.3b": ("Wan", 1_418_996_800, (16, 21, 60, 104), UMT5, [(1536, 21, 30, 52)] * 4),
     "wan2.1-14b": ("Wan", 14_288_491_584, (16, 21, 60, 104), UMT5, [(5120, 21, 30, 52)] * 4),
     "wan2.2-5b": ("Wan", 4_999_787_712, (48, 31, 44, 80), UMT5, [(3072, 31, 22, 40)] * 4),
+    "z-image": ("ZImage", 6_154_908_736, (16, 128, 128), QWEN3, [(3840, 64, 64)] * 4),
     "sd1.5": ("StableDiffusion", 859_520_964, (4, 64, 64), {"encoder_hidden_states": (77, 768)}, SD_MAPS),
     "sd2.1-base": (
         "StableDiffusion",
@@ -183,8 +186,9 @@ def test_predictions_agree_with_the_scheduler(teachers, kind):
     scheduler = make_first_order(teacher, 10).scheduler
     x_t = draw_noise(2, *teacher.latent_shape, dtype=torch.float64)
     raw = draw_noise(2, *teacher.latent_shape, dtype=torch.float64, seed=1)
-    if kind == "sd3":
-        scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
+    if teacher.prediction == "flow" and kind != "wan":
+        mu = {"mu": math.log(teacher.shift)} if scheduler.config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10), **mu)
     else:
         scheduler.set_timesteps(10)
     times = teacher.times(10)
@@ -395,7 +399,12 @@ def test_one_map_a_tap_and_the_same_gradient_under_checkpointing(folders, kind, 
 
 @pytest.mark.parametrize(
     "kind, place, token",  # (frame,) row, column of the latents and of the map: patches of 2
-    (("sd3", (6, 1), (3, 0)), ("cogvideox", (2, 6, 1), (2, 3, 0)), ("wan", (2, 6, 1), (2, 3, 0))),
+    (
+        ("sd3", (6, 1), (3, 0)),
+        ("cogvideox", (2, 6, 1), (2, 3, 0)),
+        ("wan", (2, 6, 1), (2, 3, 0)),
+        ("z-image", (6, 1), (3, 0)),
+    ),
 )
 @torch.no_grad()
 def test_maps_are_the_tokens_in_place(teachers, kind, place, token):
@@ -589,5 +598,7 @@ def test_the_real_pipelines_with_random_weights(name):
         assert pipe.text_encoder_3.config.d_model == pipe.transformer.config.joint_attention_dim
     else:
         config = getattr(pipe, common.find_family(type(pipe).__name__).denoiser_name).config
-        widths = (config.get(key) for key in ("text_embed_dim", "cross_attention_dim", "text_dim"))
+        widths = (
+            config.get(key) for key in ("text_embed_dim", "cross_attention_dim", "text_dim", "cap_feat_dim")
+        )
         assert pipe.text_encoder.config.hidden_size in widths

@@ -3,13 +3,24 @@
 from diffusers import (
     AutoencoderKLWan,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from transformers import CLIPTextModel, UMT5Config, UMT5EncoderModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextModel,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from tiny.parts import TOKENS, build_clip, build_t5_tokenizer, build_tokenizer, build_vae
 
@@ -100,6 +111,67 @@ def build_wan_text(width):
     return {"tokenizer": tokenizer, "text_encoder": UMT5EncoderModel(config)}
 
 
+def build_z_image():
+    """A ZImagePipeline: 4x8x8 latents of 32x32 images."""
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=96,
+        n_layers=4,
+        n_refiner_layers=1,
+        n_heads=3,
+        n_kv_heads=3,
+        cap_feat_dim=32,
+        axes_dims=[8, 12, 12],
+        axes_lens=[1024, 32, 32],
+    )
+    return ZImagePipeline(
+        transformer=transformer,
+        vae=build_vae(shift_factor=0.1),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        **build_z_image_text(32),
+    )
+
+
+def build_qwen_tokenizer():
+    """A Qwen2Tokenizer with a token a byte."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    symbols = [*special, *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(
+        vocab={symbol: number for number, symbol in enumerate(symbols)},
+        merges=[],
+        eos_token="<|im_end|>",
+        additional_special_tokens=special[1:],
+        padding_side="right",
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+        "{% endfor %}<|im_start|>assistant\n"
+    )
+    return tokenizer
+
+
+def size_qwen(width, tokenizer):
+    """The settings of a language model of two layers."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def build_z_image_text(width):
+    """Its text encoder with its tokenizer."""
+    tokenizer = build_qwen_tokenizer()
+    config = Qwen3Config(**size_qwen(width, tokenizer), head_dim=16)
+    return {"tokenizer": tokenizer, "text_encoder": Qwen3Model(config)}
+
+
 FAMILIES = {  # "size": of its samples, where its configs do not say it; "other_size": another
     "stable-diffusion": {
         "build": build_stable_diffusion,
@@ -110,10 +182,16 @@ FAMILIES = {  # "size": of its samples, where its configs do not say it; "other_
         "size": {"resolution": (64, 48), "frames": 9},
         "other_size": {"resolution": (32, 64), "frames": 5},
     },
+    "z-image": {
+        "build": build_z_image,
+        "size": {"resolution": (32, 32)},
+        "other_size": {"resolution": (48, 32)},
+    },
 }
 TEXT = {  # pipeline: its text encoders and tokenizers, of the widths that its denoiser's config wants
     "StableDiffusionPipeline": lambda config, length: build_stable_diffusion_text(
         config.cross_attention_dim, length
     ),
     "WanPipeline": lambda config, length: build_wan_text(config.text_dim),
+    "ZImagePipeline": lambda config, length: build_z_image_text(config.cap_feat_dim),
 }
