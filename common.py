@@ -57,6 +57,7 @@ TEACHERS = {
     "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
     "wan2.2-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     "z-image": "Tongyi-MAI/Z-Image",
+    "qwen-image": "Qwen/Qwen-Image",
     "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2.1-base": "stabilityai/stable-diffusion-2-1-base",
 }
@@ -569,6 +570,7 @@ OTHER_FAMILIES = {  # pipeline: (module of teachers/, its class)
     "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
     "WanPipeline": ("wan", "Wan"),
     "ZImagePipeline": ("z_image", "ZImage"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
 }
 
 

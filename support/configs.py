@@ -209,6 +209,15 @@ Z_IMAGE_FIELDS = {
     "all_f_patch_size": ([1],),
     "siglip_feat_dim": ABSENT,  # of the variant that edits pictures
 }
+QWEN_IMAGE_FIELDS = {
+    **honour("in_channels", "out_channels", "num_layers", "attention_head_dim", "num_attention_heads"),
+    **honour("joint_attention_dim", "axes_dims_rope"),
+    "patch_size": (2,),
+    "guidance_embeds": OFF,
+    "zero_cond_t": OFF,  # of variants that edit pictures, as those below
+    "use_additional_t_cond": OFF,
+    "use_layer3d_rope": OFF,
+}
 VAE_FIELDS = {
     **honour("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),
     **honour("latent_channels", "norm_num_groups", "scaling_factor", "use_quant_conv", "use_post_quant_conv"),
@@ -253,6 +262,11 @@ WAN_VAE_FIELDS = {
     **honour("latents_mean", "latents_std"),
     "in_channels": UNUSED,
     "scale_factor_temporal": (4,),
+}
+QWEN_IMAGE_VAE_FIELDS = {
+    **honour("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "dropout"),
+    **honour("temperal_downsample", "latents_mean", "latents_std"),
+    "input_channels": (3,),
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -325,6 +339,15 @@ PIPELINES = {
         "transformer": Part(("ZImageTransformer2DModel",), Z_IMAGE_FIELDS),
         "vae": Part(("AutoencoderKL",), SD3_VAE_FIELDS),
         "text_encoder": Part(("Qwen3Model",)),
+        "tokenizer": QWEN_TOKENIZER,
+    },
+    "QwenImagePipeline": {
+        "scheduler": Part(
+            ("FlowMatchEulerDiscreteScheduler",), {**DYNAMIC_FLOW_FIELDS, "shift_terminal": HONOURED}
+        ),
+        "transformer": Part(("QwenImageTransformer2DModel",), QWEN_IMAGE_FIELDS, packing=4),
+        "vae": Part(("AutoencoderKLQwenImage",), QWEN_IMAGE_VAE_FIELDS),
+        "text_encoder": Part(("Qwen2_5_VLForConditionalGeneration",)),
         "tokenizer": QWEN_TOKENIZER,
     },
 }
@@ -543,13 +566,13 @@ def unscale(latents, vae):
     return latents + (config.get("shift_factor") or 0)
 
 
-def describe_sampler(kind, config):
+def describe_sampler(pipeline, kind, config):
     """What the pipeline's own sampler does that the teacher's sampler here does not, in words; "" if nothing.
 
-    kind, config: the scheduler's class, and its config as in its file."""
+    pipeline: its class's name; kind, config: the scheduler's class, and its config as in its file."""
     if kind.__name__ not in SAME_SAMPLER:
         return kind.__name__
-    fields = FLOW_FIELDS if kind.__name__ in FLOW else DIFFUSION_FIELDS
+    fields = PIPELINES[pipeline]["scheduler"].fields
     words = []
     for field, parameter in list_fields(kind).items():
         value = config.get(field, parameter.default)

@@ -82,7 +82,7 @@ def load_pipeline(name, path, dtype, variant=None):
         if part not in parts:
             parts[part] = load_part(kind, folder, part, dtype, variant) if kind else None
     check_vocabularies(name, parts)
-    other = describe_sampler(teacher.classes["scheduler"], teacher.configs["scheduler"])
+    other = describe_sampler(teacher.pipeline, teacher.classes["scheduler"], teacher.configs["scheduler"])
     if other:
         note(
             f"the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps along the "

@@ -42,3 +42,16 @@ def split_rows(padded, lengths):
     if lengths.is_meta:
         return list(padded)
     return [row[:n] for row, n in zip(padded, lengths.tolist())]
+
+
+def cut_rows(padded, lengths):
+    """[B, length, D] and [B] -> [B, n, D], n as the longest row, and what of it is no padding [B, n], None if
+    all. On the meta device nothing is cut."""
+    if lengths.is_meta:
+        return padded, None
+    counts = lengths.tolist()
+    longest = max(counts)
+    mask = None
+    if min(counts) < longest:
+        mask = torch.arange(longest, device=padded.device) < lengths[:, None]
+    return padded[:, :longest], mask

@@ -56,7 +56,7 @@ def check_against_its_pipeline(teacher, folder):
         kind = getattr(diffusers, json.load(file)["scheduler"][1])
     scheduler = kind.from_pretrained(folder, subfolder="scheduler")
     check_schedule(teacher, scheduler)
-    if configs.describe_sampler(kind, scheduler.config):
+    if configs.describe_sampler(type(teacher.pipe).__name__, kind, scheduler.config):
         return
     absent = {}
     if teacher.pipe.components.get("text_encoder_3", "") is None:

@@ -1,9 +1,12 @@
 """Tiny pipelines of the families beyond the paper's, of the real classes, their weights random."""
 
 from diffusers import (
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -15,6 +18,8 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -172,6 +177,59 @@ def build_z_image_text(width):
     return {"tokenizer": tokenizer, "text_encoder": Qwen3Model(config)}
 
 
+def build_qwen_image():
+    """A QwenImagePipeline: 4x8x8 latents of 32x32 images."""
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, -0.4],
+        latents_std=[0.5, 1.0, 1.5, 2.0],
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        base_image_seq_len=4,
+        max_image_seq_len=64,
+        shift_terminal=0.02,
+    )
+    return QwenImagePipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, **build_qwen_image_text(32)
+    )
+
+
+def build_qwen_image_text(width):
+    """Its text encoder with its tokenizer."""
+    tokenizer = build_qwen_tokenizer()
+    half = width // 4  # of a head's size, two heads
+    text = size_qwen(width, tokenizer)
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 1,
+        "out_hidden_size": width,
+        "fullatt_block_indexes": [0],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=3, video_token_id=4, tie_word_embeddings=False
+    )
+    return {"tokenizer": tokenizer, "text_encoder": Qwen2_5_VLForConditionalGeneration(config)}
+
+
 FAMILIES = {  # "size": of its samples, where its configs do not say it; "other_size": another
     "stable-diffusion": {
         "build": build_stable_diffusion,
@@ -187,6 +245,11 @@ FAMILIES = {  # "size": of its samples, where its configs do not say it; "other_
         "size": {"resolution": (32, 32)},
         "other_size": {"resolution": (48, 32)},
     },
+    "qwen-image": {
+        "build": build_qwen_image,
+        "size": {"resolution": (32, 32)},
+        "other_size": {"resolution": (48, 32)},
+    },
 }
 TEXT = {  # pipeline: its text encoders and tokenizers, of the widths that its denoiser's config wants
     "StableDiffusionPipeline": lambda config, length: build_stable_diffusion_text(
@@ -194,4 +257,5 @@ TEXT = {  # pipeline: its text encoders and tokenizers, of the widths that its d
     ),
     "WanPipeline": lambda config, length: build_wan_text(config.text_dim),
     "ZImagePipeline": lambda config, length: build_z_image_text(config.cap_feat_dim),
+    "QwenImagePipeline": lambda config, length: build_qwen_image_text(config.joint_attention_dim),
 }
