@@ -21,7 +21,7 @@ from support.backbones import PixelBackbone  # noqa: F401  one of the method's p
 from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
-from support.hub import is_hub_id
+from support.hub import TEACHERS, is_hub_id
 from support.loading import load_network, load_pipeline, shorten
 from support.lora import make_adapted
 from support.parallel import choose_dtype, compile_blocks, own_device, shard
@@ -45,23 +45,6 @@ NO_PIXELS_OF_VIDEO = "the pixel discriminator sees single pictures, not video: g
 # Teachers
 # ----------------------------------------------------------------------------------------------------------
 
-TEACHERS = {
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-    "cogvideox": "THUDM/CogVideoX-2b",
-    "cogvideox-2b": "THUDM/CogVideoX-2b",
-    "cogvideox-5b": "THUDM/CogVideoX-5b",
-    "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    "wan2.2-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-    "z-image": "Tongyi-MAI/Z-Image",
-    "qwen-image": "Qwen/Qwen-Image",
-    "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd2.1-base": "stabilityai/stable-diffusion-2-1-base",
-}
-
 
 class Teacher:
     """A frozen diffusers pipeline: the real score F_phi, and the backbone of every latent discriminator.
@@ -77,7 +60,8 @@ class Teacher:
     adm_guidance: float  # of the real score in ADM
     batch: int  # rows at a time on a rank
     null_prompt = ""  # of the unconditional condition
-    student_guidance = 1  # the scale that a student's pipeline is called with
+    embeds_guidance = False  # whether the network is told its guidance
+    student_guidance = 1  # what students and fake scores are told, and their pipelines called with
     packing = 1  # a side of the square of latents that is one token of the network's input
     video = False
     frames = None
@@ -203,6 +187,10 @@ class Teacher:
     def count_passes(self, scale):
         """The passes that `guided` makes at this scale."""
         return 1 if scale == 1 else 2
+
+    def tell_guidance(self, cond, scale):
+        """The condition of a network that is told its guidance, this scale; others have none in it."""
+        return cond
 
     def step(self, x0_hat, eps_hat, s):
         """The probability-flow ODE's step to time s [B], which is DDIM's, and Euler's for flow:
@@ -571,6 +559,7 @@ OTHER_FAMILIES = {  # pipeline: (module of teachers/, its class)
     "WanPipeline": ("wan", "Wan"),
     "ZImagePipeline": ("z_image", "ZImage"),
     "QwenImagePipeline": ("qwen_image", "QwenImage"),
+    "FluxPipeline": ("flux", "Flux"),
 }
 
 
@@ -642,6 +631,7 @@ def load_training_teacher(args, device):
     """load_teacher_from's, made ready to train with. UserError for what the stage cannot do with it."""
     teacher = load_teacher_from(args, device)
     fill_training_arguments(args, teacher)
+    teacher.student_guidance = args.student_guidance or teacher.student_guidance
     set_up_for_training(teacher, args)
     return teacher
 
@@ -654,6 +644,10 @@ def fill_training_arguments(args, family):
     args.batch = args.batch or family.batch
     if getattr(args, "guidance", 0) is None:
         args.guidance = family.adm_guidance
+    if args.student_guidance is None and family.embeds_guidance:
+        args.student_guidance = getattr(args, "guidance", family.guidance)
+    if args.student_guidance is not None and not family.embeds_guidance:
+        raise UserError("--student-guidance is for teachers that are told their guidance, as FLUX.1-dev")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -668,10 +662,13 @@ class Student:
     parametrisation "velocity" (after ADP): predicts v = x_T - x_0 on the straight path
     x_t = (1 - t/T) x_0 + (t/T) x_T."""
 
-    def __init__(self, teacher, parametrisation, steps):
+    def __init__(self, teacher, parametrisation, steps, guidance=None):
+        """guidance: what its network is told, where it is told any; default the teacher's
+        student_guidance."""
         self.teacher = teacher
         self.parametrisation = parametrisation
         self.steps = steps
+        self.guidance = guidance or teacher.student_guidance
         self.times = teacher.student_times(steps)
 
     def diffuse(self, x_0, eps, t):
@@ -684,6 +681,7 @@ class Student:
     def x0(self, net, x_t, t, cond):
         """x0_hat = G_theta(x_t, t, c)."""
         if self.parametrisation == "teacher":
+            cond = self.teacher.tell_guidance(cond, self.guidance)
             x0_hat, _ = self.teacher.predict(net, x_t, t, cond)
             return x0_hat
         return x_t - self.ratio(t, x_t) * self.velocity(net, x_t, t, cond)
@@ -698,7 +696,7 @@ class Student:
 
         paper silent: velocity timestep: its timestep input is t itself, T for pure noise, and x_t as it
         is."""
-        return self.teacher.call(net, x_t, t, cond)
+        return self.teacher.call(net, x_t, t, self.teacher.tell_guidance(cond, self.guidance))
 
     def time(self, k, x):
         """The student's k-th time as a tensor [B], for x [B, ...]."""
@@ -745,6 +743,7 @@ def start_student(init, teacher, steps=None):
     if init is None:
         return Student(teacher, "teacher", steps or teacher.student_steps), None
     folder, student, _ = open_student(init, teacher, steps)
+    student.guidance = teacher.student_guidance  # this run's
     return student, folder
 
 
@@ -754,7 +753,8 @@ def open_student(path, teacher, steps=None):
     if meta["fingerprint"] != teacher.fingerprint:
         source = meta["teacher"]
         raise UserError(f"the checkpoint {folder} was distilled from {source}, not from {teacher.path}")
-    return folder, Student(teacher, meta["parametrisation"], steps or meta["steps"]), meta
+    guidance = meta["arguments"].get("student_guidance")
+    return folder, Student(teacher, meta["parametrisation"], steps or meta["steps"], guidance), meta
 
 
 def load_student(path, teacher):

@@ -218,6 +218,12 @@ QWEN_IMAGE_FIELDS = {
     "use_additional_t_cond": OFF,
     "use_layer3d_rope": OFF,
 }
+FLUX_FIELDS = {
+    **honour("in_channels", "out_channels", "num_layers", "num_single_layers", "attention_head_dim"),
+    **honour("num_attention_heads", "joint_attention_dim", "pooled_projection_dim", "axes_dims_rope"),
+    "patch_size": (1,),
+    "guidance_embeds": (True,),  # FLUX.1-schnell, which is distilled already, has none
+}
 VAE_FIELDS = {
     **honour("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),
     **honour("latent_channels", "norm_num_groups", "scaling_factor", "use_quant_conv", "use_post_quant_conv"),
@@ -340,6 +346,15 @@ PIPELINES = {
         "vae": Part(("AutoencoderKL",), SD3_VAE_FIELDS),
         "text_encoder": Part(("Qwen3Model",)),
         "tokenizer": QWEN_TOKENIZER,
+    },
+    "FluxPipeline": {
+        "scheduler": DYNAMIC_FLOW,
+        "transformer": Part(("FluxTransformer2DModel",), FLUX_FIELDS, packing=4),
+        "vae": Part(("AutoencoderKL",), SD3_VAE_FIELDS),
+        "text_encoder": Part(("CLIPTextModel",)),
+        "text_encoder_2": T5,
+        "tokenizer": CLIP_TOKENIZER,
+        "tokenizer_2": T5_TOKENIZER,
     },
     "QwenImagePipeline": {
         "scheduler": Part(

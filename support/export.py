@@ -34,7 +34,7 @@ def write_line(system, folder):
             opening.append(f"{name}=None")  # SD3 without T5: diffusers wants to hear it
     timesteps = choose_timesteps(system.student.scheduler(), system.student.times)
     steps = f"timesteps={timesteps}" if timesteps else f"num_inference_steps={system.steps}"
-    settings = teacher.call_settings(teacher.student_guidance)
+    settings = teacher.call_settings(system.student.guidance)
     drawing = ["prompt", steps, *(f"{name}={value!r}" for name, value in settings.items())]
     device = "" if teacher.device.type == "cpu" else f'.to("{teacher.device.type}")'
     return f"DiffusionPipeline.from_pretrained({', '.join(opening)}){device}({', '.join(drawing)})"

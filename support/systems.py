@@ -58,4 +58,6 @@ class System:
             "parametrisation": self.student.parametrisation,
             "weights": compute_checksum_of_json(checksums),
         }
+        if self.teacher.embeds_guidance:
+            student["guidance"] = self.student.guidance
         return index | student

@@ -89,6 +89,7 @@ SD3_TEXT = {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)}
 UMT5 = {"encoder_hidden_states": (512, 4096)}
 QWEN3 = {"encoder_hidden_states": (512, 2560), "length": ()}
 QWEN_VL = {"encoder_hidden_states": (512, 3584), "length": ()}
+FLUX = {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)}
 SD_MAPS = [(320, 64, 64), (640, 32, 32), (1280, 16, 16), (1280, 8, 8), (1280, 8, 8)]
 REAL = {  # name: (family, parameters, latents, condition, maps)
     "sdxl": (
@@ -119,6 +120,7 @@ REAL = {  # name: (family, parameters, latents, condition, maps)
     "wan2.2-5b": ("Wan", 4_999_787_712, (48, 31, 44, 80), UMT5, [(3072, 31, 22, 40)] * 4),
     "z-image": ("ZImage", 6_154_908_736, (16, 128, 128), QWEN3, [(3840, 64, 64)] * 4),
     "qwen-image": ("QwenImage", 20_430_401_088, (16, 128, 128), QWEN_VL, [(3072, 64, 64)] * 4),
+    "flux.1-dev": ("Flux", 11_901_408_320, (16, 128, 128), FLUX, [(3072, 64, 64)] * 4),
     "sd1.5": ("StableDiffusion", 859_520_964, (4, 64, 64), {"encoder_hidden_states": (77, 768)}, SD_MAPS),
     "sd2.1-base": (
         "StableDiffusion",
@@ -407,6 +409,7 @@ def test_one_map_a_tap_and_the_same_gradient_under_checkpointing(folders, kind, 
         ("wan", (2, 6, 1), (2, 3, 0)),
         ("z-image", (6, 1), (3, 0)),
         ("qwen-image", (6, 1), (3, 0)),
+        ("flux", (6, 1), (3, 0)),
     ),
 )
 @torch.no_grad()
@@ -600,7 +603,8 @@ def test_the_real_pipelines_with_random_weights(name):
         assert pooled == pipe.transformer.config.pooled_projection_dim
         assert pipe.text_encoder_3.config.d_model == pipe.transformer.config.joint_attention_dim
     else:
+        last = pipe.components.get("text_encoder_2", pipe.text_encoder)  # of FLUX, T5
         config = getattr(pipe, common.find_family(type(pipe).__name__).denoiser_name).config
         names = ("text_embed_dim", "cross_attention_dim", "text_dim", "cap_feat_dim", "joint_attention_dim")
-        width = pipe.text_encoder.config.get_text_config().hidden_size
+        width = last.config.get_text_config().hidden_size
         assert width in [config.get(name) for name in names]

@@ -5,6 +5,8 @@ from diffusers import (
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     StableDiffusionPipeline,
@@ -27,7 +29,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tiny.parts import TOKENS, build_clip, build_t5_tokenizer, build_tokenizer, build_vae
+from tiny.parts import TOKENS, build_clip, build_t5, build_t5_tokenizer, build_tokenizer, build_vae
 
 
 def build_stable_diffusion():
@@ -230,6 +232,40 @@ def build_qwen_image_text(width):
     return {"tokenizer": tokenizer, "text_encoder": Qwen2_5_VLForConditionalGeneration(config)}
 
 
+def build_flux():
+    """A FluxPipeline: 4x8x8 latents of 32x32 images."""
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        vae=build_vae(shift_factor=0.1),
+        scheduler=scheduler,
+        **build_flux_text(32, 64),
+    )
+
+
+def build_flux_text(pooled_width, width, length=TOKENS):
+    """Its text encoders with their tokenizers."""
+    tokenizer = build_t5_tokenizer()
+    return {
+        **build_stable_diffusion_text(pooled_width, length),
+        "tokenizer_2": tokenizer,
+        "text_encoder_2": build_t5(width, tokenizer, layers=1),
+    }
+
+
 FAMILIES = {  # "size": of its samples, where its configs do not say it; "other_size": another
     "stable-diffusion": {
         "build": build_stable_diffusion,
@@ -245,6 +281,11 @@ FAMILIES = {  # "size": of its samples, where its configs do not say it; "other_
         "size": {"resolution": (32, 32)},
         "other_size": {"resolution": (48, 32)},
     },
+    "flux": {
+        "build": build_flux,
+        "size": {"resolution": (32, 32)},
+        "other_size": {"resolution": (48, 32)},
+    },
     "qwen-image": {
         "build": build_qwen_image,
         "size": {"resolution": (32, 32)},
@@ -257,5 +298,8 @@ TEXT = {  # pipeline: its text encoders and tokenizers, of the widths that its d
     ),
     "WanPipeline": lambda config, length: build_wan_text(config.text_dim),
     "ZImagePipeline": lambda config, length: build_z_image_text(config.cap_feat_dim),
+    "FluxPipeline": lambda config, length: build_flux_text(
+        config.pooled_projection_dim, config.joint_attention_dim, length
+    ),
     "QwenImagePipeline": lambda config, length: build_qwen_image_text(config.joint_attention_dim),
 }
