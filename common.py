@@ -24,7 +24,7 @@ from support.errors import UserError
 from support.hub import TEACHERS, is_hub_id
 from support.loading import load_network, load_pipeline, shorten
 from support.lora import make_adapted
-from support.parallel import choose_dtype, compile_blocks, own_device, shard
+from support.parallel import choose_dtype, compile_blocks, freeze_named, own_device, shard
 from support.prompts import check_vocabulary
 from support.schedulers import (
     make_flow_scheduler,
@@ -62,6 +62,7 @@ class Teacher:
     null_prompt = ""  # of the unconditional condition
     embeds_guidance = False  # whether the network is told its guidance
     student_guidance = 1  # what students and fake scores are told, and their pipelines called with
+    unused = ()  # names of the network's weights on which its output does not depend
     packing = 1  # a side of the square of latents that is one token of the network's input
     video = False
     frames = None
@@ -253,9 +254,11 @@ class Teacher:
         those of the student in the checkpoint `folder`. With --lora it is the frozen denoiser with an
         adapter of this name, zero or that of the checkpoint."""
         if args.lora:
-            return make_adapted(self.denoiser, adapter, args, folder)
+            net = make_adapted(self.denoiser, adapter, args, folder)
+            freeze_named(self.denoiser, self.unused)
+            return net
         net = self.network(folder, "student") if folder else self.network(self.folder, self.denoiser_name)
-        net.requires_grad_(True).train()
+        freeze_named(net.requires_grad_(True).train(), self.unused)
         if args.checkpointing:
             net.enable_gradient_checkpointing()
         net = shard(net, args, self.dtype).to(self.device)

@@ -33,7 +33,11 @@ class QwenImage(PackedTeacher):
 
     def __init__(self, pipe, *args):
         super().__init__(pipe, *args)
-        self.taps = self.block_taps(self.denoiser.transformer_blocks, 1)  # (text, image)
+        blocks = self.denoiser.transformer_blocks
+        self.taps = self.block_taps(blocks, 1)  # (text, image)
+        # nothing reads the last block's text
+        parts = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+        self.unused = [f"transformer_blocks.{len(blocks) - 1}.{part}." for part in parts]
 
     def times(self, steps):
         times = super().times(steps)

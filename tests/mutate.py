@@ -513,8 +513,8 @@ TABLE = {
         ),
         (
             "the velocity's timestep off by one",
-            "return self.teacher.call(net, x_t, t, cond)",
-            "return self.teacher.raw(net, x_t, t, cond)",
+            "return self.teacher.call(net, x_t, t, self.teacher.tell",
+            "return self.teacher.raw(net, x_t, t, self.teacher.tell",
         ),
         ("simulation a step short", "for i in range(k):", "for i in range(k - 1):"),
         (
