@@ -8,6 +8,7 @@ float32. A row is one sample of the batch."""
 
 import contextlib
 import functools
+import importlib
 import math
 import os
 
@@ -16,17 +17,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from support.backbones import PixelBackbone  # noqa: F401  one of the method's parts
 from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
-from support.hub import is_hub_id
-from support.loading import describe_teacher, load_dinov2, load_network, load_pipeline, shorten
+from support.hub import TEACHERS, is_hub_id
+from support.loading import describe_teacher, load_network, load_pipeline, shorten
 from support.lora import make_adapted
 from support.lora_files import merge_into_network, merge_into_teacher
-from support.parallel import choose_dtype, compile_blocks, own_device, shard
+from support.parallel import choose_dtype, compile_blocks, freeze_named, own_device, shard
 from support.prompts import check_vocabulary
-from support.sam import load_sam_encoder, make_sam_encoder_on_meta
-from support.schedulers import make_flow_scheduler, make_lcm_scheduler, make_velocity_scheduler
+from support.schedulers import (
+    make_flow_scheduler,
+    make_lcm_scheduler,
+    make_velocity_scheduler,
+    read_alphas_cumprod,
+    read_shift,
+    space_timesteps,
+)
+from support.taps import choose_four, read_taps
 from support.tensors import broadcast, concatenate
 from support.training import fill_training_arguments, set_up_for_training
 
@@ -36,21 +45,13 @@ T = 1000.0
 # Teachers
 # ----------------------------------------------------------------------------------------------------------
 
-TEACHERS = {
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-    "cogvideox": "THUDM/CogVideoX-2b",
-    "cogvideox-2b": "THUDM/CogVideoX-2b",
-    "cogvideox-5b": "THUDM/CogVideoX-5b",
-}
-
 
 class Teacher:
     """A frozen diffusers pipeline: the real score F_phi, and the backbone of every latent discriminator.
 
-    A family adds _encode, call, _geometry (see SDXL's) and taps, [(module, its output -> a map)]. What
-    differs between two models of a family is read from their configs, never from their names."""
+    A family adds _encode, condition_shapes, call, _geometry (see SDXL's) and taps, [(module, its output ->
+    a map)]. What differs between two models of a family is read from their configs, never from their
+    names."""
 
     denoiser_name: str  # the pipeline's component
     student_steps: int  # paper: of its students
@@ -60,6 +61,10 @@ class Teacher:
     batch: int  # rows at a time on a rank
     null_prompt = ""  # of the unconditional condition
     lora = None  # a LoRA file that was merged into the weights
+    embeds_guidance = False  # whether the network is told its guidance
+    student_guidance = 1  # what students and fake scores are told, and their pipelines called with
+    unused = ()  # names of the network's weights on which its output does not depend
+    packing = 1  # a side of the square of latents that is one token of the network's input
     video = False
     frames = None
     fps = None
@@ -77,7 +82,6 @@ class Teacher:
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
                 module.to(device).requires_grad_(False).eval()
-        self._read_schedule(pipe.scheduler)
         factor, patch, default = self._geometry()
         self.resolution = list(resolution or read_size(path, default, factor))
         if any(side % (factor * patch) for side in self.resolution):
@@ -87,8 +91,22 @@ class Teacher:
         if frames and not self.video:
             raise UserError(f"--frames is for video teachers; {path} draws pictures")
         height, width = (side // factor for side in self.resolution)
-        self.latent_shape = (self.denoiser.config.in_channels, height, width)
+        self.latent_shape = (self.denoiser.config.in_channels // self.packing**2, height, width)
         self.patches = (height // patch, width // patch)  # the map of a transformer's tokens
+        self._read_schedule(pipe.scheduler)
+
+    def _set_frames(self, frames, multiple):
+        """The length of a video. UserError for one that is no multiple plus 1."""
+        if frames % multiple != 1:
+            raise UserError(
+                f"--frames {frames}: this autoencoder wants a multiple of {multiple}, plus 1 "
+                f"({multiple + 1}, {2 * multiple + 1}, ...)"
+            )
+        self.frames = frames
+        latent_frames = (frames - 1) // self.pipe.vae_scale_factor_temporal + 1
+        channels, height, width = self.latent_shape
+        self.latent_shape = (channels, latent_frames, height, width)
+        self.patches = (latent_frames, *self.patches)
 
     def _read_schedule(self, scheduler):
         """The variance-preserving schedule of SDXL and CogVideoX; abar at t = 0, 1, ..., T.
@@ -96,21 +114,8 @@ class Teacher:
         paper silent: time axis: clean data first, then the training schedule, so that timestep n of the
         network is t = n + 1, both ends are exact, and nothing divides by alpha_T."""
         self.prediction = scheduler.config.prediction_type
-        abar = scheduler.alphas_cumprod.double().cpu()
-        abar = torch.cat([torch.ones(1, dtype=torch.float64), abar])
-        self.alphas_cumprod = abar.to(self.device)
-        # some schedulers have 2**-24 in the place of 0
-        falls = (abar.diff() < 1e-6).all() and (abar >= 0).all()
-        if len(abar) != T + 1 or not falls:
-            raise UserError(
-                f"the teacher {self.path} has no noise schedule of {T:g} steps that falls from 1 towards 0 "
-                "(trained_betas, beta_start, beta_end)"
-            )
-        if self.prediction == "epsilon" and abar[-1] < 1e-6:
-            raise UserError(
-                f"the teacher {self.path} predicts noise (prediction_type: epsilon) at zero terminal SNR "
-                "(rescale_betas_zero_snr, beta_schedule), where noise says nothing of the picture"
-            )
+        abar = read_alphas_cumprod(scheduler, self.path)
+        self.alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), abar]).to(self.device)
 
     # The forward process, x_t = alpha_t x_0 + sigma_t eps -------------------------------------------------
 
@@ -167,15 +172,27 @@ class Teacher:
         return self.convert(self.raw(net, x_t, t, cond), x_t, t)
 
     def guided(self, x_t, t, cond, scale):
-        """(x0_hat, eps_hat) of the teacher with classifier-free guidance: null + scale (cond - null). One
-        pass at scale 1, else two, as one of twice the batch."""
+        """(x0_hat, eps_hat) of the teacher with classifier-free guidance. One pass at scale 1, else two, as
+        one of twice the batch: count_passes says so."""
         if scale == 1:
             return self.predict(self.denoiser, x_t, t, cond)
         both = concatenate(cond, self.null(len(x_t)))
         x_twice = torch.cat([x_t, x_t])
         t_twice = torch.cat([t, t])
         raw, raw_null = self.raw(self.denoiser, x_twice, t_twice, both).chunk(2)
-        return self.convert(raw_null + scale * (raw - raw_null), x_t, t)
+        return self.convert(self.combine(raw, raw_null, scale), x_t, t)
+
+    def combine(self, raw, raw_null, scale):
+        """The guided raw output: null + scale (cond - null)."""
+        return raw_null + scale * (raw - raw_null)
+
+    def count_passes(self, scale):
+        """The passes that `guided` makes at this scale."""
+        return 1 if scale == 1 else 2
+
+    def tell_guidance(self, cond, scale):
+        """The condition of a network that is told its guidance, this scale; others have none in it."""
+        return cond
 
     def step(self, x0_hat, eps_hat, s):
         """The probability-flow ODE's step to time s [B], which is DDIM's, and Euler's for flow:
@@ -184,18 +201,8 @@ class Teacher:
 
     def times(self, steps):
         """The teacher's own times for a sampler of so many steps: its scheduler's spacing, then 0."""
-        from diffusers import DDIMScheduler
-
-        config = self.pipe.scheduler.config
-        spacing = config.get("timestep_spacing", "linspace")  # of a scheduler that has no other
-        scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=config.get("steps_offset", 0))
-        scheduler.set_timesteps(steps)
-        times = (scheduler.timesteps.double() + 1).tolist()
-        if times[0] > T:
-            raise UserError(
-                f"the teacher's steps_offset moves the first of {steps} steps beyond its schedule: give fewer"
-            )
-        return [*times, 0.0]
+        timesteps = space_timesteps(self.pipe.scheduler.config, steps)
+        return [*(timestep + 1.0 for timestep in timesteps), 0.0]
 
     def student_times(self, steps):
         """The times of a student of so many steps.
@@ -251,8 +258,11 @@ class Teacher:
         those of the student in the checkpoint `folder`. With --lora it is the frozen denoiser with an
         adapter of this name, zero or that of the checkpoint."""
         if args.lora:
-            return make_adapted(self.denoiser, adapter, args, folder)
-        net = self.network(folder).requires_grad_(True).train()
+            net = make_adapted(self.denoiser, adapter, args, folder)
+            freeze_named(self.denoiser, self.unused)
+            return net
+        net = self.network(folder)
+        freeze_named(net.requires_grad_(True).train(), self.unused)
         if args.checkpointing:
             net.enable_gradient_checkpointing()
         net = shard(net, args, self.dtype).to(self.device)
@@ -274,19 +284,21 @@ class Teacher:
             maps = maps + backbone.features(self.decode(x))
         return Heads(maps, width).to(self.device)
 
-    def block_taps(self, output):
-        """Four evenly spaced blocks of a transformer; of a block's outputs, number `output` is the image's
-        or the video's tokens [B, tokens, C], which are folded back to maps."""
+    def block_taps(self, blocks, output=None):
+        """Four evenly spaced blocks of a transformer. The first tokens of a block's output, or of its
+        outputs that of number `output`, are the image's or the video's [B, tokens, C], and are folded back
+        to maps."""
 
         def fold(out):
-            return out[output].transpose(1, 2).unflatten(2, self.patches)
+            tokens = out if output is None else out[output]
+            return tokens[:, : math.prod(self.patches)].transpose(1, 2).unflatten(2, self.patches)
 
-        return [(block, fold) for block in choose_four(self.denoiser.transformer_blocks)]
+        return [(block, fold) for block in choose_four(blocks)]
 
     def decode(self, latents):
         """Latents -> pixels, about [-1, 1], not clamped; gradients flow. A megapixel at a time."""
         rows = max(1, 2**20 // math.prod(self.resolution))
-        latents = unscale(latents, self.pipe.vae.config)
+        latents = unscale(latents, self.pipe.vae)
         parts = latents.split(rows)
         with self.offload.resident("vae") if self.offload else contextlib.nullcontext():
             if torch.is_grad_enabled() and len(parts) > 1:
@@ -298,6 +310,22 @@ class Teacher:
     def _decode(self, latents):
         with self.autocast():
             return self.pipe.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+
+    # The pipeline itself -----------------------------------------------------------------------------------
+
+    def pack(self, x):
+        """Latents -> in the form that the pipeline and its network have them."""
+        return x
+
+    def unpack(self, x):
+        """The inverse of pack."""
+        return x
+
+    def call_settings(self, scale):
+        """The arguments with which the pipeline, called with a prompt and a number of steps, draws what this
+        teacher draws, guided at this scale. A student's scale is student_guidance."""
+        height, width = self.resolution
+        return {"guidance_scale": scale, "height": height, "width": width}
 
     def student_scheduler(self, steps):
         """The diffusers scheduler of a student with the teacher's parametrisation."""
@@ -357,6 +385,13 @@ class SDXL(Teacher):
             "time_ids": time_ids.expand(len(prompts), 6),
         }
 
+    def condition_shapes(self, length):
+        """{name: shape} of the condition of one prompt; length: of the first tokenizer's rows."""
+        config = self.denoiser.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        text = (length, config.cross_attention_dim)
+        return {"encoder_hidden_states": text, "text_embeds": (pooled,), "time_ids": (6,)}
+
     def null(self, n):
         """Zeros for the empty prompt where the pipeline's config says so, as SDXL's does."""
         if not hasattr(self, "_null"):
@@ -375,37 +410,17 @@ class SDXL(Teacher):
             return net(x, timestep.float(), text, added_cond_kwargs=added, return_dict=False)[0].float()
 
 
-class SD3(Teacher):
-    """Stable Diffusion 3 and 3.5: transformer on image and text tokens together, three text encoders of
-    which T5 may be absent; flow matching, x_t = (1 - sigma) x_0 + sigma eps with sigma = shift u / (1 +
-    (shift - 1) u), u = t/T: equal steps in t are the teacher's own."""
+class FlowTeacher(Teacher):
+    """Flow matching: x_t = (1 - sigma) x_0 + sigma eps with sigma = S u / (1 + (S - 1) u), u = t/T, so that
+    equal steps in t are the teacher's own. The raw output is eps - x_0. The shift S is the scheduler's, or
+    with use_dynamic_shifting that of the number of tokens."""
 
     denoiser_name = "transformer"
-    student_steps = 4  # paper
-    sampler_steps = 28
-    guidance = 7.0
-    adm_guidance = 7.0
     batch = 4
-
-    def __init__(self, pipe, *args):
-        super().__init__(pipe, *args)
-        self.taps = self.block_taps(1)  # (text, image)
-        factor, patch, _ = self._geometry()
-        largest = self.denoiser.config.pos_embed_max_size
-        if largest and max(self.patches) > largest:
-            size = "x".join(map(str, self.resolution))
-            raise UserError(
-                f"--resolution {size} is too large: the teacher {self.path} has positions for "
-                f"{largest * patch * factor} pixels a side (pos_embed_max_size: {largest})"
-            )
 
     def _read_schedule(self, scheduler):
         self.prediction = "flow"
-        self.shift = scheduler.config.shift
-
-    def _geometry(self):
-        config = self.denoiser.config
-        return self.pipe.vae_scale_factor, config.patch_size, config.sample_size
+        self.shift = read_shift(scheduler.config, math.prod(self.patches))
 
     def schedule(self, t):
         u = t / T
@@ -422,6 +437,41 @@ class SD3(Teacher):
     def student_times(self, steps):
         return [T * (1 - i / steps) for i in range(steps)]
 
+    def student_scheduler(self, steps):
+        times = torch.tensor(self.student_times(steps), dtype=torch.float64)
+        _, sigmas = self.schedule(times)
+        return self.flow_scheduler(sigmas.tolist())
+
+    def flow_scheduler(self, sigmas):
+        """The diffusers scheduler of a student that steps through these noise levels."""
+        return make_flow_scheduler(sigmas)
+
+
+class SD3(FlowTeacher):
+    """Stable Diffusion 3 and 3.5: transformer on image and text tokens together, three text encoders of
+    which T5 may be absent; flow matching with a fixed shift."""
+
+    student_steps = 4  # paper
+    sampler_steps = 28
+    guidance = 7.0
+    adm_guidance = 7.0
+
+    def __init__(self, pipe, *args):
+        super().__init__(pipe, *args)
+        self.taps = self.block_taps(self.denoiser.transformer_blocks, 1)  # (text, image)
+        factor, patch, _ = self._geometry()
+        largest = self.denoiser.config.pos_embed_max_size
+        if largest and max(self.patches) > largest:
+            size = "x".join(map(str, self.resolution))
+            raise UserError(
+                f"--resolution {size} is too large: the teacher {self.path} has positions for "
+                f"{largest * patch * factor} pixels a side (pos_embed_max_size: {largest})"
+            )
+
+    def _geometry(self):
+        config = self.denoiser.config
+        return self.pipe.vae_scale_factor, config.patch_size, config.sample_size
+
     @torch.no_grad()
     def _encode(self, prompts):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
@@ -430,16 +480,16 @@ class SD3(Teacher):
         pooled = pooled.to(self.dtype)
         return {"encoder_hidden_states": embeds.to(self.dtype), "pooled_projections": pooled}
 
+    def condition_shapes(self, length):
+        config = self.denoiser.config
+        text = (length + 256, config.joint_attention_dim)  # T5's tokens follow CLIP's
+        return {"encoder_hidden_states": text, "pooled_projections": (config.pooled_projection_dim,)}
+
     def call(self, net, x, timestep, cond):
         """The raw output of `net`, float32: x [B, C, H, W], the network's timestep [B]."""
         with self.autocast():
             x = x.to(self.dtype)
             return net(x, timestep=timestep.float(), **cond, return_dict=False)[0].float()
-
-    def student_scheduler(self, steps):
-        times = torch.tensor(self.student_times(steps), dtype=torch.float64)
-        _, sigmas = self.schedule(times)
-        return make_flow_scheduler(sigmas.tolist())
 
 
 class CogVideoX(Teacher):
@@ -459,19 +509,12 @@ class CogVideoX(Teacher):
     def __init__(self, pipe, path, device, dtype, resolution=None, frames=None):
         super().__init__(pipe, path, device, dtype, resolution)
         config = self.denoiser.config
-        self.frames = frames or config.sample_frames
-        if self.frames % 8 != 1:
-            raise UserError(
-                f"--frames {self.frames}: this autoencoder wants a multiple of 8, plus 1 (9, 17, ... 49)"
-            )
-        latent_frames = (self.frames - 1) // pipe.vae_scale_factor_temporal + 1
-        channels, height, width = self.latent_shape
-        self.latent_shape = (channels, latent_frames, height, width)
-        self.patches = (latent_frames, *self.patches)
-        self.taps = self.block_taps(0)  # (video, text)
+        self._set_frames(frames or config.sample_frames, 8)
+        self.taps = self.block_taps(self.denoiser.transformer_blocks, 0)  # (video, text)
         self.rotary = None
         if config.use_rotary_positional_embeddings:
-            self.rotary = pipe._prepare_rotary_positional_embeddings(*self.resolution, latent_frames, device)
+            size = (*self.resolution, self.patches[0])
+            self.rotary = pipe._prepare_rotary_positional_embeddings(*size, device)
         pipe.vae.enable_slicing()
 
     def _geometry(self):
@@ -490,51 +533,49 @@ class CogVideoX(Teacher):
         )
         return {"encoder_hidden_states": embeds.to(self.dtype)}
 
+    def condition_shapes(self, length):
+        config = self.denoiser.config
+        return {"encoder_hidden_states": (config.max_text_seq_length, config.text_embed_dim)}
+
     def call(self, net, x, timestep, cond):
         """The raw output of `net`, float32: x [B, C, F, H, W], the network's timestep [B]."""
         text = cond["encoder_hidden_states"]
-        x = x.transpose(1, 2).to(self.dtype)  # frames first
+        x = self.pack(x).to(self.dtype)
         with self.autocast():
             raw = net(x, text, timestep.float(), image_rotary_emb=self.rotary, return_dict=False)[0]
-        return raw.transpose(1, 2).float()
+        return self.unpack(raw).float()
+
+    def pack(self, x):
+        return x.transpose(1, 2)  # frames first
+
+    unpack = pack  # its own inverse
+
+    def call_settings(self, scale):
+        length = self.denoiser.config.max_text_seq_length
+        own = {"num_frames": self.frames, "max_sequence_length": length}
+        return super().call_settings(scale) | own
 
 
-FAMILIES = {
+FAMILIES = {  # the paper's
     "StableDiffusionXLPipeline": SDXL,
     "StableDiffusion3Pipeline": SD3,
     "CogVideoXPipeline": CogVideoX,
 }
+OTHER_FAMILIES = {  # pipeline: (module of teachers/, its class)
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "WanPipeline": ("wan", "Wan"),
+    "ZImagePipeline": ("z_image", "ZImage"),
+    "QwenImagePipeline": ("qwen_image", "QwenImage"),
+    "FluxPipeline": ("flux", "Flux"),
+}
 
 
-def choose_four(layers):
-    """Four evenly spaced layers, the last among them."""
-    return [layers[len(layers) * i // 4 - 1] for i in (1, 2, 3, 4)]
-
-
-class _DeepestTapReached(Exception):
-    pass
-
-
-def read_taps(taps, run):
-    """The maps that `run()` leaves at taps [(module, output -> map)], in order; the pass ends at the last."""
-    maps = []
-
-    def make_hook(module, read):
-        def hook(module_, inputs, output):
-            maps.append(read(output).float())
-            if module is taps[-1][0]:
-                raise _DeepestTapReached
-
-        return hook
-
-    handles = [module.register_forward_hook(make_hook(module, read)) for module, read in taps]
-    try:
-        with contextlib.suppress(_DeepestTapReached):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return maps
+def find_family(pipeline):
+    """The Teacher class of a pipeline's class name."""
+    if pipeline in FAMILIES:
+        return FAMILIES[pipeline]
+    module, name = OTHER_FAMILIES[pipeline]
+    return getattr(importlib.import_module(f"teachers.{module}"), name)
 
 
 def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None, variant=None):
@@ -548,7 +589,7 @@ def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None
             f"{TEACHERS['sdxl']}"
         )
     pipe, folder = load_pipeline(name, path, dtype, variant)
-    teacher = FAMILIES[type(pipe).__name__](pipe, path, device, dtype, resolution, frames)
+    teacher = find_family(type(pipe).__name__)(pipe, path, device, dtype, resolution, frames)
     teacher.folder = folder
     teacher.variant = variant
     try_out(teacher)
@@ -603,6 +644,7 @@ def load_training_teacher(args, device):
     """load_teacher_from's, made ready to train with. UserError for what the stage cannot do with it."""
     teacher = load_teacher_from(args, device)
     fill_training_arguments(args, teacher)
+    teacher.student_guidance = args.student_guidance or teacher.student_guidance
     set_up_for_training(teacher, args)
     return teacher
 
@@ -619,10 +661,13 @@ class Student:
     parametrisation "velocity" (after ADP): predicts v = x_T - x_0 on the straight path
     x_t = (1 - t/T) x_0 + (t/T) x_T."""
 
-    def __init__(self, teacher, parametrisation, steps):
+    def __init__(self, teacher, parametrisation, steps, guidance=None):
+        """guidance: what its network is told, where it is told any; default the teacher's
+        student_guidance."""
         self.teacher = teacher
         self.parametrisation = parametrisation
         self.steps = steps
+        self.guidance = guidance or teacher.student_guidance
         self.times = teacher.student_times(steps)
 
     def diffuse(self, x_0, eps, t):
@@ -635,6 +680,7 @@ class Student:
     def x0(self, net, x_t, t, cond):
         """x0_hat = G_theta(x_t, t, c)."""
         if self.parametrisation == "teacher":
+            cond = self.teacher.tell_guidance(cond, self.guidance)
             x0_hat, _ = self.teacher.predict(net, x_t, t, cond)
             return x0_hat
         return x_t - self.ratio(t, x_t) * self.velocity(net, x_t, t, cond)
@@ -649,7 +695,7 @@ class Student:
 
         paper silent: velocity timestep: its timestep input is t itself, T for pure noise, and x_t as it
         is."""
-        return self.teacher.call(net, x_t, t, cond)
+        return self.teacher.call(net, x_t, t, self.teacher.tell_guidance(cond, self.guidance))
 
     def time(self, k, x):
         """The student's k-th time as a tensor [B], for x [B, ...]."""
@@ -681,7 +727,7 @@ class Student:
         if self.parametrisation == "teacher":
             return self.teacher.student_scheduler(self.steps)
         if self.teacher.prediction == "flow":
-            return make_flow_scheduler([t / T for t in self.times])
+            return self.teacher.flow_scheduler([t / T for t in self.times])
         if self.steps > 1:
             raise UserError(
                 "no diffusers scheduler samples as a velocity student of several steps does; "
@@ -696,6 +742,7 @@ def start_student(init, teacher, steps=None):
     if init is None:
         return Student(teacher, "teacher", steps or teacher.student_steps), None
     folder, student, _ = open_student(init, teacher, steps)
+    student.guidance = teacher.student_guidance  # this run's
     return student, folder
 
 
@@ -706,7 +753,8 @@ def open_student(path, teacher, steps=None):
         source = describe_teacher(meta["teacher"], meta.get("teacher_lora"))
         own = describe_teacher(teacher.path, teacher.lora)
         raise UserError(f"the checkpoint {folder} was distilled from {source}, not from {own}")
-    return folder, Student(teacher, meta["parametrisation"], steps or meta["steps"]), meta
+    guidance = meta["arguments"].get("student_guidance")
+    return folder, Student(teacher, meta["parametrisation"], steps or meta["steps"], guidance), meta
 
 
 def load_student(path, teacher):
@@ -769,66 +817,6 @@ class Heads(nn.Module):
         maps = [torch.cat(parts) for parts in zip(*groups)]
         logits = torch.stack([head(m) for head, m in zip(self.heads, maps)], dim=1)
         return logits.chunk(len(groups)) if len(groups) > 1 else logits
-
-
-class PixelBackbone:
-    """A frozen vision encoder, the backbone of ADP's pixel discriminator: pixels [B, 3, H, W] in [-1, 1] ->
-    maps [B, C, H/p, W/p].
-
-    `name` is a SAM checkpoint (.pth or .safetensors, official or of the same layout), the name of an
-    official one (sam_vit_b, _l, _h: fetched to torch's cache), or DINOv2 as a transformers folder, hub id,
-    or "dinov2"."""
-
-    MEAN = (0.485, 0.456, 0.406)
-    STD = (0.229, 0.224, 0.225)
-
-    def __init__(self, name, device, dtype, encoder=None):
-        """encoder: SAM's, where it is there already."""
-        self.device = device
-        self.dtype = dtype
-        self.position = None
-        if device.type == "meta":  # --plan wants nothing but sizes
-            encoder = make_sam_encoder_on_meta(name)
-        if encoder is None and (name == "dinov2" or os.path.isdir(name) or is_hub_id(name)):
-            self._use_dinov2(name)
-        else:
-            self._use_sam(encoder or load_sam_encoder(name))
-        self.encoder.to(device, dtype).requires_grad_(False).eval()
-        self.mean = torch.tensor(self.MEAN, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(self.STD, device=device).view(1, 3, 1, 1)
-
-    def _use_sam(self, encoder):
-        self.encoder = encoder
-        self.patch = encoder.patch_embed.proj.stride[0]
-        self.position = encoder.pos_embed.detach().clone().permute(0, 3, 1, 2)
-        # paper and peers: vit_b's layers 3, 6, 9, 12, which are its global-attention blocks; so for the
-        # others, too
-        blocks = [block for block in encoder.blocks if block.window_size == 0]
-        self.taps = [(block, lambda out: out.permute(0, 3, 1, 2)) for block in blocks]
-
-    def _use_dinov2(self, name):
-        self.encoder = load_dinov2("facebook/dinov2-base" if name == "dinov2" else name)
-        self.patch = self.encoder.config.patch_size
-        self.taps = [(layer, self._fold) for layer in choose_four(self.encoder.encoder.layer)]
-
-    def _fold(self, out):
-        tokens = out[0] if isinstance(out, tuple) else out
-        count = math.prod(self.grid)
-        return tokens[:, -count:].transpose(1, 2).unflatten(2, self.grid)  # the class token comes first
-
-    def features(self, pixels):
-        """pixels [B, 3, H, W] in [-1, 1], any size from two patches up -> maps. Gradients flow to the
-        pixels."""
-        size = [max(2, side // self.patch) * self.patch for side in pixels.shape[2:]]
-        if list(pixels.shape[2:]) != size:
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
-        self.grid = [side // self.patch for side in size]
-        if self.position is not None and list(self.encoder.pos_embed.shape[1:3]) != self.grid:
-            position = F.interpolate(self.position, self.grid, mode="bicubic", align_corners=False)
-            position = position.permute(0, 2, 3, 1).to(self.device, self.dtype)
-            self.encoder.pos_embed = nn.Parameter(position, requires_grad=False)
-        x = ((pixels + 1) / 2 - self.mean) / self.std
-        return read_taps(self.taps, lambda: self.encoder(x.to(self.dtype)))
 
 
 def hinge_discriminator(real, fake, weights=None):

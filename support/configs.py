@@ -6,6 +6,8 @@ import json
 import math
 import typing
 
+import torch
+
 from support.errors import UserError
 
 # What becomes of a field; docs/teacher-configs.md has them all, and a test holds the two together.
@@ -118,6 +120,30 @@ FLOW_FIELDS = {
     "use_beta_sigmas": SAMPLER,
     "stochastic_sampling": SAMPLER,
 }
+DYNAMIC_FLOW_FIELDS = {
+    **FLOW_FIELDS,
+    "use_dynamic_shifting": HONOURED,
+    "base_shift": HONOURED,
+    "max_shift": HONOURED,
+    "base_image_seq_len": HONOURED,
+    "max_image_seq_len": HONOURED,
+    "time_shift_type": ("exponential",),
+}
+# Wan's: UniPC, which has the fields of the first kind but none of its schedule, or the flow scheduler's
+WAN_SCHEDULER_FIELDS = {
+    **DIFFUSION_FIELDS,
+    **FLOW_FIELDS,
+    "beta_start": UNUSED,
+    "beta_end": UNUSED,
+    "beta_schedule": UNUSED,
+    "trained_betas": UNUSED,
+    "rescale_betas_zero_snr": UNUSED,
+    "timestep_spacing": UNUSED,
+    "steps_offset": UNUSED,
+    "prediction_type": ("flow_prediction",),
+    "use_flow_sigmas": (True,),
+    "flow_shift": HONOURED,
+}
 
 # ----------------------------------------------------------------------------------------------------------
 # Networks
@@ -141,7 +167,7 @@ UNET_FIELDS = {
     **honour(
         "time_embedding_act_fn", "timestep_post_act", "conv_out_kernel", "mid_block_only_cross_attention"
     ),
-    "addition_embed_type": ("text_time",),
+    "addition_embed_type": ABSENT,
     "attention_type": ("default",),
     "class_embed_type": ABSENT,
     "class_embeddings_concat": OFF,
@@ -150,6 +176,7 @@ UNET_FIELDS = {
     "num_class_embeds": ABSENT,
     "time_cond_proj_dim": ABSENT,  # the guidance scale as an input, of LCM
 }
+SDXL_FIELDS = {**UNET_FIELDS, "addition_embed_type": ("text_time",)}
 SD3_FIELDS = {
     **honour("sample_size", "patch_size", "in_channels", "out_channels", "num_layers", "attention_head_dim"),
     **honour("num_attention_heads", "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"),
@@ -167,6 +194,36 @@ COGVIDEOX_FIELDS = {
     "patch_size_t": ABSENT,
     "use_learned_positional_embeddings": OFF,  # of image-to-video
 }
+WAN_FIELDS = {
+    **honour("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim"),
+    **honour("freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "qk_norm", "eps", "rope_max_seq_len"),
+    "patch_size": ([1, 2, 2],),
+    "image_dim": ABSENT,  # of image-to-video, as those below
+    "added_kv_proj_dim": ABSENT,
+    "pos_embed_seq_len": ABSENT,
+}
+Z_IMAGE_FIELDS = {
+    **honour("in_channels", "dim", "n_layers", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps"),
+    **honour("qk_norm", "cap_feat_dim", "rope_theta", "t_scale", "axes_dims", "axes_lens"),
+    "all_patch_size": ([2],),
+    "all_f_patch_size": ([1],),
+    "siglip_feat_dim": ABSENT,  # of the variant that edits pictures
+}
+QWEN_IMAGE_FIELDS = {
+    **honour("in_channels", "out_channels", "num_layers", "attention_head_dim", "num_attention_heads"),
+    **honour("joint_attention_dim", "axes_dims_rope"),
+    "patch_size": (2,),
+    "guidance_embeds": OFF,
+    "zero_cond_t": OFF,  # of variants that edit pictures, as those below
+    "use_additional_t_cond": OFF,
+    "use_layer3d_rope": OFF,
+}
+FLUX_FIELDS = {
+    **honour("in_channels", "out_channels", "num_layers", "num_single_layers", "attention_head_dim"),
+    **honour("num_attention_heads", "joint_attention_dim", "pooled_projection_dim", "axes_dims_rope"),
+    "patch_size": (1,),
+    "guidance_embeds": (True,),  # FLUX.1-schnell, which is distilled already, has none
+}
 VAE_FIELDS = {
     **honour("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "act_fn"),
     **honour("latent_channels", "norm_num_groups", "scaling_factor", "use_quant_conv", "use_post_quant_conv"),
@@ -174,21 +231,25 @@ VAE_FIELDS = {
     "out_channels": (3,),
     "force_upcast": UNUSED,  # from fp16, in which nothing runs here
 }
-SDXL_VAE_FIELDS = {
+IMAGE_VAE_FIELDS = {
     **VAE_FIELDS,
     "mid_block_add_attention": HONOURED,
     "sample_size": UNUSED,  # of tiles
-    "latents_mean": HONOURED,
-    "latents_std": HONOURED,
-    "shift_factor": (None, 0),  # the pipeline does not read it, as those below
 }
-SD3_VAE_FIELDS = {
-    **VAE_FIELDS,
-    "mid_block_add_attention": HONOURED,
-    "sample_size": UNUSED,  # of tiles
-    "shift_factor": HONOURED,
+SD_VAE_FIELDS = {
+    **IMAGE_VAE_FIELDS,
+    "shift_factor": (None, 0),  # the pipeline does not read it, as those below
     "latents_mean": ABSENT,
     "latents_std": ABSENT,
+}
+SDXL_VAE_FIELDS = {
+    **SD_VAE_FIELDS,
+    "latents_mean": HONOURED,
+    "latents_std": HONOURED,
+}
+SD3_VAE_FIELDS = {
+    **SD_VAE_FIELDS,
+    "shift_factor": HONOURED,
 }
 COGVIDEOX_VAE_FIELDS = {
     **VAE_FIELDS,
@@ -200,6 +261,18 @@ COGVIDEOX_VAE_FIELDS = {
     "shift_factor": (None, 0),
     "latents_mean": ABSENT,
     "latents_std": ABSENT,
+}
+WAN_VAE_FIELDS = {
+    **honour("base_dim", "decoder_base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "dropout"),
+    **honour("temperal_downsample", "is_residual", "patch_size", "out_channels", "scale_factor_spatial"),
+    **honour("latents_mean", "latents_std"),
+    "in_channels": UNUSED,
+    "scale_factor_temporal": (4,),
+}
+QWEN_IMAGE_VAE_FIELDS = {
+    **honour("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "dropout"),
+    **honour("temperal_downsample", "latents_mean", "latents_std"),
+    "input_channels": (3,),
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -213,6 +286,7 @@ class Part:
 
     classes: tuple
     fields: dict = dataclasses.field(default_factory=dict)
+    packing: int = 1  # numbers of a latent's channel that are one token of a denoiser's input
 
 
 CLIP = Part(("CLIPTextModel", "CLIPTextModelWithProjection"))
@@ -220,10 +294,12 @@ POOLED_CLIP = Part(("CLIPTextModelWithProjection",))
 T5 = Part(("T5EncoderModel",))
 CLIP_TOKENIZER = Part(("CLIPTokenizer", "CLIPTokenizerFast"))
 T5_TOKENIZER = Part(("T5Tokenizer", "T5TokenizerFast"))
+QWEN_TOKENIZER = Part(("Qwen2Tokenizer", "Qwen2TokenizerFast"))
+DYNAMIC_FLOW = Part(("FlowMatchEulerDiscreteScheduler",), DYNAMIC_FLOW_FIELDS)
 PIPELINES = {
     "StableDiffusionXLPipeline": {
         "scheduler": Part(DIFFUSION, DIFFUSION_FIELDS),
-        "unet": Part(("UNet2DConditionModel",), UNET_FIELDS),
+        "unet": Part(("UNet2DConditionModel",), SDXL_FIELDS),
         "vae": Part(("AutoencoderKL",), SDXL_VAE_FIELDS),
         "text_encoder": CLIP,
         "text_encoder_2": POOLED_CLIP,
@@ -248,10 +324,69 @@ PIPELINES = {
         "text_encoder": T5,
         "tokenizer": T5_TOKENIZER,
     },
+    "StableDiffusionPipeline": {
+        "scheduler": Part(DIFFUSION, DIFFUSION_FIELDS),
+        "unet": Part(("UNet2DConditionModel",), UNET_FIELDS),
+        "vae": Part(("AutoencoderKL",), SD_VAE_FIELDS),
+        "text_encoder": Part(("CLIPTextModel",)),
+        "tokenizer": CLIP_TOKENIZER,
+    },
+    "WanPipeline": {
+        "scheduler": Part(
+            ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"), WAN_SCHEDULER_FIELDS
+        ),
+        "transformer": Part(("WanTransformer3DModel",), WAN_FIELDS),
+        "vae": Part(("AutoencoderKLWan",), WAN_VAE_FIELDS),
+        "text_encoder": Part(("UMT5EncoderModel",)),
+        "tokenizer": T5_TOKENIZER,
+    },
+    "ZImagePipeline": {
+        "scheduler": DYNAMIC_FLOW,
+        "transformer": Part(("ZImageTransformer2DModel",), Z_IMAGE_FIELDS),
+        "vae": Part(("AutoencoderKL",), SD3_VAE_FIELDS),
+        "text_encoder": Part(("Qwen3Model",)),
+        "tokenizer": QWEN_TOKENIZER,
+    },
+    "FluxPipeline": {
+        "scheduler": DYNAMIC_FLOW,
+        "transformer": Part(("FluxTransformer2DModel",), FLUX_FIELDS, packing=4),
+        "vae": Part(("AutoencoderKL",), SD3_VAE_FIELDS),
+        "text_encoder": Part(("CLIPTextModel",)),
+        "text_encoder_2": T5,
+        "tokenizer": CLIP_TOKENIZER,
+        "tokenizer_2": T5_TOKENIZER,
+    },
+    "QwenImagePipeline": {
+        "scheduler": Part(
+            ("FlowMatchEulerDiscreteScheduler",), {**DYNAMIC_FLOW_FIELDS, "shift_terminal": HONOURED}
+        ),
+        "transformer": Part(("QwenImageTransformer2DModel",), QWEN_IMAGE_FIELDS, packing=4),
+        "vae": Part(("AutoencoderKLQwenImage",), QWEN_IMAGE_VAE_FIELDS),
+        "text_encoder": Part(("Qwen2_5_VLForConditionalGeneration",)),
+        "tokenizer": QWEN_TOKENIZER,
+    },
 }
+# of model_index.json: what has to be null, and what it would be
+MUST_BE_NULL = {
+    "WanPipeline": {
+        "transformer_2": "a second network for low noise, as Wan 2.2 A14B has: one network is supported",
+        "boundary_ratio": "the time from which a second network is used: one network is supported",
+    }
+}
+NOTHING = (None, [None, None])
 MAY_BE_ABSENT = ("text_encoder_3", "tokenizer_3")
-NEVER_CALLED = ("image_encoder", "feature_extractor", "add_watermarker")  # of the pipelines, without an image
-SWITCHES = {"StableDiffusionXLPipeline": ("force_zeros_for_empty_prompt",)}  # of model_index.json
+# of the pipelines' components and switches, without an image
+NEVER_CALLED = (
+    "image_encoder",
+    "feature_extractor",
+    "add_watermarker",
+    "safety_checker",
+    "requires_safety_checker",
+)
+SWITCHES = {  # of model_index.json
+    "StableDiffusionXLPipeline": ("force_zeros_for_empty_prompt",),
+    "WanPipeline": ("expand_timesteps",),
+}
 
 
 def choose_classes(name, index):
@@ -264,15 +399,19 @@ def choose_classes(name, index):
         raise UserError(f"the teacher {name!r} is a {show(pipeline)}; known are {', '.join(PIPELINES)}")
     parts = PIPELINES[pipeline]
     switches = {}
+    null = MUST_BE_NULL.get(pipeline, {})
     for field, value in index.items():
-        if field in SWITCHES.get(pipeline, ()) and isinstance(value, bool):
+        if field in null:
+            if value not in NOTHING:
+                raise refuse(name, "model_index.json", field, value, null[field])
+        elif field in SWITCHES.get(pipeline, ()) and isinstance(value, bool):
             switches[field] = value
         elif field not in parts and field not in NEVER_CALLED and not field.startswith("_"):
             raise refuse(name, "model_index.json", field, value, f"which a {pipeline} does not take")
     classes = {}
     for part, known in parts.items():
         value = index.get(part)
-        if value in (None, [None, None]) and part in MAY_BE_ABSENT:
+        if value in NOTHING and part in MAY_BE_ABSENT:
             classes[part] = None
         elif isinstance(value, list) and len(value) == 2 and value[1] in known.classes:
             classes[part] = find_class(value[1])
@@ -310,9 +449,10 @@ def check_configs(name, pipeline, configs, classes):
     vae = whole.pop("vae")
     scheduler = whole.pop("scheduler")
     [(part, denoiser)] = whole.items()
-    if not scheduler.get("shift", 1) > 0:
-        raise refuse(name, config_file("scheduler"), "shift", scheduler["shift"], "it must be above 0")
-    check_channels(name, config_file(part), denoiser, vae)
+    for field in ("shift", "flow_shift"):
+        if not scheduler.get(field, 1) > 0:
+            raise refuse(name, config_file("scheduler"), field, scheduler[field], "it must be above 0")
+    check_channels(name, config_file(part), denoiser, vae, PIPELINES[pipeline][part].packing)
     check_scale(name, vae)
 
 
@@ -353,7 +493,8 @@ def check_fields(name, file, config, kind, fields):
 
 
 def is_among(value, values):
-    """As `in`, but True is not 1 here, nor False 0."""
+    """As `in`, but True is not 1 here, nor False 0; a tuple is a list."""
+    value = list(value) if isinstance(value, tuple) else value
     return any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values)
 
 
@@ -376,33 +517,42 @@ def is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_channels(name, file, denoiser, vae):
+def count_latent_channels(vae):
+    """Of a VAE's config: the two names are of different classes."""
+    return vae.get("latent_channels", vae.get("z_dim"))
+
+
+def check_channels(name, file, denoiser, vae, packing):
     """UserError for a denoiser that takes or gives more than the latents."""
     channels = denoiser["in_channels"]
-    if denoiser["out_channels"] not in (None, channels):
+    latents = channels // packing
+    if denoiser.get("out_channels") not in (None, channels, latents):
         why = f"not the {show(channels)} of in_channels: an inpainting, editing or learned-variance network"
         raise refuse(name, file, "out_channels", denoiser["out_channels"], why)
-    if vae["latent_channels"] != channels:
+    if count_latent_channels(vae) != latents:
+        field = "latent_channels" if "latent_channels" in vae else "z_dim"
         why = f"but the denoiser's in_channels are {show(channels)}"
-        raise refuse(name, "vae/config.json", "latent_channels", vae["latent_channels"], why)
+        raise refuse(name, "vae/config.json", field, vae[field], why)
 
 
 def check_scale(name, vae):
     """UserError for numbers with which latents cannot be scaled."""
     file = "vae/config.json"
-    if not (is_number(vae["scaling_factor"]) and vae["scaling_factor"] > 0):
-        raise refuse(name, file, "scaling_factor", vae["scaling_factor"], "it must be a number above 0")
-    if not (vae["shift_factor"] is None or is_number(vae["shift_factor"])):
-        raise refuse(name, file, "shift_factor", vae["shift_factor"], "it must be a number")
+    factor = vae.get("scaling_factor", 1)
+    if not (is_number(factor) and factor > 0):
+        raise refuse(name, file, "scaling_factor", factor, "it must be a number above 0")
+    shift = vae.get("shift_factor")
+    if not (shift is None or is_number(shift)):
+        raise refuse(name, file, "shift_factor", shift, "it must be a number")
     for field, other in (("latents_mean", "latents_std"), ("latents_std", "latents_mean")):
-        value = vae[field]
+        value = vae.get(field)
         if value is None:
             continue
         if vae[other] is None:
             raise refuse(name, file, field, value, f"but no {other}")
         is_list = isinstance(value, list) and all(map(is_number, value))
-        if not is_list or len(value) != vae["latent_channels"]:
-            raise refuse(name, file, field, value, "it must be a number for each of the latent_channels")
+        if not is_list or len(value) != count_latent_channels(vae):
+            raise refuse(name, file, field, value, "it must be a number for each of the latents' channels")
 
 
 def read_size(name, sample_size, factor):
@@ -416,25 +566,28 @@ def read_size(name, sample_size, factor):
     return size[0] * factor, size[1] * factor
 
 
-def unscale(latents, config):
-    """Latents [B, C, ...] as the denoiser wants them -> as the VAE of this config does, as the pipeline's
-    call does."""
-    latents = latents / config.scaling_factor
-    shape = (1, -1, *[1] * (latents.ndim - 2))
-    if config.latents_mean:
-        mean = latents.new_tensor(config.latents_mean).view(shape)
-        std = latents.new_tensor(config.latents_std).view(shape)
+def unscale(latents, vae):
+    """Latents [B, C, ...] as the denoiser wants them -> as this VAE does, as the pipeline's call does: by a
+    factor and a shift, by means and deviations of the channels, or by a batch norm's statistics."""
+    config = vae.config
+    latents = latents / config.get("scaling_factor", 1)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if hasattr(vae, "bn"):
+        mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.bn.eps).sqrt()
+    if mean is not None:
+        shape = (1, -1, *[1] * (latents.ndim - 2))
+        mean, std = (torch.as_tensor(value).to(latents).view(shape) for value in (mean, std))
         latents = latents * std + mean
-    return latents + (config.shift_factor or 0)
+    return latents + (config.get("shift_factor") or 0)
 
 
-def describe_sampler(kind, config):
+def describe_sampler(pipeline, kind, config):
     """What the pipeline's own sampler does that the teacher's sampler here does not, in words; "" if nothing.
 
-    kind, config: the scheduler's class, and its config as in its file."""
+    pipeline: its class's name; kind, config: the scheduler's class, and its config as in its file."""
     if kind.__name__ not in SAME_SAMPLER:
         return kind.__name__
-    fields = FLOW_FIELDS if kind.__name__ in FLOW else DIFFUSION_FIELDS
+    fields = PIPELINES[pipeline]["scheduler"].fields
     words = []
     for field, parameter in list_fields(kind).items():
         value = config.get(field, parameter.default)

@@ -145,12 +145,8 @@ def write_opening(teacher, path, more=()):
 
 def write_call(student):
     """The arguments with which a pipeline draws as the student does."""
-    teacher = student.teacher
-    height, width = teacher.resolution
     timesteps = choose_timesteps(student.scheduler(), student.times)
     steps = f"timesteps={timesteps}" if timesteps else f"num_inference_steps={student.steps}"
-    drawing = ["prompt", steps, "guidance_scale=1", f"height={height}", f"width={width}"]
-    if teacher.video:
-        length = teacher.denoiser.config.max_text_seq_length
-        drawing += [f"num_frames={teacher.frames}", f"max_sequence_length={length}"]
+    settings = student.teacher.call_settings(student.guidance)
+    drawing = ["prompt", steps, *(f"{name}={value!r}" for name, value in settings.items())]
     return ", ".join(drawing)

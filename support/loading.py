@@ -1,6 +1,7 @@
 """Loads a pipeline so that no weight is missing, made up, left over, or not a number."""
 
 import dataclasses
+import inspect
 import os
 import re
 import textwrap
@@ -83,13 +84,22 @@ def load_pipeline(name, path, dtype, variant=None):
         if part not in parts:
             parts[part] = load_part(kind, folder, part, dtype, variant) if kind else None
     check_vocabularies(name, parts)
-    other = describe_sampler(teacher.classes["scheduler"], teacher.configs["scheduler"])
+    other = describe_sampler(teacher.pipeline, teacher.classes["scheduler"], teacher.configs["scheduler"])
     if other:
         note(
             f"the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps along the "
             "same schedule"
         )
-    return getattr(diffusers, teacher.pipeline)(**parts, **teacher.switches), folder
+    return assemble(getattr(diffusers, teacher.pipeline), parts, teacher.switches), folder
+
+
+def assemble(pipeline, parts, switches):
+    """A diffusers pipeline of this class: the components that it wants but that are not there are None."""
+    wanted = inspect.signature(pipeline).parameters
+    if "requires_safety_checker" in wanted:
+        switches = {**switches, "requires_safety_checker": False}
+    absent = [part for part, parameter in wanted.items() if parameter.default is parameter.empty]
+    return pipeline(**{**dict.fromkeys(absent), **parts}, **switches)
 
 
 def fetch_folder(name, path, variant):
@@ -164,7 +174,7 @@ def check_vocabularies(name, parts):
         if part.startswith("text_encoder") and encoder is not None:
             tokenizer = part.replace("text_encoder", "tokenizer")
             words = len(parts[tokenizer])
-            known = encoder.config.vocab_size
+            known = encoder.config.get_text_config().vocab_size
             if words > known:
                 raise UserError(
                     f"the teacher {name} cannot be used: its {tokenizer} has {words} words, "

@@ -151,6 +151,13 @@ def freeze(*modules):
             p.requires_grad_(True)
 
 
+def freeze_named(net, parts):
+    """Parameters with one of these parts in their names get no gradient ever, so that DDP waits for none."""
+    for name, p in net.named_parameters():
+        if any(part in name for part in parts):
+            p.requires_grad_(False)
+
+
 @contextlib.contextmanager
 def sync_gradients(net, now):
     """Inside, a backward pass of `net` exchanges gradients over the ranks if `now`, else it only adds them

@@ -20,7 +20,7 @@ class System:
         self.checkpoint = checkpoint
         self.guidance = teacher.guidance if guidance is None else guidance
         self.steps = student.steps if student else steps or teacher.sampler_steps
-        self.nfe = self.steps if student or self.guidance == 1 else 2 * self.steps
+        self.nfe = self.steps if student else self.steps * teacher.count_passes(self.guidance)
 
     @torch.no_grad()
     def images(self, prompts, numbers, seeds):
@@ -58,4 +58,6 @@ class System:
             "parametrisation": self.student.parametrisation,
             "weights": compute_checksum_of_json(checksums),
         }
+        if self.teacher.embeds_guidance:
+            student["guidance"] = self.student.guidance
         return index | student

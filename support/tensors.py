@@ -26,3 +26,32 @@ def concatenate(*conditions):
 def detach(maps):
     """A list of maps without their graphs."""
     return [m.detach() for m in maps]
+
+
+def pad_rows(rows, length):
+    """Rows [n_i, D] -> ([B, length, D] with zeros after each of them, their numbers n_i [B])."""
+    padded = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
+    for place, row in zip(padded, rows):
+        place[: len(row)] = row
+    return padded, torch.tensor([len(row) for row in rows], device=padded.device)
+
+
+def split_rows(padded, lengths):
+    """The inverse: [B, length, D] and [B] -> rows [n_i, D]. On the meta device, which has no numbers, all
+    are whole."""
+    if lengths.is_meta:
+        return list(padded)
+    return [row[:n] for row, n in zip(padded, lengths.tolist())]
+
+
+def cut_rows(padded, lengths):
+    """[B, length, D] and [B] -> [B, n, D], n as the longest row, and what of it is no padding [B, n], None if
+    all. On the meta device nothing is cut."""
+    if lengths.is_meta:
+        return padded, None
+    counts = lengths.tolist()
+    longest = max(counts)
+    mask = None
+    if min(counts) < longest:
+        mask = torch.arange(longest, device=padded.device) < lengths[:, None]
+    return padded[:, :longest], mask

@@ -20,7 +20,7 @@ def set_up_for_training(teacher, args):
     checkpointed, and with --shard fsdp the teacher is sharded, too."""
     if args.checkpointing:
         teacher.denoiser.enable_gradient_checkpointing()
-        if not teacher.video:
+        if can_checkpoint(teacher.pipe.vae) and not teacher.video:
             teacher.pipe.vae.enable_gradient_checkpointing()
     if teacher.video:
         teacher.pipe.vae.enable_tiling()  # only previews are decoded: whole, one of CogVideoX takes 23 GB
@@ -41,6 +41,15 @@ def fill_training_arguments(args, family):
     args.batch = args.batch or family.batch
     if getattr(args, "guidance", 0) is None:
         args.guidance = family.adm_guidance
+    if args.student_guidance is None and family.embeds_guidance:
+        args.student_guidance = getattr(args, "guidance", family.guidance)
+    if args.student_guidance is not None and not family.embeds_guidance:
+        raise UserError("--student-guidance is for teachers that are told their guidance, as FLUX.1-dev")
+
+
+def can_checkpoint(net):
+    """Whether a diffusers network has gradient checkpointing."""
+    return net._supports_gradient_checkpointing
 
 
 def prepare(net, lr, args):

@@ -45,6 +45,17 @@ def make_teacher(folder, seed, family="sdxl"):
     return str(folder)
 
 
+def size(family):
+    """The words of a command line for the samples' size of a tiny teacher whose configs do not say it."""
+    found = train.FAMILIES[family].get("size", {})
+    words = []
+    if "resolution" in found:
+        words += ["--resolution", "x".join(map(str, found["resolution"]))]
+    if "frames" in found:
+        words += ["--frames", str(found["frames"])]
+    return words
+
+
 def make_sam(seed, **sizes):
     """An image encoder of SAM's kind for 64x64 pixels, windows of 3 in the blocks 0 and 2, no weight zero."""
     torch.manual_seed(seed)

@@ -330,11 +330,15 @@ TABLE = {
     "support/configs.py": [
         (
             "latents multiplied by the scale",
-            "latents / config.scaling_factor",
-            "latents * config.scaling_factor",
+            'latents / config.get("scaling_factor", 1)',
+            'latents * config.get("scaling_factor", 1)',
         ),
-        ("latents not scaled", "latents / config.scaling_factor", "latents"),
-        ("latents' shift subtracted", "+ (config.shift_factor or 0)", "- (config.shift_factor or 0)"),
+        ("latents not scaled", 'latents / config.get("scaling_factor", 1)', "latents"),
+        (
+            "latents' shift subtracted",
+            '+ (config.get("shift_factor") or 0)',
+            '- (config.get("shift_factor") or 0)',
+        ),
         ("latents' mean subtracted", "latents * std + mean", "latents * std - mean"),
         ("latents' deviation divided by", "latents * std + mean", "latents / std + mean"),
     ],
@@ -356,7 +360,7 @@ TABLE = {
     ],
     "common.py": [
         # the schedule
-        ("data at t = 1", "torch.ones(1, dtype=torch.float64), abar", "abar[:1], abar"),
+        ("data at t = 1", "[torch.ones(1, dtype=torch.float64), abar]", "[abar[:1], abar]"),
         (
             "abar in steps",
             "self.alphas_cumprod[below + 1], t - below)",
@@ -419,7 +423,7 @@ TABLE = {
             "return self.diffuse(eps_hat, x0_hat, s)",
         ),
         # times
-        ("sampler's times off by one", "scheduler.timesteps.double() + 1)", "scheduler.timesteps.double())"),
+        ("sampler's times off by one", "timestep + 1.0 for", "timestep + 0.0 for"),
         ("student's times not from T", "[T - i * int(T) // steps", "[T - (i + 0.5) * int(T) // steps"),
         ("SD3's student's times", "[T * (1 - i / steps)", "[T * (1 - i / (steps + 1))"),
         # conditions, maps and pixels
@@ -445,11 +449,14 @@ TABLE = {
         ),
         (
             "maps transposed",
-            "out[output].transpose(1, 2).unflatten(2, self.patches)",
-            "out[output].transpose(1, 2).unflatten(2, self.patches).mT",
+            "math.prod(self.patches)].transpose(1, 2).unflatten(2, self.patches)",
+            "math.prod(self.patches)].transpose(1, 2).unflatten(2, self.patches).mT",
         ),
-        ("SD3's maps are the text", "self.taps = self.block_taps(1)", "self.taps = self.block_taps(0)"),
-        ("four first layers", "layers[len(layers) * i // 4 - 1]", "layers[i - 1]"),
+        (
+            "SD3's maps are the text",
+            "self.block_taps(self.denoiser.transformer_blocks, 1)",
+            "self.block_taps(self.denoiser.transformer_blocks, 0)",
+        ),
         # families
         ("SDXL's last hidden state", "out.hidden_states[-2]", "out.hidden_states[-1]"),
         ("SDXL's encoders swapped", "torch.cat(embeds, dim=-1)", "torch.cat(embeds[::-1], dim=-1)"),
@@ -484,13 +491,13 @@ TABLE = {
         ("CogVideoX without positions", "image_rotary_emb=self.rotary,", "image_rotary_emb=None,"),
         (
             "CogVideoX's frames backwards",
-            "x = x.transpose(1, 2).to(self.dtype)",
-            "x = x.transpose(1, 2).flip(1).to(self.dtype)",
+            "x = self.pack(x).to(self.dtype)",
+            "x = self.pack(x).flip(1).to(self.dtype)",
         ),
         (
             "CogVideoX's output backwards",
-            "return raw.transpose(1, 2).float()",
-            "return raw.transpose(1, 2).flip(2).float()",
+            "return self.unpack(raw).float()",
+            "return self.unpack(raw).flip(2).float()",
         ),
         # students
         ("the straight path backwards", "return (1 - r) * x_0 + r * eps", "return r * x_0 + (1 - r) * eps"),
@@ -501,8 +508,8 @@ TABLE = {
         ),
         (
             "the velocity's timestep off by one",
-            "return self.teacher.call(net, x_t, t, cond)",
-            "return self.teacher.raw(net, x_t, t, cond)",
+            "return self.teacher.call(net, x_t, t, self.teacher.tell",
+            "return self.teacher.raw(net, x_t, t, self.teacher.tell",
         ),
         ("simulation a step short", "for i in range(k):", "for i in range(k - 1):"),
         (
@@ -533,15 +540,6 @@ TABLE = {
             "head(m) for head, m in zip(self.heads, maps)]",
             "self.heads[0 if m.shape == maps[0].shape else -1](m) for head, m in zip(self.heads, maps)]",
         ),
-        (
-            "pixels of [0, 1] to SAM",
-            "x = ((pixels + 1) / 2 - self.mean) / self.std",
-            "x = (pixels - self.mean) / self.std",
-        ),
-        ("SAM's mean", "MEAN = (0.485, 0.456, 0.406)", "MEAN = (0.5, 0.5, 0.5)"),
-        ("SAM's deviation", "STD = (0.229, 0.224, 0.225)", "STD = (0.225, 0.224, 0.229)"),
-        ("SAM's local blocks", "block.window_size == 0", "block.window_size != 0"),
-        ("DINOv2's class token for a patch", "tokens[:, -count:]", "tokens[:, :count]"),
         ("hinge of real flipped", "weigh(F.relu(1 - real), weights)", "weigh(F.relu(1 + real), weights)"),
         ("hinge of fake flipped", "weigh(F.relu(1 + fake), weights)", "weigh(F.relu(1 - fake), weights)"),
         ("hinge of real without its 1", "weigh(F.relu(1 - real), weights)", "weigh(F.relu(-real), weights)"),
@@ -554,6 +552,18 @@ TABLE = {
         ("G's hinge flipped", "return -weigh(fake, weights)", "return weigh(fake, weights)"),
         ("weighted mean for the sum", "(values * weights).sum(1).mean()", "(values * weights).mean()"),
     ],
+    "support/backbones.py": [
+        (
+            "pixels of [0, 1] to SAM",
+            "x = ((pixels + 1) / 2 - self.mean) / self.std",
+            "x = (pixels - self.mean) / self.std",
+        ),
+        ("SAM's mean", "MEAN = (0.485, 0.456, 0.406)", "MEAN = (0.5, 0.5, 0.5)"),
+        ("SAM's deviation", "STD = (0.229, 0.224, 0.225)", "STD = (0.225, 0.224, 0.229)"),
+        ("SAM's local blocks", "block.window_size == 0", "block.window_size != 0"),
+        ("DINOv2's class token for a patch", "tokens[:, -count:]", "tokens[:, :count]"),
+    ],
+    "support/taps.py": [("four first layers", "layers[len(layers) * i // 4 - 1]", "layers[i - 1]")],
     "support/rows.py": [
         ("rows alike", "generator(*key, row) for row in rows", "generator(*key) for row in rows"),
         ("uniform to a half", "numbers.append(torch.rand(", "numbers.append(0.5 * torch.rand("),
@@ -612,7 +622,7 @@ TABLE = {
         ("LCM's skip", "EXACT = 1e6", "EXACT = 10.0"),
         ("LCM's betas", "1 - alphas_cumprod[1:] / alphas_cumprod[:-1]", "1 - alphas_cumprod[1:]"),
         ("levels of one step more", "d = (1 - end) / (len(sigmas) - 1)", "d = (1 - end) / len(sigmas)"),
-        ("levels not stretched", "shift_terminal=sigmas[-1]", "shift_terminal=None"),
+        ("levels not stretched", "\n        shift_terminal=sigmas[-1]", "\n        shift_terminal=None"),
         ("levels of the inverse shift", "base_shift=math.log(a)", "base_shift=-math.log(a)"),
         (
             "one step without noise",

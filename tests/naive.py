@@ -4,8 +4,10 @@ Nothing is reused between updates, every formula is written out. Of the project 
 (`teacher.call`, `teacher.encode`, the heads), the pixel backbone and the random numbers' order are taken."""
 
 import copy
+import math
 
 import torch
+import torch.nn.functional as F
 
 from support.rows import draw_integer, draw_rows
 
@@ -17,9 +19,18 @@ def over(values, x):
     return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
+def shift_of(teacher):
+    config = teacher.pipe.scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return config.get("shift") or config.flow_shift
+    tokens = math.prod(teacher.latent_shape[1:]) / 4
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return math.exp(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+
 def alpha_sigma(teacher, t):
     if teacher.prediction == "flow":
-        shift, u = teacher.pipe.scheduler.config.shift, t / T
+        shift, u = shift_of(teacher), t / T
         sigma = shift * u / (1 + (shift - 1) * u)
         return 1 - sigma, sigma
     table = torch.cat([torch.ones(1).double(), teacher.pipe.scheduler.alphas_cumprod.double()])
@@ -37,6 +48,20 @@ def network_output(teacher, net, x, t, cond):
     _, sigma = alpha_sigma(teacher, t)
     timestep = T * sigma if teacher.prediction == "flow" else (t - 1).clamp(min=0)
     return teacher.call(net, x, timestep, cond)
+
+
+def guided_output(teacher, x, t, cond, scale):
+    """The real score's raw output: with classifier-free guidance, or by a network that is told the scale."""
+    if type(teacher).__name__ == "Flux":
+        told = cond | {"guidance": torch.full((len(x),), scale)}
+        return network_output(teacher, teacher.denoiser, x, t, told)
+    raw = network_output(teacher, teacher.denoiser, x, t, cond)
+    null = network_output(teacher, teacher.denoiser, x, t, teacher.null(len(x)))
+    guided = null + scale * (raw - null)
+    if type(teacher).__name__ == "QwenImage":  # each square of 2x2 latents keeps the norm that it had
+        norms = [F.avg_pool2d(part.square().sum(1, keepdim=True), 2).sqrt() for part in (raw, guided)]
+        guided = guided * F.interpolate(norms[0] / norms[1], scale_factor=2)
+    return guided
 
 
 def both_predictions(teacher, raw, x, t):
@@ -71,14 +96,14 @@ class Learner:
     def __init__(self, net, lr, args):
         self.net = copy.deepcopy(net)
         options = {"lr": lr, "betas": args.betas, "weight_decay": args.weight_decay, "eps": 1e-3}
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), **options)
+        self.parameters = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, **options)
         self.clip = args.clip
 
     def step(self, loss):
-        parameters = list(self.net.parameters())
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, self.parameters)
         norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
-        for p, gradient in zip(parameters, gradients):
+        for p, gradient in zip(self.parameters, gradients):
             p.grad = gradient * min(1.0, self.clip / (norm.item() + 1e-6))
         self.optimizer.step()
 
@@ -108,6 +133,8 @@ class NaiveADM:
         parts = draw_rows(args, teacher.device, "adm", step, update)
         for rows in parts:
             rows.cond = teacher.encode([self.prompts[i] for i in rows.integers(len(self.prompts))])
+            if args.student_guidance:
+                rows.cond["guidance"] = torch.full((args.batch,), args.student_guidance)
             x = rows.normal(*teacher.latent_shape)
             for i in range(k):
                 t, s = (torch.full((len(x),), self.times[j]).double() for j in (i, i + 1))
@@ -135,9 +162,7 @@ class NaiveADM:
             raw = network_output(teacher, self.f.net, x_t, rows.t, rows.cond)
             fake_0, fake_eps = both_predictions(teacher, raw, x_t, rows.t)
             with torch.no_grad():
-                raw = network_output(teacher, teacher.denoiser, x_t, rows.t, rows.cond)
-                null = network_output(teacher, teacher.denoiser, x_t, rows.t, teacher.null(len(x_t)))
-                guided = null + args.guidance * (raw - null)
+                guided = guided_output(teacher, x_t, rows.t, rows.cond, args.guidance)
                 real_0, real_eps = both_predictions(teacher, guided, x_t, rows.t)
             rows.s = rows.t - args.dt * T
             rows.x_fake = diffuse(teacher, fake_0, fake_eps, rows.s)

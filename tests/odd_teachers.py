@@ -357,7 +357,7 @@ ODD = [
         "short latents_mean",
         "sdxl",
         edit(VAE, latents_mean=[0.1], latents_std=STD),
-        "it must be a number for each of the latent_channels",
+        "it must be a number for each of the latents' channels",
     ),
     Odd(
         "another autoencoder",

@@ -1,16 +1,16 @@
-"""The three families against diffusers: real configs, samplers, schedules, conditions, exported students."""
+"""The families against diffusers: real configs, samplers, schedules, conditions, exported students."""
 
 import json
+import math
 import os
 import shutil
 import sys
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from transformers import T5Tokenizer
 
 import adp
@@ -21,19 +21,21 @@ from support.errors import UserError
 from support.media import save_video
 from support.rows import Rows
 from support.systems import System
-from tiny import train
+from tiny import families, train
+from tools import meta
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
-CONFIGS = os.path.join(helpers.ROOT, "assets", "configs")
 PROMPTS = ["a red circle", "a small square"]
-KINDS = ("sdxl", "sd3", "cogvideox")  # one of BUILD for each family
+KINDS = ("sdxl", "sd3", "cogvideox", *families.FAMILIES)  # one of BUILD for each family
+TRANSFORMERS = [kind for kind in families.FAMILIES if kind != "stable-diffusion"]
 BUILD = {
     "sdxl": train.build_sdxl,
     "sd3": train.build_sd3,
     "sd3-t5": lambda: train.build_sd3(t5_encoder=True),
     "cogvideox": train.build_cogvideox,
     "cogvideox-rotary": lambda: train.build_cogvideox(rotary=True),
+    **{kind: family["build"] for kind, family in families.FAMILIES.items()},
 }
 
 
@@ -54,12 +56,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teachers(folders):
-    return {kind: common.load_teacher(folder, CPU) for kind, folder in folders.items()}
+    return {kind: load(kind, folder) for kind, folder in folders.items()}
 
 
-def read_configs(name):
-    with open(os.path.join(CONFIGS, f"{name}.json")) as file:
-        return json.load(file)
+def load(kind, folder, **size):
+    """A teacher of this kind, of its small size where its configs say none."""
+    small = families.FAMILIES.get(kind, {}).get("size", {})
+    return common.load_teacher(folder, CPU, **(small | size))
 
 
 def build_part(config):
@@ -71,47 +74,60 @@ def draw_noise(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def swap_axes(teacher, x):
-    """Latents between this project's order of axes and diffusers', which has a video's frames first."""
-    return x.transpose(1, 2) if teacher.video else x
-
-
-def draw(pipe, teacher, x_T, **settings):
+def draw(pipe, teacher, x_T, steps, scale, **settings):
     """The diffusers pipeline's own latents for PROMPTS from the noise x_T."""
     pipe.set_progress_bar_config(disable=True)
-    if teacher.video:
-        settings["max_sequence_length"] = teacher.denoiser.config.max_text_seq_length
-    noise = swap_axes(teacher, x_T)
-    latents = pipe(PROMPTS, latents=noise, output_type="latent", **settings)[0]
-    return swap_axes(teacher, latents)
+    settings |= teacher.call_settings(scale)
+    noise = teacher.pack(x_T)
+    latents = pipe(PROMPTS, latents=noise, num_inference_steps=steps, output_type="latent", **settings)[0]
+    return teacher.unpack(latents)
 
 
 # The real models, without weights -------------------------------------------------------------------------
 
 SD3_TEXT = {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)}
+UMT5 = {"encoder_hidden_states": (512, 4096)}
+QWEN3 = {"encoder_hidden_states": (512, 2560), "length": ()}
+QWEN_VL = {"encoder_hidden_states": (512, 3584), "length": ()}
+FLUX = {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)}
+SD_MAPS = [(320, 64, 64), (640, 32, 32), (1280, 16, 16), (1280, 8, 8), (1280, 8, 8)]
 REAL = {  # name: (family, parameters, latents, condition, maps)
     "sdxl": (
-        common.SDXL,
+        "SDXL",
         2_567_463_684,
         (4, 128, 128),
         {"encoder_hidden_states": (77, 2048), "text_embeds": (1280,), "time_ids": (6,)},
         [(320, 128, 128), (640, 64, 64), (1280, 32, 32), (1280, 32, 32)],
     ),
-    "sd3-medium": (common.SD3, 2_028_328_000, (16, 128, 128), SD3_TEXT, [(1536, 64, 64)] * 4),
-    "sd3.5-large": (common.SD3, 8_056_627_520, (16, 128, 128), SD3_TEXT, [(2432, 64, 64)] * 4),
+    "sd3-medium": ("SD3", 2_028_328_000, (16, 128, 128), SD3_TEXT, [(1536, 64, 64)] * 4),
+    "sd3.5-large": ("SD3", 8_056_627_520, (16, 128, 128), SD3_TEXT, [(2432, 64, 64)] * 4),
     "cogvideox-2b": (
-        common.CogVideoX,
+        "CogVideoX",
         1_693_783_872,
         (16, 13, 60, 90),
         {"encoder_hidden_states": (226, 4096)},
         [(1920, 13, 30, 45)] * 4,
     ),
     "cogvideox-5b": (
-        common.CogVideoX,
+        "CogVideoX",
         5_570_283_072,
         (16, 13, 60, 90),
         {"encoder_hidden_states": (226, 4096)},
         [(3072, 13, 30, 45)] * 4,
+    ),
+    "wan2.1-1.3b": ("Wan", 1_418_996_800, (16, 21, 60, 104), UMT5, [(1536, 21, 30, 52)] * 4),
+    "wan2.1-14b": ("Wan", 14_288_491_584, (16, 21, 60, 104), UMT5, [(5120, 21, 30, 52)] * 4),
+    "wan2.2-5b": ("Wan", 4_999_787_712, (48, 31, 44, 80), UMT5, [(3072, 31, 22, 40)] * 4),
+    "z-image": ("ZImage", 6_154_908_736, (16, 128, 128), QWEN3, [(3840, 64, 64)] * 4),
+    "qwen-image": ("QwenImage", 20_430_401_088, (16, 128, 128), QWEN_VL, [(3072, 64, 64)] * 4),
+    "flux.1-dev": ("Flux", 11_901_408_320, (16, 128, 128), FLUX, [(3072, 64, 64)] * 4),
+    "sd1.5": ("StableDiffusion", 859_520_964, (4, 64, 64), {"encoder_hidden_states": (77, 768)}, SD_MAPS),
+    "sd2.1-base": (
+        "StableDiffusion",
+        865_910_724,
+        (4, 64, 64),
+        {"encoder_hidden_states": (77, 1024)},
+        SD_MAPS,
     ),
 }
 
@@ -120,29 +136,18 @@ REAL = {  # name: (family, parameters, latents, condition, maps)
 def test_the_real_denoisers(name):
     """Their published sizes, and the shapes at every tap at the default resolution."""
     family, parameters, latents, condition, maps = REAL[name]
-    configs = read_configs(name)
-    with META:
-        net = build_part(configs["denoiser"])
-    assert sum(p.numel() for p in net.parameters()) == parameters
-    pipe = SimpleNamespace(
-        components={},
-        scheduler=build_part(configs["scheduler"]),
-        unet=net,
-        transformer=net,
-        vae=SimpleNamespace(enable_slicing=lambda: None),
-        vae_scale_factor=8,
-        vae_scale_factor_spatial=8,
-        vae_scale_factor_temporal=4,
-    )
-    prepare = CogVideoXPipeline._prepare_rotary_positional_embeddings
-    pipe._prepare_rotary_positional_embeddings = lambda *args: prepare(pipe, *args)
-    teacher = family(pipe, name, META, torch.float32)
+    configs = meta.read_configs(name)
+    pipe = meta.make_pipeline_on_meta(configs, torch.float32)
+    teacher = common.find_family(configs["pipeline"])(pipe, name, META, torch.float32)
+    assert type(teacher).__name__ == family
+    assert meta.count_parameters(teacher.denoiser) == parameters
     assert teacher.latent_shape == latents
+    assert teacher.condition_shapes(configs["text_length"]) == condition
     with META:
         cond = {key: torch.empty(1, *shape) for key, shape in condition.items()}
         found = teacher.features(torch.empty(1, *latents), torch.empty(1), cond)
         assert [tuple(m.shape[1:]) for m in found] == maps
-        assert common.Heads(found)(found).shape == (1, 4)
+        assert common.Heads(found)(found).shape == (1, len(maps))
     if name == "cogvideox-5b":
         assert [tuple(part.shape) for part in teacher.rotary] == [(17550, 64)] * 2
 
@@ -160,7 +165,7 @@ def test_schedules_of_the_real_models(name):
     teacher = object.__new__(common.Teacher)
     teacher.device = CPU
     teacher.path = name
-    teacher._read_schedule(build_part(read_configs(name)["scheduler"]))
+    teacher._read_schedule(build_part(meta.read_configs(name)["scheduler"]))
     alpha, sigma = teacher.schedule(torch.tensor([1, 250, 500, 750, 1000], dtype=torch.float64))
     abar = torch.tensor(PUBLISHED[name], dtype=torch.float64)
     torch.testing.assert_close(alpha**2, abar, atol=5e-8, rtol=0)
@@ -169,6 +174,7 @@ def test_schedules_of_the_real_models(name):
 
 def test_schedule_of_sd3_with_its_shift_of_3():
     teacher = object.__new__(common.SD3)
+    teacher.patches = (64, 64)
     teacher._read_schedule(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     _, sigma = teacher.schedule(torch.tensor([1000, 500, 250], dtype=torch.float64))
     torch.testing.assert_close(sigma, torch.tensor([1, 0.75, 0.5], dtype=torch.float64))
@@ -181,11 +187,12 @@ def test_schedule_of_sd3_with_its_shift_of_3():
 def test_predictions_agree_with_the_scheduler(teachers, kind):
     """x0_hat, eps_hat and the step, from any raw output, in float64."""
     teacher = teachers[kind]
-    scheduler = teacher.pipe.scheduler
+    scheduler = make_first_order(teacher, 10).scheduler
     x_t = draw_noise(2, *teacher.latent_shape, dtype=torch.float64)
     raw = draw_noise(2, *teacher.latent_shape, dtype=torch.float64, seed=1)
-    if teacher.prediction == "flow":
-        scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
+    if teacher.prediction == "flow" and kind != "wan":
+        mu = {"mu": math.log(teacher.shift)} if scheduler.config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10), **mu)
     else:
         scheduler.set_timesteps(10)
     times = teacher.times(10)
@@ -204,18 +211,57 @@ def test_predictions_agree_with_the_scheduler(teachers, kind):
             torch.testing.assert_close(x0_hat, result.pred_original_sample, atol=1e-5, rtol=1e-5)
 
 
+def make_first_order(teacher, steps):
+    """The teacher's pipeline, with Euler's steps where its own sampler is another."""
+    if type(teacher.pipe.scheduler).__name__ != "UniPCMultistepScheduler":
+        return teacher.pipe
+    _, sigmas = teacher.schedule(torch.tensor(teacher.times(steps)[:-1], dtype=torch.float64))
+    scheduler = teacher.flow_scheduler(sigmas.tolist())
+    scheduler.register_to_config(stochastic_sampling=False)
+    return type(teacher.pipe)(**{**teacher.pipe.components, "scheduler": scheduler})
+
+
 @pytest.mark.parametrize("kind", BUILD)
 def test_25_steps_are_the_pipelines_own(teachers, kind):
     teacher = teachers[kind]
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 25, 3.0)
-    settings = {"num_inference_steps": 25, "guidance_scale": 3.0}
-    if teacher.prediction == "flow":
+    settings = {}
+    if kind.startswith("sd3"):
         # diffusers' default for its last steps shifts sigma_min twice; with explicit sigmas it shifts once
         settings["sigmas"] = np.linspace(1, 1 / 25, 25)
-    theirs = draw(teacher.pipe, teacher, x_T, **settings)
+    theirs = draw(make_first_order(teacher, 25), teacher, x_T, 25, 3.0, **settings)
     assert (ours - theirs).abs().max() < 1e-5 * ours.std()
     assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", families.FAMILIES)
+@pytest.mark.parametrize("scale", (1.0, 4.0))
+@torch.no_grad()
+def test_the_pipelines_own_at_another_size(folders, kind, scale):
+    """Latents and pixels, with guidance and without."""
+    teacher = load(kind, folders[kind], **families.FAMILIES[kind]["other_size"])
+    x_T = draw_noise(2, *teacher.latent_shape)
+    ours = teacher.sample(x_T, teacher.encode(PROMPTS), 4, scale)
+    theirs = draw(make_first_order(teacher, 4), teacher, x_T, 4, scale)
+    assert (ours - theirs).abs().max() < 1e-5 * ours.std()
+    if scale == 1:
+        settings = teacher.call_settings(scale) | {"num_inference_steps": 2, "output_type": "pt"}
+        latents = teacher.sample(x_T, teacher.encode(PROMPTS), 2, scale)
+        pixels = make_first_order(teacher, 2)(PROMPTS, latents=teacher.pack(x_T), **settings)[0]
+        pixels = pixels.transpose(1, 2) if teacher.video else pixels
+        ours = (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
+        assert (ours - pixels).abs().max() < 1e-4
+        assert ours.std() > 0.01
+
+
+def test_wans_times_are_unipcs(teachers):
+    teacher = teachers["wan"]
+    scheduler = teacher.pipe.scheduler
+    scheduler.set_timesteps(50)
+    _, sigma = teacher.schedule(torch.tensor(teacher.times(50), dtype=torch.float64))
+    torch.testing.assert_close(sigma.float(), scheduler.sigmas, atol=2e-6, rtol=0)
+    assert teacher.shift == 3.0
 
 
 def test_sd3_shifts_its_last_step_once(teachers):
@@ -237,7 +283,7 @@ def test_rotary_embeddings_come_from_the_config_not_the_name(folders, tmp_path, 
     assert (teacher.rotary is not None) == (kind == "cogvideox-rotary")
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 2, 1.0)
-    theirs = draw(teacher.pipe, teacher, x_T, num_inference_steps=2, guidance_scale=1.0)
+    theirs = draw(teacher.pipe, teacher, x_T, 2, 1.0)
     assert (ours - theirs).abs().max() < 1e-4
 
 
@@ -337,10 +383,10 @@ def test_the_position_table_survives_every_load(teachers):
     assert student.patch_embed.pos_embedding.equal(table)
 
 
-@pytest.mark.parametrize("kind", ("sd3", "cogvideox-rotary"))
+@pytest.mark.parametrize("kind", ("sd3", "cogvideox-rotary", *TRANSFORMERS))
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_one_map_a_tap_and_the_same_gradient_under_checkpointing(folders, kind, checkpointing):
-    teacher = common.load_teacher(folders[kind], CPU)
+    teacher = load(kind, folders[kind])
     x = draw_noise(1, *teacher.latent_shape)
     gradients = []
     for net_checkpointing in (False, checkpointing):
@@ -357,7 +403,14 @@ def test_one_map_a_tap_and_the_same_gradient_under_checkpointing(folders, kind, 
 
 @pytest.mark.parametrize(
     "kind, place, token",  # (frame,) row, column of the latents and of the map: patches of 2
-    (("sd3", (6, 1), (3, 0)), ("cogvideox", (2, 6, 1), (2, 3, 0))),
+    (
+        ("sd3", (6, 1), (3, 0)),
+        ("cogvideox", (2, 6, 1), (2, 3, 0)),
+        ("wan", (2, 6, 1), (2, 3, 0)),
+        ("z-image", (6, 1), (3, 0)),
+        ("qwen-image", (6, 1), (3, 0)),
+        ("flux", (6, 1), (3, 0)),
+    ),
 )
 @torch.no_grad()
 def test_maps_are_the_tokens_in_place(teachers, kind, place, token):
@@ -387,7 +440,7 @@ def test_the_shipped_teacher_is_an_ordinary_pipeline():
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 2, 2.0)
-    theirs = draw(pipe, teacher, x_T, num_inference_steps=2, guidance_scale=2.0)
+    theirs = draw(pipe, teacher, x_T, 2, 2.0)
     assert (ours - theirs).abs().max() < 1e-4
 
 
@@ -436,14 +489,14 @@ def test_exported_pipelines_draw_the_students_images(
     rows = Recorded(range(2), ("test", 7), CPU)
     ours = student.sample(system.net, rows, teacher.encode(PROMPTS))
 
-    noise = iter([swap_axes(teacher, eps) for eps in rows.given[1:]])
+    noise = iter([teacher.pack(eps) for eps in rows.given[1:]])
     schedulers = diffusers.schedulers
     for module in (schedulers.scheduling_lcm, schedulers.scheduling_flow_match_euler_discrete):
         # after the last step the flow scheduler draws once more, and multiplies by zero
         monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: next(noise, torch.zeros(shape)))
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3" else {}
     pipe = DiffusionPipeline.from_pretrained(folder, **absent)
-    theirs = draw(pipe, teacher, rows.given[0], num_inference_steps=steps, guidance_scale=1.0)
+    theirs = draw(pipe, teacher, rows.given[0], steps, teacher.student_guidance)
     assert (ours - theirs).abs().max() < 1e-5 * ours.std()
     assert ours.std() > 0.1
 
@@ -536,7 +589,7 @@ def test_the_real_pipelines_with_random_weights(name):
     """What the benchmark builds: text encoders of the widths that the real denoisers take."""
     with META:
         pipe = train.build_real(name)
-    assert type(pipe).__name__ in common.FAMILIES
+    assert common.find_family(type(pipe).__name__)
     assert pipe.vae.dtype == torch.bfloat16
     if name == "sdxl":
         clip = pipe.text_encoder.config.hidden_size
@@ -550,4 +603,8 @@ def test_the_real_pipelines_with_random_weights(name):
         assert pooled == pipe.transformer.config.pooled_projection_dim
         assert pipe.text_encoder_3.config.d_model == pipe.transformer.config.joint_attention_dim
     else:
-        assert pipe.text_encoder.config.d_model == pipe.transformer.config.text_embed_dim
+        last = pipe.components.get("text_encoder_2", pipe.text_encoder)  # of FLUX, T5
+        config = getattr(pipe, common.find_family(type(pipe).__name__).denoiser_name).config
+        names = ("text_embed_dim", "cross_attention_dim", "text_dim", "cap_feat_dim", "joint_attention_dim")
+        width = last.config.get_text_config().hidden_size
+        assert width in [config.get(name) for name in names]

@@ -34,7 +34,7 @@ def places(tmp_path_factory, prompts_file, pairs_folder, teacher_folder):
     for family in sorted(families - {"sdxl"}):
         folder = tmp_path_factory.mktemp(family)
         teacher, pairs = helpers.make_teacher(folder / "teacher", 0, family), str(folder / "pairs")
-        words = ["--teacher", teacher, "--prompts", prompts_file, "--out", pairs]
+        words = ["--teacher", teacher, "--prompts", prompts_file, "--out", pairs, *helpers.size(family)]
         helpers.collect(*words, "--count", "8", "--steps", "1")
         places[family] = (teacher, pairs)
     return places
@@ -74,12 +74,19 @@ ADM_CASES = (
     ("sd3", "--steps 1 --project"),
     ("cogvideox", "--steps 2 --dt 1/8"),
     ("cogvideox", "--steps 1 --dt 1/8 --project --ttur 2"),
+    ("stable-diffusion", "--steps 2 --guidance 3"),
+    ("wan", "--steps 2 --dt 1/8"),
+    ("z-image", "--steps 1 --guidance 3"),
+    ("qwen-image", "--steps 2 --loss dmd"),
+    ("qwen-image", "--steps 1"),
+    ("flux", "--steps 2 --guidance 6 --student-guidance 2"),
 )
 
 
 @pytest.mark.parametrize("family, options", ADM_CASES)
 def test_adm_is_algorithm_1(places, prompts_file, family, options):
     words = ["--teacher", places[family][0], "--prompts", prompts_file, "--fake-lr", "3e-3"]
+    words += helpers.size(family)
     method = make_steady(helpers.make_method(adm, [*words, *QUICK.split(), *options.split()]))
     reference = naive.NaiveADM(method)
     before_G, before_f = copy_weights(method.G), copy_weights(method.f)
@@ -98,13 +105,17 @@ ADP_CASES = (
     ("sdxl", "--warmup 0 --mse 0.7 --accumulate 2 --lambda-latent 0.3 --lambda-pixel 0.7"),
     ("sd3", "--warmup 1 --lambda-pixel 0"),
     ("cogvideox", "--warmup 0 --lambda-pixel 0"),
+    ("stable-diffusion", "--warmup 0"),
+    ("z-image", "--warmup 0 --lambda-pixel 0.5"),
+    ("qwen-image", "--warmup 0 --lambda-pixel 0.5"),
+    ("flux", "--warmup 0 --lambda-pixel 0.5 --student-guidance 2"),
 )
 
 
 @pytest.mark.parametrize("family, options", ADP_CASES)
 def test_adp_is_the_papers(places, sam_file, family, options):
     teacher, pairs = places[family]
-    words = ["--teacher", teacher, "--pairs", pairs, "--pixel-backbone", sam_file]
+    words = ["--teacher", teacher, "--pairs", pairs, "--pixel-backbone", sam_file, *helpers.size(family)]
     method = make_steady(helpers.make_method(adp, [*words, *QUICK.split(), *options.split()]))
     reference = naive.NaiveADP(method)
     before_G, before_D = copy_weights(method.G), copy_weights(method.heads)

@@ -31,6 +31,14 @@ SIZES = {
     "sd3.5-large": (273.9, 161.1, 34.2),
     "cogvideox-2b": (57.6, 33.9, 7.2),
     "cogvideox-5b": (189.4, 111.4, 23.7),
+    "wan2.1-1.3b": (48.2, 28.4, 6.0),
+    "wan2.1-14b": (485.8, 285.8, 60.7),
+    "wan2.2-5b": (170.0, 100.0, 21.2),
+    "z-image": (209.3, 123.1, 26.2),
+    "qwen-image": (694.6, 408.6, 86.8),
+    "flux.1-dev": (404.6, 238.0, 50.6),
+    "sd1.5": (29.2, 17.2, 3.7),
+    "sd2.1-base": (29.4, 17.3, 3.7),
 }
 FP32 = ["--precision", "fp32"]
 MOTION = os.path.join(os.path.dirname(PROMPTS), "motion_train.txt")
@@ -53,7 +61,7 @@ def add_up_states(rows):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_states_of_the_five_teachers(name):
+def test_states_of_the_known_teachers(name):
     args = parse(adm, "--teacher", name)
     networks = make_networks(adm, args)
     denoiser = networks.teacher.denoiser

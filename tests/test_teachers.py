@@ -56,7 +56,7 @@ def check_against_its_pipeline(teacher, folder):
         kind = getattr(diffusers, json.load(file)["scheduler"][1])
     scheduler = kind.from_pretrained(folder, subfolder="scheduler")
     check_schedule(teacher, scheduler)
-    if configs.describe_sampler(kind, scheduler.config):
+    if configs.describe_sampler(type(teacher.pipe).__name__, kind, scheduler.config):
         return
     absent = {}
     if teacher.pipe.components.get("text_encoder_3", "") is None:
@@ -160,7 +160,7 @@ def test_the_known_teachers_are_taken(name):
     """Their real configs, nulls and fields of other schedulers included."""
     known = meta.read_configs(name)
     pipeline = known["pipeline"]
-    parts = {"scheduler": "scheduler", common.FAMILIES[pipeline].denoiser_name: "denoiser", "vae": "vae"}
+    parts = {"scheduler": "scheduler", common.find_family(pipeline).denoiser_name: "denoiser", "vae": "vae"}
     real = {part: known[key] for part, key in parts.items()}
     classes = {part: configs.find_class(config["_class_name"]) for part, config in real.items()}
     configs.check_configs(name, pipeline, real, classes)

@@ -42,113 +42,21 @@ from diffusers import (
 )
 from diffusers.utils import logging
 from segment_anything.modeling import ImageEncoderViT
-from tokenizers import AddedToken
 from tqdm import tqdm
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from tiny import shapes
+from tiny import families, shapes
+from tiny.parts import TOKENS, build_clip, build_t5, build_t5_tokenizer, build_tokenizer, build_vae
 
-TOKENS = 16  # the longest prompt has 10 words
 ZEROS = 256  # tokens that StableDiffusion3Pipeline appends to a prompt if there is no T5
 PROMPT_DROPOUT = 0.1  # probability of an empty prompt in training, for guidance
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Text encoders
-# ----------------------------------------------------------------------------------------------------------
-
-
-def build_tokenizer(length=TOKENS):
-    """A CLIPTokenizer whose words are those of the world of images; any other becomes unknown."""
-    start, end, unknown = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
-    tokenizer = CLIPTokenizer(
-        vocab={start: 0, end: 1, unknown: 2},
-        merges=[],
-        bos_token=start,
-        eos_token=end,
-        pad_token=end,
-        unk_token=unknown,
-        model_max_length=length,
-    )
-    values = chain(*shapes.ATTRIBUTES.values())
-    words = ["a", "on", "background", "shape", *values]
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
-    return tokenizer
-
-
-def build_t5_tokenizer():
-    """A T5Tokenizer whose pieces are the words of the world of videos; any other becomes unknown."""
-    values = chain(*shapes.VIDEO.values())
-    words = ["a", "on", "background", "shape", "moving", *values]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("\u2581" + word, -1.0) for word in words]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
-
-
-def build_clip(kind, width, tokenizer, projection=64):
-    """A random CLIP text encoder of the class `kind`, two layers."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=projection,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return kind(config)
-
-
-def build_t5(width, tokenizer, layers=2):
-    """A random T5 encoder."""
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=width,
-        d_kv=width // 4,
-        d_ff=2 * width,
-        num_layers=layers,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=TOKENS,
-    )
-    return T5EncoderModel(config)
-
-
-# ----------------------------------------------------------------------------------------------------------
 # Pipelines, their weights random
 # ----------------------------------------------------------------------------------------------------------
-
-
-def build_vae(**config):
-    """An autoencoder of images: latents [n, 4, 8, 8]."""
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        sample_size=shapes.SIDE,
-        block_out_channels=(16, 32, 32),
-        norm_num_groups=16,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        scaling_factor=0.5,
-        **config,
-    )
 
 
 def build_sdxl():
@@ -289,41 +197,62 @@ def build_cogvideox(rotary=False):
     )
 
 
+def build_sdxl_text(config, length):
+    """SDXL's text encoders and tokenizers, of the real widths."""
+    tokenizer = build_tokenizer(length)
+    return {
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "text_encoder": build_clip(CLIPTextModel, 768, tokenizer, 768),
+        "text_encoder_2": build_clip(CLIPTextModelWithProjection, 1280, tokenizer, 1280),
+    }
+
+
+def build_sd3_text(config, length):
+    """SD3's."""
+    parts = build_sdxl_text(config, length)
+    tokenizer = build_t5_tokenizer()
+    return {
+        **parts,
+        "text_encoder": build_clip(CLIPTextModelWithProjection, 768, parts["tokenizer"], 768),
+        "tokenizer_3": tokenizer,
+        "text_encoder_3": build_t5(config.joint_attention_dim, tokenizer, layers=1),
+    }
+
+
+def build_cogvideox_text(config, length):
+    """CogVideoX's."""
+    tokenizer = build_t5_tokenizer()
+    return {"tokenizer": tokenizer, "text_encoder": build_t5(config.text_embed_dim, tokenizer, layers=1)}
+
+
+TEXT = {  # pipeline: its text encoders and tokenizers, of the widths that its denoiser's config wants
+    "StableDiffusionXLPipeline": build_sdxl_text,
+    "StableDiffusion3Pipeline": build_sd3_text,
+    "CogVideoXPipeline": build_cogvideox_text,
+    **families.TEXT,
+}
+
+
 def build_real(name):
     """The pipeline of a known teacher at its real size, from its configs (assets/configs), in bfloat16.
 
     Denoiser, autoencoder and scheduler are whole, the text encoders have the right widths and lengths but few
     layers and the words of the world of shapes.
     """
+    from common import find_family
+    from support.loading import assemble
     from tools.meta import read_configs
 
     configs = read_configs(name)
-    pipeline = getattr(diffusers, configs["pipeline"])
     denoiser = build_from(configs["denoiser"])
-    vae = build_from(configs["vae"])
+    parts = TEXT[configs["pipeline"]](denoiser.config, configs["text_length"])
+    parts["vae"] = build_from(configs["vae"])
+    parts[find_family(configs["pipeline"]).denoiser_name] = denoiser
     with torch.device("cpu"):  # its numbers are looked at
-        scheduler = build_from(configs["scheduler"])
-    parts = {"vae": vae, "scheduler": scheduler}
-    if pipeline is StableDiffusionXLPipeline:
-        parts["unet"] = denoiser
-    else:
-        parts["transformer"] = denoiser
-
-    if pipeline is CogVideoXPipeline:
-        tokenizer = build_t5_tokenizer()
-        parts["tokenizer"] = tokenizer
-        parts["text_encoder"] = build_t5(denoiser.config.text_embed_dim, tokenizer, layers=1)
-    else:
-        tokenizer = build_tokenizer(configs["text_length"])
-        first = CLIPTextModel if pipeline is StableDiffusionXLPipeline else CLIPTextModelWithProjection
-        parts["tokenizer"] = parts["tokenizer_2"] = tokenizer
-        parts["text_encoder"] = build_clip(first, 768, tokenizer, 768)
-        parts["text_encoder_2"] = build_clip(CLIPTextModelWithProjection, 1280, tokenizer, 1280)
-    if pipeline is StableDiffusion3Pipeline:
-        tokenizer = build_t5_tokenizer()
-        parts["tokenizer_3"] = tokenizer
-        parts["text_encoder_3"] = build_t5(denoiser.config.joint_attention_dim, tokenizer, layers=1)
-    return pipeline(**parts).to(dtype=torch.bfloat16)
+        parts["scheduler"] = build_from(configs["scheduler"])
+    pipeline = getattr(diffusers, configs["pipeline"])
+    return assemble(pipeline, parts, configs.get("switches", {})).to(dtype=torch.bfloat16)
 
 
 def build_from(config):
@@ -630,6 +559,7 @@ FAMILIES = {
             {"steps": 4500, "batch": 32, "power": 1.5},
         ],
     },
+    **families.FAMILIES,  # random alone
 }
 
 

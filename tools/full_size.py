@@ -79,7 +79,8 @@ def measure(name, folder):
     write_random(name, teacher)
     pipeline = read_json(os.path.join(teacher, "model_index.json"))["_class_name"]
     words = [*WORDS.split(), "--prompts", choose_prompts(teacher)]
-    if common.FAMILIES[pipeline].video:
+    video = common.find_family(pipeline).video
+    if video:
         words += ["--frames", "9"]
 
     lines, peak = train("adm.py", ["--teacher", teacher, *words, "--iterations", "3"], folder)
@@ -91,7 +92,7 @@ def measure(name, folder):
         "ADP, s/iteration": "",
     }
     faults = find_faults(f"adm.py, {name}", ("norm_G", "norm_f", "norm_D"), lines)
-    if not common.FAMILIES[pipeline].video:
+    if not video:
         pairs = os.path.join(folder, "pairs")
         collect = ["--teacher", teacher, "--prompts", choose_prompts(teacher), "--resolution", "256"]
         run(["collect_ode.py", *collect, *PAIRS.split(), "--out", pairs], pairs)

@@ -271,6 +271,8 @@ def list_arguments(stage, options, teacher, folder):
 def choose_prompts(teacher):
     """Prompts that a tiny teacher can express, and any other as well."""
     index = read_json(os.path.join(teacher, "model_index.json")) or {}
-    family = common.FAMILIES.get(index.get("_class_name"))
-    name = "motion_train.txt" if family and family.video else "shapes_train.txt"
+    pipeline = index.get("_class_name")
+    known = pipeline in common.FAMILIES or pipeline in common.OTHER_FAMILIES
+    video = known and common.find_family(pipeline).video
+    name = "motion_train.txt" if video else "shapes_train.txt"
     return os.path.join(ROOT, "prompts", name)

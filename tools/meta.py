@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import os
 from contextlib import nullcontext
 
@@ -12,11 +11,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from common import FAMILIES, TEACHERS
+from common import TEACHERS, find_family
 from support.errors import UserError
 from support.files import ROOT, read_json
-from support.loading import read_teacher
+from support.loading import assemble, read_teacher
 from support.parallel import choose_dtype
+from support.training import can_checkpoint
 
 CONFIGS = os.path.join(ROOT, "assets", "configs")  # of the known teachers
 META = torch.device("meta")
@@ -30,7 +30,7 @@ CLIP_LENGTH = 77
 def read_configs(name):
     """A known teacher or a local pipeline folder -> its configs, without weights: {"pipeline": class,
     "denoiser", "scheduler", "vae": config, "text_encoders": {name: parameters}, "text_length": tokens of the
-    first}. UserError for anything else."""
+    first, "switches": the pipeline's own, may be absent}. UserError for anything else."""
     path = TEACHERS.get(name, name)
     known = {hub_id: key for key, hub_id in TEACHERS.items()}
     if path in known and not os.path.isdir(path):
@@ -44,10 +44,11 @@ def read_configs(name):
     tokenizer = read_config(path, "tokenizer", "tokenizer_config.json")
     return {
         "pipeline": teacher.pipeline,
-        "denoiser": teacher.configs[FAMILIES[teacher.pipeline].denoiser_name],
+        "denoiser": teacher.configs[find_family(teacher.pipeline).denoiser_name],
         "vae": teacher.configs["vae"],
         "text_encoders": count_text_encoders(path, teacher.classes),
         "scheduler": teacher.configs["scheduler"],
+        "switches": teacher.switches,
         "text_length": tokenizer.get("model_max_length", CLIP_LENGTH),
     }
 
@@ -82,7 +83,7 @@ def count_parameters(module):
 def make_teacher_on_meta(args, configs):
     """The teacher of these arguments, prepared for training as on a GPU. Its text encoders are not there, its
     prompts have no meaning, and what trains is a copy of its own network."""
-    family = FAMILIES[configs["pipeline"]]
+    family = find_family(configs["pipeline"])
     dtype = choose_dtype(args.precision, torch.device("cuda"))
     pipe = make_pipeline_on_meta(configs, dtype)
     teacher = family(pipe, args.teacher, META, dtype, args.resolution, args.frames)
@@ -91,11 +92,11 @@ def make_teacher_on_meta(args, configs):
             checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), GPUAutocast(dtype))
         )
         teacher.denoiser.enable_gradient_checkpointing(run_again)
-        if not teacher.video:
+        if can_checkpoint(teacher.pipe.vae) and not teacher.video:
             teacher.pipe.vae.enable_gradient_checkpointing(run_again)
     if teacher.video:
         teacher.pipe.vae.enable_tiling()
-    shapes = read_condition_shapes(teacher.denoiser.config, configs)
+    shapes = teacher.condition_shapes(configs["text_length"])
 
     def encode(prompts):
         sizes = {name: (len(prompts), *shape) for name, shape in shapes.items()}
@@ -120,40 +121,17 @@ def make_pipeline_on_meta(configs, dtype):
     def make(config):
         return getattr(diffusers, config["_class_name"]).from_config(config)
 
-    name = FAMILIES[configs["pipeline"]].denoiser_name
+    name = find_family(configs["pipeline"]).denoiser_name
     parts = {"scheduler": make(configs["scheduler"])}  # its numbers are looked at
     with META:
         parts[name] = convert(make(configs["denoiser"]), dtype)
         parts["vae"] = convert(make(configs["vae"]), dtype)
-    pipeline = getattr(diffusers, configs["pipeline"])
-    for name, parameter in inspect.signature(pipeline).parameters.items():
-        if parameter.default is parameter.empty:
-            parts.setdefault(name)
-    return pipeline(**parts)
+    return assemble(getattr(diffusers, configs["pipeline"]), parts, configs.get("switches", {}))
 
 
 def convert(module, dtype):
     """The module with weights of this type; diffusers' own `to` warns."""
     return nn.Module.to(module, dtype)
-
-
-def read_condition_shapes(config, configs):
-    """The denoiser's config and the teacher's -> {name: shape} of the condition of a prompt."""
-    length = configs["text_length"]
-    if configs["pipeline"] == "StableDiffusionXLPipeline":
-        sizes = 6  # time_ids: the image's size and its crop
-        pooled = config.projection_class_embeddings_input_dim - sizes * config.addition_time_embed_dim
-        return {
-            "encoder_hidden_states": (length, config.cross_attention_dim),
-            "text_embeds": (pooled,),
-            "time_ids": (sizes,),
-        }
-    if configs["pipeline"] == "StableDiffusion3Pipeline":
-        return {
-            "encoder_hidden_states": (length + 256, config.joint_attention_dim),  # T5's tokens follow CLIP's
-            "pooled_projections": (config.pooled_projection_dim,),
-        }
-    return {"encoder_hidden_states": (config.max_text_seq_length, config.text_embed_dim)}
 
 
 class DataOnMeta:

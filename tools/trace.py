@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import FAMILIES
+from common import find_family
 from support.training import fill_training_arguments
 from tools.meta import META, DataOnMeta, make_teacher_on_meta, read_configs
 from tools.passes import Passes, count_passes
@@ -30,8 +30,7 @@ class Networks:
         """stage and iterate: ADM or ADP, and its iteration. UserError for a teacher whose sizes are not
         known."""
         configs = read_configs(args.teacher)
-        family = FAMILIES[configs["pipeline"]]
-        fill_training_arguments(args, family)
+        fill_training_arguments(args, find_family(configs["pipeline"]))
         self.stage = stage
         self.iterate = iterate
         self.teacher = make_teacher_on_meta(args, configs)

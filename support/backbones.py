@@ -1,0 +1,73 @@
+"""Frozen vision encoders, SAM's or DINOv2, as the backbone of ADP's pixel discriminator."""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from support.hub import is_hub_id
+from support.loading import load_dinov2
+from support.sam import load_sam_encoder, make_sam_encoder_on_meta
+from support.taps import choose_four, read_taps
+
+
+class PixelBackbone:
+    """A frozen vision encoder, the backbone of ADP's pixel discriminator: pixels [B, 3, H, W] in [-1, 1] ->
+    maps [B, C, H/p, W/p].
+
+    `name` is a SAM checkpoint (.pth or .safetensors, official or of the same layout), the name of an
+    official one (sam_vit_b, _l, _h: fetched to torch's cache), or DINOv2 as a transformers folder, hub id,
+    or "dinov2"."""
+
+    MEAN = (0.485, 0.456, 0.406)
+    STD = (0.229, 0.224, 0.225)
+
+    def __init__(self, name, device, dtype, encoder=None):
+        """encoder: SAM's, where it is there already."""
+        self.device = device
+        self.dtype = dtype
+        self.position = None
+        if device.type == "meta":  # --plan wants nothing but sizes
+            encoder = make_sam_encoder_on_meta(name)
+        if encoder is None and (name == "dinov2" or os.path.isdir(name) or is_hub_id(name)):
+            self._use_dinov2(name)
+        else:
+            self._use_sam(encoder or load_sam_encoder(name))
+        self.encoder.to(device, dtype).requires_grad_(False).eval()
+        self.mean = torch.tensor(self.MEAN, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(self.STD, device=device).view(1, 3, 1, 1)
+
+    def _use_sam(self, encoder):
+        self.encoder = encoder
+        self.patch = encoder.patch_embed.proj.stride[0]
+        self.position = encoder.pos_embed.detach().clone().permute(0, 3, 1, 2)
+        # paper and peers: vit_b's layers 3, 6, 9, 12, which are its global-attention blocks; so for the
+        # others, too
+        blocks = [block for block in encoder.blocks if block.window_size == 0]
+        self.taps = [(block, lambda out: out.permute(0, 3, 1, 2)) for block in blocks]
+
+    def _use_dinov2(self, name):
+        self.encoder = load_dinov2("facebook/dinov2-base" if name == "dinov2" else name)
+        self.patch = self.encoder.config.patch_size
+        self.taps = [(layer, self._fold) for layer in choose_four(self.encoder.encoder.layer)]
+
+    def _fold(self, out):
+        tokens = out[0] if isinstance(out, tuple) else out
+        count = math.prod(self.grid)
+        return tokens[:, -count:].transpose(1, 2).unflatten(2, self.grid)  # the class token comes first
+
+    def features(self, pixels):
+        """pixels [B, 3, H, W] in [-1, 1], any size from two patches up -> maps. Gradients flow to the
+        pixels."""
+        size = [max(2, side // self.patch) * self.patch for side in pixels.shape[2:]]
+        if list(pixels.shape[2:]) != size:
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+        self.grid = [side // self.patch for side in size]
+        if self.position is not None and list(self.encoder.pos_embed.shape[1:3]) != self.grid:
+            position = F.interpolate(self.position, self.grid, mode="bicubic", align_corners=False)
+            position = position.permute(0, 2, 3, 1).to(self.device, self.dtype)
+            self.encoder.pos_embed = nn.Parameter(position, requires_grad=False)
+        x = ((pixels + 1) / 2 - self.mean) / self.std
+        return read_taps(self.taps, lambda: self.encoder(x.to(self.dtype)))

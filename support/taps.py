@@ -1,0 +1,34 @@
+"""Maps of a network at chosen layers, by hooks; the pass ends at the deepest of them."""
+
+import contextlib
+
+
+def choose_four(layers):
+    """Four evenly spaced layers, the last among them."""
+    return [layers[len(layers) * i // 4 - 1] for i in (1, 2, 3, 4)]
+
+
+class _DeepestTapReached(Exception):
+    pass
+
+
+def read_taps(taps, run):
+    """The maps that `run()` leaves at taps [(module, output -> map)], in order; the pass ends at the last."""
+    maps = []
+
+    def make_hook(module, read):
+        def hook(module_, inputs, output):
+            maps.append(read(output).float())
+            if module is taps[-1][0]:
+                raise _DeepestTapReached
+
+        return hook
+
+    handles = [module.register_forward_hook(make_hook(module, read)) for module, read in taps]
+    try:
+        with contextlib.suppress(_DeepestTapReached):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maps
