@@ -102,11 +102,11 @@ def main(argv=None):
     table = read_table(args.report) if args.report else None
     if args.student:
         # found once, as a run that goes on may have another one soon
-        args.student, meta = find_checkpoint(args.student)
+        args.student, _ = find_checkpoint(args.student)
     teacher = common.load_teacher_of_students(args, [args.student] if args.student else [])
     if args.export is not None or args.export_lora is not None:
         write = export_student if args.export_lora is None else export_student_lora
-        write(args, teacher, meta, table)
+        write(args, teacher, table)
         return
     if teacher.video:
         require_video_writer()
@@ -127,10 +127,9 @@ def load_system(args, teacher):
     return System(teacher, student, net, checkpoint=args.student)
 
 
-def export_student(args, teacher, meta, table):
-    """Writes the student, of a checkpoint with this meta, to --export, and says how to draw with it. table:
-    of --report, for its card."""
-    student = common.Student(teacher, meta["parametrisation"], meta["steps"])
+def export_student(args, teacher, table):
+    """Writes the student to --export, and says how to draw with it. table: of --report, for its card."""
+    _, student, meta = common.open_student(args.student, teacher)
     student.scheduler()  # where there is none the weights need not be read
     system = load_system(args, teacher)
     imports = "import torch; from diffusers import DiffusionPipeline"
@@ -141,9 +140,9 @@ def export_student(args, teacher, meta, table):
     print(write_line(system, args.export))
 
 
-def export_student_lora(args, teacher, meta, table):
+def export_student_lora(args, teacher, table):
     """The same for a LoRA file, --export-lora."""
-    student = common.Student(teacher, meta["parametrisation"], meta["steps"])
+    _, student, meta = common.open_student(args.student, teacher)
 
     def load_networks():
         return teacher.network(args.student), teacher.network()

@@ -259,6 +259,13 @@ def test_a_pipeline_that_reads_no_lora_gets_none(students, tmp_path, monkeypatch
         sample.main(["--student", students[0], "--export-lora", str(tmp_path / "x.safetensors")])
 
 
+def test_a_student_of_another_teacher_gets_no_file(students, tmp_path):
+    other = helpers.make_teacher(tmp_path / "other", 1)
+    words = ["--student", students[1], "--export-lora", str(tmp_path / "x.safetensors"), "--rank", "2"]
+    with pytest.raises(UserError, match="was distilled from"):
+        sample.main([*words, "--teacher", other])
+
+
 def test_targets_are_the_layers_whose_names_end_so(teacher):
     every = find_targets(teacher.denoiser)
     chosen = find_targets(teacher.denoiser, ["attn1.to_q", "to_v"])
