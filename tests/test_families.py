@@ -222,16 +222,17 @@ def make_first_order(teacher, steps):
 
 
 @pytest.mark.parametrize("kind", BUILD)
-def test_25_steps_are_the_pipelines_own(teachers, kind):
+def test_many_steps_are_the_pipelines_own(teachers, kind):
     teacher = teachers[kind]
+    steps = 5 if kind in families.FAMILIES else 25
     x_T = draw_noise(2, *teacher.latent_shape)
-    ours = teacher.sample(x_T, teacher.encode(PROMPTS), 25, 3.0)
+    ours = teacher.sample(x_T, teacher.encode(PROMPTS), steps, 3.0)
     settings = {}
     if kind.startswith("sd3"):
         # diffusers' default for its last steps shifts sigma_min twice; with explicit sigmas it shifts once
         settings["sigmas"] = np.linspace(1, 1 / 25, 25)
-    theirs = draw(make_first_order(teacher, 25), teacher, x_T, 25, 3.0, **settings)
-    assert (ours - theirs).abs().max() < 1e-5 * ours.std()
+    theirs = draw(make_first_order(teacher, steps), teacher, x_T, steps, 3.0, **settings)
+    assert (ours - theirs).abs().max() < 2e-5 * ours.std()
     assert ours.std() > 0.1
 
 
@@ -244,7 +245,7 @@ def test_the_pipelines_own_at_another_size(folders, kind, scale):
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 4, scale)
     theirs = draw(make_first_order(teacher, 4), teacher, x_T, 4, scale)
-    assert (ours - theirs).abs().max() < 1e-5 * ours.std()
+    assert (ours - theirs).abs().max() < 2e-5 * ours.std()
     if scale == 1:
         settings = teacher.call_settings(scale) | {"num_inference_steps": 2, "output_type": "pt"}
         latents = teacher.sample(x_T, teacher.encode(PROMPTS), 2, scale)
@@ -469,10 +470,12 @@ class Recorded(Rows):
 
 
 STUDENTS = (("teacher", 1), ("teacher", 3), ("teacher", 4), ("teacher", 8), ("velocity", 1), ("velocity", 4))
+EXPORTS = [(kind, *student) for kind in BUILD if kind not in families.FAMILIES for student in STUDENTS]
+for kind in families.FAMILIES:
+    EXPORTS += [(kind, "teacher", 4), (kind, "velocity", 2)]
 
 
-@pytest.mark.parametrize("kind", BUILD)
-@pytest.mark.parametrize("parametrisation, steps", STUDENTS)
+@pytest.mark.parametrize("kind, parametrisation, steps", EXPORTS)
 def test_exported_pipelines_draw_the_students_images(
     teachers, tmp_path, monkeypatch, kind, parametrisation, steps
 ):

@@ -39,6 +39,12 @@ def places(tmp_path_factory, prompts_file, pairs_folder, teacher_folder):
     return places
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    for pipeline in ("WanPipeline", "FluxPipeline"):  # whose networks see all rows, of which most are empty
+        monkeypatch.setattr(common.find_family(pipeline), "text_length", 16)
+
+
 def make_steady(method):
     """A larger epsilon: with Adam's own the first steps follow a gradient's sign, which rounding can turn."""
     for name in ("opt_G", "opt_f", "opt_heads"):
@@ -76,7 +82,6 @@ ADM_CASES = (
     ("stable-diffusion", "--steps 2 --guidance 3"),
     ("wan", "--steps 2 --dt 1/8"),
     ("z-image", "--steps 1 --guidance 3"),
-    ("qwen-image", "--steps 2 --loss dmd"),
     ("qwen-image", "--steps 1"),
     ("flux", "--steps 2 --guidance 6 --student-guidance 2"),
 )
@@ -104,8 +109,6 @@ ADP_CASES = (
     ("sdxl", "--warmup 0 --mse 0.7 --accumulate 2 --lambda-latent 0.3 --lambda-pixel 0.7"),
     ("sd3", "--warmup 1 --lambda-pixel 0"),
     ("cogvideox", "--warmup 0 --lambda-pixel 0"),
-    ("stable-diffusion", "--warmup 0"),
-    ("z-image", "--warmup 0 --lambda-pixel 0.5"),
     ("qwen-image", "--warmup 0 --lambda-pixel 0.5"),
     ("flux", "--warmup 0 --lambda-pixel 0.5 --student-guidance 2"),
 )
