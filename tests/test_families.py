@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -17,6 +18,7 @@ import adp
 import common
 import helpers
 import sample
+from support import configs
 from support.errors import UserError
 from support.media import save_video
 from support.rows import Rows
@@ -333,6 +335,31 @@ def test_decode_is_the_pipelines_for_videos(teachers):
     pixels = teacher.decode(latents)
     assert pixels.shape == (1, 3, 9, 32, 32)
     torch.testing.assert_close(pixels, teacher.pipe.decode_latents(latents.transpose(1, 2)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    (
+        {"scaling_factor": 2.0, "shift_factor": 0.5},
+        {"scaling_factor": 2.0, "shift_factor": None, "latents_mean": None},
+        {"latents_mean": [1.0, 2.0], "latents_std": [3.0, 4.0]},
+        {},
+    ),
+)
+def test_latents_are_scaled_in_four_ways(config):
+    vae = SimpleNamespace(config=config)
+    mean, std = config.get("latents_mean") or [0, 0], config.get("latents_std") or [1, 1]
+    if not config:
+        vae.bn = torch.nn.BatchNorm2d(2, eps=0.5)
+        vae.bn.running_mean[:] = torch.tensor([1.0, 2.0])
+        vae.bn.running_var[:] = torch.tensor([3.5, 8.5])
+        mean, std = [1, 2], [2, 3]
+    for x in (draw_noise(2, 2, 3, 4), draw_noise(2, 2, 5, 3, 4)):
+        found = configs.unscale(x, vae)
+        for channel in (0, 1):
+            wanted = x[:, channel] / config.get("scaling_factor", 1) * std[channel] + mean[channel]
+            wanted = wanted + (config.get("shift_factor") or 0)
+            torch.testing.assert_close(found[:, channel], wanted)
 
 
 def test_unconditional_of_each_family(teachers):
