@@ -42,9 +42,9 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(name, help=help, **options)
 
     def default_of(self, name):
-        """What each family's default is, in words."""
+        """What each family's default is, in words: the paper's; the others are not imported for it."""
         words = [f"{family.__name__} {getattr(family, name):g}" for family in self.families.values()]
-        return ", ".join(words)
+        return ", ".join([*words, "others their own"])
 
     def error(self, message):
         if is_main():
@@ -136,7 +136,7 @@ def add_teacher_arguments(parser, required=True):
     shown = "the teacher's: SDXL and SD3 1024, CogVideoX 480x720"
     add("--resolution", "pixels: a side, or HEIGHTxWIDTH", type=resolution, shown=shown)
     shown = "the teacher's: CogVideoX 49"
-    add("--frames", "frames of a video, a multiple of 8 plus 1", type=positive, shown=shown)
+    add("--frames", "frames of a video, a multiple of 8 (Wan: 4) plus 1", type=positive, shown=shown)
     add("--batch", "samples at a time on each rank", type=positive, shown=parser.default_of("batch"))
     precision = "precision of the networks' passes; weights that train are fp32"
     add("--precision", precision, choices=("fp32", "bf16"), shown="bf16 on a GPU, else fp32")

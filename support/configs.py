@@ -373,6 +373,23 @@ MUST_BE_NULL = {
         "boundary_ratio": "the time from which a second network is used: one network is supported",
     }
 }
+FROM_PICTURES = "which starts from a picture or a video: teachers draw from text alone"
+FLUX_2 = "of FLUX.2, which is not supported: its shift depends on the number of steps"
+UNSUPPORTED = {  # relatives of the pipelines above
+    "WanImageToVideoPipeline": FROM_PICTURES,
+    "WanVideoToVideoPipeline": FROM_PICTURES,
+    "WanVACEPipeline": FROM_PICTURES,
+    "WanAnimatePipeline": FROM_PICTURES,
+    "FluxControlPipeline": FROM_PICTURES,
+    "FluxFillPipeline": FROM_PICTURES,
+    "FluxKontextPipeline": FROM_PICTURES,
+    "QwenImageEditPipeline": FROM_PICTURES,
+    "QwenImageEditPlusPipeline": FROM_PICTURES,
+    "QwenImageLayeredPipeline": FROM_PICTURES,
+    "ZImageOmniPipeline": FROM_PICTURES,
+    "Flux2Pipeline": FLUX_2,
+    "Flux2KleinPipeline": FLUX_2,
+}
 NOTHING = (None, [None, None])
 MAY_BE_ABSENT = ("text_encoder_3", "tokenizer_3")
 # of the pipelines' components and switches, without an image
@@ -395,18 +412,20 @@ def choose_classes(name, index):
     UserError for a pipeline that is not known here, for a component that it lacks or that is of another
     class, and for what it would not read."""
     pipeline = index.get("_class_name")
+    if isinstance(pipeline, str) and pipeline in UNSUPPORTED:
+        raise UserError(f"the teacher {name!r} is a {pipeline}, {UNSUPPORTED[pipeline]}")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise UserError(f"the teacher {name!r} is a {show(pipeline)}; known are {', '.join(PIPELINES)}")
     parts = PIPELINES[pipeline]
     switches = {}
     null = MUST_BE_NULL.get(pipeline, {})
+    for field, why in null.items():
+        if index.get(field) not in NOTHING:
+            raise refuse(name, "model_index.json", field, index[field], why)
     for field, value in index.items():
-        if field in null:
-            if value not in NOTHING:
-                raise refuse(name, "model_index.json", field, value, null[field])
-        elif field in SWITCHES.get(pipeline, ()) and isinstance(value, bool):
+        if field in SWITCHES.get(pipeline, ()) and isinstance(value, bool):
             switches[field] = value
-        elif field not in parts and field not in NEVER_CALLED and not field.startswith("_"):
+        elif field not in {*parts, *null, *NEVER_CALLED} and not field.startswith("_"):
             raise refuse(name, "model_index.json", field, value, f"which a {pipeline} does not take")
     classes = {}
     for part, known in parts.items():

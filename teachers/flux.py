@@ -18,8 +18,6 @@ import torch
 from common import T
 from teachers.packed import PackedTeacher
 
-TEXT_LENGTH = 512  # the default of the pipeline's call
-
 
 class Flux(PackedTeacher):
     """The family; see above.
@@ -33,6 +31,7 @@ class Flux(PackedTeacher):
     adm_guidance = 3.5
     embeds_guidance = True
     student_guidance = 3.5
+    text_length = 512  # the default of the pipeline's call
 
     def __init__(self, pipe, *args):
         super().__init__(pipe, *args)
@@ -56,7 +55,7 @@ class Flux(PackedTeacher):
     @torch.no_grad()
     def _encode(self, prompts):
         embeds, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), None, device=self.device, max_sequence_length=TEXT_LENGTH
+            list(prompts), None, device=self.device, max_sequence_length=self.text_length
         )
         return {
             "encoder_hidden_states": embeds.to(self.dtype),
@@ -65,15 +64,18 @@ class Flux(PackedTeacher):
 
     def condition_shapes(self, length):
         config = self.denoiser.config
-        text = (TEXT_LENGTH, config.joint_attention_dim)
+        text = (self.text_length, config.joint_attention_dim)
         return {"encoder_hidden_states": text, "pooled_projections": (config.pooled_projection_dim,)}
+
+    def call_settings(self, scale):
+        return super().call_settings(scale) | {"max_sequence_length": self.text_length}
 
     def call(self, net, x, timestep, cond):
         """The raw output of `net`, float32: x [B, C, H, W], the network's timestep [B]."""
         if "guidance" not in cond:
             cond = self.tell_guidance(cond, self.student_guidance)
         tokens = self.pack(x.to(self.dtype))
-        places = {"img_ids": self.places, "txt_ids": self.places.new_zeros(TEXT_LENGTH, 3)}
+        places = {"img_ids": self.places, "txt_ids": self.places.new_zeros(self.text_length, 3)}
         with self.autocast():
             raw = net(tokens, **cond, timestep=timestep.float() / T, **places, return_dict=False)[0]
         return self.unpack(raw).float()

@@ -19,8 +19,6 @@ from common import T
 from support.tensors import cut_rows, pad_rows, split_rows
 from teachers.packed import PackedTeacher
 
-TEXT_LENGTH = 512  # the default of the pipeline's call
-
 
 class QwenImage(PackedTeacher):
     """The family; see above."""
@@ -30,6 +28,7 @@ class QwenImage(PackedTeacher):
     guidance = 4.0
     adm_guidance = 4.0
     null_prompt = " "
+    text_length = 512  # the default of the pipeline's call
 
     def __init__(self, pipe, *args):
         super().__init__(pipe, *args)
@@ -56,13 +55,15 @@ class QwenImage(PackedTeacher):
 
     @torch.no_grad()
     def _encode(self, prompts):
-        embeds, mask = self.pipe.encode_prompt(list(prompts), self.device, max_sequence_length=TEXT_LENGTH)
+        embeds, mask = self.pipe.encode_prompt(
+            list(prompts), self.device, max_sequence_length=self.text_length
+        )
         rows = embeds if mask is None else split_rows(embeds, mask.sum(1))
-        text, lengths = pad_rows(rows, TEXT_LENGTH)
+        text, lengths = pad_rows(rows, self.text_length)
         return {"encoder_hidden_states": text.to(self.dtype), "length": lengths}
 
     def condition_shapes(self, length):
-        text = (TEXT_LENGTH, self.denoiser.config.joint_attention_dim)
+        text = (self.text_length, self.denoiser.config.joint_attention_dim)
         return {"encoder_hidden_states": text, "length": ()}
 
     def call(self, net, x, timestep, cond):

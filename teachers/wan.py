@@ -20,8 +20,6 @@ import torch
 from common import FlowTeacher, T
 from support.schedulers import make_fixed_scheduler
 
-TEXT_LENGTH = 512  # the default of the pipeline's call
-
 
 class Wan(FlowTeacher):
     """The family; see above."""
@@ -33,6 +31,7 @@ class Wan(FlowTeacher):
     batch = 1
     video = True
     fps = 16
+    text_length = 512  # the default of the pipeline's call
 
     def __init__(self, pipe, path, device, dtype, resolution=None, frames=None):
         super().__init__(pipe, path, device, dtype, resolution)
@@ -58,13 +57,13 @@ class Wan(FlowTeacher):
         embeds, _ = self.pipe.encode_prompt(
             list(prompts),
             do_classifier_free_guidance=False,
-            max_sequence_length=TEXT_LENGTH,
+            max_sequence_length=self.text_length,
             device=self.device,
         )
         return {"encoder_hidden_states": embeds.to(self.dtype)}
 
     def condition_shapes(self, length):
-        return {"encoder_hidden_states": (TEXT_LENGTH, self.denoiser.config.text_dim)}
+        return {"encoder_hidden_states": (self.text_length, self.denoiser.config.text_dim)}
 
     def call(self, net, x, timestep, cond):
         """The raw output of `net`, float32: x [B, C, F, H, W], the network's timestep [B]."""
@@ -72,7 +71,8 @@ class Wan(FlowTeacher):
             return net(x.to(self.dtype), timestep.float(), **cond, return_dict=False)[0].float()
 
     def call_settings(self, scale):
-        return super().call_settings(scale) | {"num_frames": self.frames}
+        own = {"num_frames": self.frames, "max_sequence_length": self.text_length}
+        return super().call_settings(scale) | own
 
     def flow_scheduler(self, sigmas):
         return make_fixed_scheduler(sigmas)

@@ -17,8 +17,6 @@ from common import FlowTeacher, T
 from support.schedulers import make_shifted_scheduler
 from support.tensors import pad_rows, split_rows
 
-TEXT_LENGTH = 512  # the default of the pipeline's call
-
 
 class ZImage(FlowTeacher):
     """The family; see above."""
@@ -27,6 +25,7 @@ class ZImage(FlowTeacher):
     sampler_steps = 50
     guidance = 6.0
     adm_guidance = 6.0
+    text_length = 512  # the default of the pipeline's call
 
     def __init__(self, pipe, *args):
         super().__init__(pipe, *args)
@@ -39,11 +38,11 @@ class ZImage(FlowTeacher):
     @torch.no_grad()
     def _encode(self, prompts):
         rows, _ = self.pipe.encode_prompt(list(prompts), self.device, do_classifier_free_guidance=False)
-        text, lengths = pad_rows(rows, TEXT_LENGTH)
+        text, lengths = pad_rows(rows, self.text_length)
         return {"encoder_hidden_states": text.to(self.dtype), "length": lengths}
 
     def condition_shapes(self, length):
-        return {"encoder_hidden_states": (TEXT_LENGTH, self.denoiser.config.cap_feat_dim), "length": ()}
+        return {"encoder_hidden_states": (self.text_length, self.denoiser.config.cap_feat_dim), "length": ()}
 
     def call(self, net, x, timestep, cond):
         """The raw output of `net`, float32: x [B, C, H, W], the network's timestep [B]."""

@@ -16,7 +16,7 @@ RIGHT = "right"  # the teacher computes what its own diffusers pipeline does
 @dataclass
 class Odd:
     name: str
-    family: str  # of the tiny pipeline: "sdxl", "sd3", "cogvideox"
+    family: str  # of the tiny pipeline, one of FAMILIES in tests/test_teachers.py
     change: Callable  # changes the pipeline's folder
     expected: str  # RIGHT, or words of the one sentence that refuses it
 
@@ -214,6 +214,11 @@ def list_scheduler_classes():
     return odd
 
 
+def of_class(pipeline, why):
+    """A pipeline of this class, which is refused."""
+    return Odd(pipeline, "sdxl", edit(INDEX, _class_name=pipeline), why)
+
+
 def refused(family, file, field, value, why=""):
     """A value of a field that is refused by name."""
     shown = json.dumps(value)
@@ -327,13 +332,35 @@ ODD = [
         set_scheduler("DDPMScheduler", variance_type="learned_range"),
         'variance_type: "learned_range"',
     ),
+    refused("sd3", SCHEDULER, "use_dynamic_shifting", True),
     Odd("shift 1", "sd3", edit(SCHEDULER, shift=1.0), RIGHT),
     Odd("Heun's flow", "sd3", replace_scheduler("FlowMatchHeunDiscreteScheduler", shift=2.0), RIGHT),
     refused("sd3", SCHEDULER, "shift", 0, "it must be above 0"),
     refused("sd3", SCHEDULER, "shift", None, "which is of the wrong type"),
-    refused("sd3", SCHEDULER, "use_dynamic_shifting", True),
     refused("sd3", SCHEDULER, "invert_sigmas", True),
     refused("sd3", SCHEDULER, "prediction_type", "epsilon"),
+    refused("wan", SCHEDULER, "flow_shift", 0.0, "it must be above 0"),
+    refused("wan", SCHEDULER, "prediction_type", "v_prediction"),
+    refused("wan", SCHEDULER, "use_flow_sigmas", False),
+    # relatives of known families
+    Odd(
+        "Wan 2.2 A14B",
+        "wan",
+        edit(INDEX, transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.875),
+        "a second network for low noise, as Wan 2.2 A14B has",
+    ),
+    Odd("half of a Wan 2.2 A14B", "wan", edit(INDEX, boundary_ratio=0.875), "boundary_ratio: 0.875"),
+    refused("wan", "transformer/config.json", "image_dim", 1280),
+    refused("wan", VAE, "latents_std", [1.0], "it must be a number for each of the latents' channels"),
+    refused("wan", VAE, "z_dim", 16, "but the denoiser's in_channels are 4"),
+    refused("flux", "transformer/config.json", "guidance_embeds", False, "known here is true"),
+    refused("flux", SCHEDULER, "time_shift_type", "linear"),
+    of_class("WanImageToVideoPipeline", "starts from a picture or a video"),
+    of_class("FluxKontextPipeline", "starts from a picture or a video"),
+    of_class("FluxFillPipeline", "starts from a picture or a video"),
+    of_class("QwenImageEditPipeline", "starts from a picture or a video"),
+    of_class("Flux2Pipeline", "of FLUX.2, which is not supported"),
+    of_class("Flux2KleinPipeline", "of FLUX.2, which is not supported"),
     # autoencoders
     Odd("SDXL's latents_mean and latents_std", "sdxl", edit(VAE, latents_mean=MEAN, latents_std=STD), RIGHT),
     Odd("SDXL's scaling_factor", "sdxl", edit(VAE, scaling_factor=0.13), RIGHT),

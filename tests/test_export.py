@@ -32,7 +32,8 @@ def save_checkpoint(folder, teacher, parametrisation="teacher", steps=1, **meta)
     os.makedirs(os.path.join(folder, "state"), exist_ok=True)
     meta = {"resolution": teacher.resolution, "frames": teacher.frames, **meta}
     meta |= {"teacher": teacher.path, "fingerprint": teacher.fingerprint, "step": 1, "stage": "adm"}
-    meta |= {"parametrisation": parametrisation, "steps": steps, "arguments": {}}
+    arguments = {"student_guidance": 2.0} if teacher.embeds_guidance else {}
+    meta |= {"parametrisation": parametrisation, "steps": steps, "arguments": arguments}
     write_sealed(os.path.join(folder, "meta.json"), meta | {"files": describe_files(folder)})
     return str(folder)
 
@@ -49,6 +50,12 @@ CASES = {  # the exported folder's name: (family, parametrisation, steps, precis
     "new\nline": ("cogvideox", "teacher", 8, "fp32", (32, 24), 17),
     "Zürich": ("cogvideox", "velocity", 1, "fp32", (32, 32), 9),
     "sub/folder.v1": ("cogvideox", "teacher", 4, "bf16", (24, 32), 9),
+    "sd": ("stable-diffusion", "teacher", 2, "fp32", (32, 48), None),
+    "wan": ("wan", "teacher", 2, "fp32", (32, 48), 5),
+    "wan, velocity": ("wan", "velocity", 1, "fp32", (32, 32), 5),
+    "z-image": ("z-image", "teacher", 2, "fp32", (48, 32), None),
+    "qwen-image": ("qwen-image", "teacher", 2, "fp32", (32, 48), None),
+    "flux": ("flux", "teacher", 2, "fp32", (48, 32), None),
 }
 READER = """
 import importlib, json, sys, numpy, safetensors.torch
@@ -57,17 +64,22 @@ exec(print_line)
 torch.set_num_threads(1)
 names = ("schedulers.scheduling_lcm", "schedulers.scheduling_flow_match_euler_discrete",
     "pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "pipelines.cogvideo.pipeline_cogvideox",
-    "pipelines.stable_diffusion_3.pipeline_stable_diffusion_3")
+    "pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "pipelines.wan.pipeline_wan",
+    "pipelines.stable_diffusion.pipeline_stable_diffusion", "pipelines.z_image.pipeline_z_image",
+    "pipelines.qwenimage.pipeline_qwenimage", "pipelines.flux.pipeline_flux")
 for name in names:  # the noise that the student had; the flow scheduler multiplies one more by zero
     module = importlib.import_module(f"diffusers.{name}")
-    module.randn_tensor = lambda shape, dtype=None, **_: next(noise, torch.zeros(shape)).to(dtype)
+    module.randn_tensor = lambda shape, dtype=None, **_: next(noise, torch.zeros(shape)).to(dtype).view(shape)
 prompt = "a red circle"
 for i, line in enumerate(json.load(open("lines.json"))):
     tensors = safetensors.torch.load_file(f"{i}.noise")
     noise = iter([tensors[str(k)] for k in range(len(tensors))])
     drawn = eval(line)
     pictures = drawn.frames[0] if "num_frames" in line else drawn.images
-    numpy.save(f"{i}.npy", numpy.stack([numpy.array(picture) for picture in pictures]))
+    pixels = numpy.stack([numpy.array(picture) for picture in pictures])
+    if pixels.dtype != numpy.uint8:  # of Wan they are numbers from 0 to 1
+        pixels = (255 * pixels).round()
+    numpy.save(f"{i}.npy", pixels)
 """
 
 
@@ -103,7 +115,9 @@ def draw_student(system):
     latents = system.student.sample(system.net, rows, teacher.encode([PROMPT]))
     pixels = teacher.decode(latents)[0].clamp(-1, 1)
     frames = pixels.unbind(1) if teacher.video else [pixels]
-    given = [noise.transpose(1, 2) for noise in rows.given] if teacher.video else rows.given
+    given = [teacher.pack(noise) for noise in rows.given]
+    if teacher.packing > 1:
+        given[0] = rows.given[0]  # the pipeline packs it itself
     return np.stack([np.array(to_image(frame)) for frame in frames]), given
 
 

@@ -7,6 +7,7 @@ from torch import nn
 import adm
 import adp
 import helpers
+from tiny import families
 
 
 def train(stage, method, minimise=None):
@@ -54,7 +55,8 @@ class Watch:
         """The networks with gradients; where one of its parameters has one, all must."""
         found = []
         for name, network in self.networks.items():
-            missing = [p.grad is None for p in network.parameters()]
+            parameters = [p for p in network.parameters() if p.requires_grad or p.grad is not None]
+            missing = [p.grad is None for p in parameters]
             if not all(missing):
                 assert not any(missing), name
                 found.append(name)
@@ -106,6 +108,21 @@ def test_adm_updates(adm_arguments, options, expected):
 @pytest.mark.parametrize("options, expected", ADP_UPDATES)
 def test_adp_updates(adp_arguments, options, expected):
     assert watch_updates(adp, [*adp_arguments, *options.split()]) == expect(expected)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_adapters_of_every_family(tmp_path, prompts_file, family):
+    """All that is trained has an effect on the output: with several ranks a weight without would be waited
+    for."""
+    folder = helpers.make_teacher(tmp_path / "teacher", 0, family)
+    words = ["--teacher", folder, "--prompts", prompts_file, *helpers.size(family), *helpers.QUICK]
+    options = "--fake-lr 1e-4 --lora 2 --steps 1 --iterations 1 --loss dmd"
+    method = helpers.make_method(adm, [*words, *options.split()])
+    watch = Watch(adm, method)
+    del watch.networks[f"teacher's {method.teacher.denoiser_name}"]  # which the adapters are in
+    train(adm, method, watch.minimise)
+    learned = [learned for _, learned, _ in watch.updates]
+    assert learned == [["f"], ["G"]]
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,14 @@ from tools import meta
 
 CPU = torch.device("cpu")
 PROMPT = ["a small red circle"]
+FAMILIES = ("sdxl", "sd3", "cogvideox", "wan", "flux")  # of ODD
 
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
     """{family: folder of a tiny pipeline}."""
     root = tmp_path_factory.mktemp("plain")
-    return {family: helpers.make_teacher(root / family, 0, family) for family in ("sdxl", "sd3", "cogvideox")}
+    return {family: helpers.make_teacher(root / family, 0, family) for family in FAMILIES}
 
 
 @pytest.mark.parametrize("odd", ODD, ids=[odd.name for odd in ODD])

@@ -18,6 +18,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 from transformers import (
     CLIPTextModel,
     Qwen2_5_VLConfig,
@@ -131,6 +132,8 @@ def build_z_image():
         axes_dims=[8, 12, 12],
         axes_lens=[1024, 32, 32],
     )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):  # zeros in the class
+        nn.init.normal_(token)
     return ZImagePipeline(
         transformer=transformer,
         vae=build_vae(shift_factor=0.1),

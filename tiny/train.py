@@ -672,6 +672,8 @@ def read_arguments():
     args = parser.parse_args()
     if args.init and not os.path.isfile(os.path.join(args.init, "model_index.json")):
         parser.error(f"there is no pipeline folder {args.init!r} to go on from")
+    if args.family in families.FAMILIES and not args.random:
+        parser.error(f"--family {args.family} is for --random: nothing is trained of it")
     if (args.t5 or args.rotary) and not args.random:
         parser.error("--t5 and --rotary are for --random: nothing is trained with them")
     return args
