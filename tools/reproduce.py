@@ -41,7 +41,7 @@ DISTIL = f"{SHORT} --warmup 60 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/
 ADM = f"adm.py {SDXL} --prompts prompts/shapes_train.txt {DISTIL} --batch 32 --guidance 1.75"
 DEMO = f"{ADM} --init {{adp}} --ema 0.99 --iterations 600"
 LONG = f"{ADM} --init {{adp}} --ema 0.995 --iterations 1500 --lr 1e-4"
-HEALTH = f"{ADM} --init {{adp}} --ema 0.99 --iterations 300"
+HEALTH = f"{ADM} --init {{adp}} --ema 0.99 --iterations 200"
 ALONE = f"{ADM} --steps 1 --ema 0.99 --iterations 600"
 SD3 = (
     f"adm.py --teacher assets/tiny-sd3 --seed {{seed}} --prompts prompts/shapes_train.txt {DISTIL} --batch 16"
