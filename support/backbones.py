@@ -35,14 +35,17 @@ class PixelBackbone:
             self._use_dinov2(name)
         else:
             self._use_sam(encoder or load_sam_encoder(name))
-        self.encoder.to(device, dtype).requires_grad_(False).eval()
+        self.encoder.to(device, dtype)
+        self.encoder.requires_grad_(False)
+        self.encoder.eval()
         self.mean = torch.tensor(self.MEAN, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(self.STD, device=device).view(1, 3, 1, 1)
 
     def _use_sam(self, encoder):
         self.encoder = encoder
         self.patch = encoder.patch_embed.proj.stride[0]
-        self.position = encoder.pos_embed.detach().clone().permute(0, 3, 1, 2)
+        position = encoder.pos_embed.detach().clone()
+        self.position = position.permute(0, 3, 1, 2)
         # paper and peers: vit_b's layers 3, 6, 9, 12, which are its global-attention blocks; so for the
         # others, too
         blocks = [block for block in encoder.blocks if block.window_size == 0]
@@ -56,7 +59,17 @@ class PixelBackbone:
     def _fold(self, out):
         tokens = out[0] if isinstance(out, tuple) else out
         count = math.prod(self.grid)
-        return tokens[:, -count:].transpose(1, 2).unflatten(2, self.grid)  # the class token comes first
+        tokens = tokens[:, -count:]  # the class token comes first
+        return tokens.transpose(1, 2).unflatten(2, self.grid)
+
+    def _fit_positions(self):
+        """Gives SAM's encoder positions for self.grid, unless it has them already."""
+        rows, columns = self.encoder.pos_embed.shape[1:3]
+        if self.grid == [rows, columns]:
+            return
+        position = F.interpolate(self.position, self.grid, mode="bicubic", align_corners=False)
+        position = position.permute(0, 2, 3, 1).to(self.device, self.dtype)
+        self.encoder.pos_embed = nn.Parameter(position, requires_grad=False)
 
     def features(self, pixels):
         """pixels [B, 3, H, W] in [-1, 1], any size from two patches up -> maps. Gradients flow to the
@@ -65,9 +78,7 @@ class PixelBackbone:
         if list(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
         self.grid = [side // self.patch for side in size]
-        if self.position is not None and list(self.encoder.pos_embed.shape[1:3]) != self.grid:
-            position = F.interpolate(self.position, self.grid, mode="bicubic", align_corners=False)
-            position = position.permute(0, 2, 3, 1).to(self.device, self.dtype)
-            self.encoder.pos_embed = nn.Parameter(position, requires_grad=False)
+        if self.position is not None:
+            self._fit_positions()
         x = ((pixels + 1) / 2 - self.mean) / self.std
         return read_taps(self.taps, lambda: self.encoder(x.to(self.dtype)))
