@@ -20,7 +20,7 @@ from support.arguments import new_folder, positive, seed_number
 from support.errors import UserError, launch
 from support.files import lock_folder, make_folder, read_sealed, short_name, write_sealed
 from support.folders import check_index
-from support.loading import describe_teacher
+from support.loading import describe_teacher, name_both
 from support.pairs import find_problem, identify, shard_path, write_shard
 from support.parallel import is_main, own_device, rank, world_size
 from support.prompts import read_training_prompts
@@ -50,7 +50,7 @@ def main(argv=None):
     args.guidance = teacher.guidance if args.guidance is None else args.guidance
     out = args.out or os.path.join("pairs", short_name(args.teacher))
     index = {
-        "teacher": describe_teacher(args.teacher, args.teacher_lora),
+        "teacher": name_both(describe_teacher(args.teacher), args.teacher_lora),
         "fingerprint": teacher.fingerprint,
         "steps": args.steps,
         "guidance": args.guidance,

@@ -22,7 +22,7 @@ from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
 from support.hub import TEACHERS, is_hub_id
-from support.loading import describe_teacher, load_network, load_pipeline, shorten
+from support.loading import load_network, load_pipeline, name_both, shorten
 from support.lora import make_adapted
 from support.lora_files import merge_into_network, merge_into_teacher
 from support.parallel import choose_dtype, compile_blocks, freeze_named, own_device, shard
@@ -750,8 +750,8 @@ def open_student(path, teacher, steps=None):
     """A checkpoint -> (its folder, Student, meta). UserError for a student of another teacher."""
     folder, meta = find_checkpoint(path, "student")
     if meta["fingerprint"] != teacher.fingerprint:
-        source = describe_teacher(meta["teacher"], meta.get("teacher_lora"))
-        own = describe_teacher(teacher.path, teacher.lora)
+        source = name_both(meta["teacher"], meta.get("teacher_lora"))
+        own = name_both(teacher.path, teacher.lora)
         raise UserError(f"the checkpoint {folder} was distilled from {source}, not from {own}")
     guidance = meta["arguments"].get("student_guidance")
     return folder, Student(teacher, meta["parametrisation"], steps or meta["steps"], guidance), meta

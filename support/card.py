@@ -18,6 +18,14 @@ LICENCES = {  # of the known teachers, for machines without network: the hub's w
     "stabilityai/stable-diffusion-3.5-large": ("other", "stabilityai-ai-community", "LICENSE.md"),
     "THUDM/CogVideoX-2b": ("apache-2.0", None, None),
     "THUDM/CogVideoX-5b": ("other", "cogvideox-license", "LICENSE"),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("apache-2.0", None, None),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": ("apache-2.0", None, None),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("apache-2.0", None, None),
+    "Tongyi-MAI/Z-Image": ("apache-2.0", None, None),
+    "Qwen/Qwen-Image": ("apache-2.0", None, None),
+    "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None, None),
+    "stabilityai/stable-diffusion-2-1-base": ("openrail++", None, None),
 }
 PLACE = "OWNER/NAME"  # in a card's lines of Python, for where it will be
 SETTINGS = (  # of a run's arguments, those that say how it learned; never its paths

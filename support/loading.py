@@ -21,11 +21,14 @@ SURPLUS = re.compile(
 )
 
 
-def describe_teacher(name, lora=None):
-    """A teacher as the command line names it -> as a run's files name it: a folder by its absolute path.
-    lora: the file that is merged into it."""
-    path = os.path.abspath(name) if os.path.isdir(name) else name
-    return f"{path} with {os.path.abspath(lora)}" if lora else path
+def describe_teacher(name):
+    """A teacher as the command line names it -> as a run's files name it: a folder by its absolute path."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def name_both(teacher, lora):
+    """A teacher's name and that of the file of --teacher-lora, or None, in words."""
+    return f"{teacher} with {lora}" if lora else teacher
 
 
 @dataclasses.dataclass

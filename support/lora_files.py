@@ -143,7 +143,7 @@ def split_change(student, teacher, rank, device):
             continue
         size = change.square().sum().item()
         whole += size
-        module, kind = name.rsplit(".", 1)
+        module, _, kind = name.rpartition(".")
         if kind == "weight" and has_low_rank_form(modules[module]):
             down, up = factorise(change.flatten(1), rank)
             missing += (change.flatten(1) - up @ down).square().sum().item()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from support.errors import UserError
 from support.files import compute_checksum_of_json, read_sealed, write_atomically
-from support.loading import describe_teacher
+from support.loading import name_both
 from support.parallel import is_main
 
 INDEX = {"teacher", "fingerprint", "latent_shape", "count", "shard", "prompts"}  # what is read of index.json
@@ -45,7 +45,7 @@ class Pairs:
     def _check(self, folder, teacher):
         if self.index["fingerprint"] != teacher.fingerprint:
             source = self.index["teacher"]
-            own = describe_teacher(teacher.path, teacher.lora)
+            own = name_both(teacher.path, teacher.lora)
             raise UserError(f"the pairs in {folder} come from the teacher {source}, not from {own}")
         shape = self.index["latent_shape"]
         if tuple(shape) != teacher.latent_shape:

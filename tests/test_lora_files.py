@@ -162,13 +162,15 @@ def test_what_a_lora_leaves_out_is_named_and_measured():
 
     def make():
         grouped = nn.Conv2d(4, 8, 3, groups=2)
-        return nn.Sequential(nn.Linear(6, 5), nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), grouped)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), grouped)
+        net.table = nn.Parameter(torch.randn(3))  # as Wan's scale_shift_table, of no layer
+        return net
 
     teacher, student = make(), make()
     for name in ("3.bias", "2.weight"):
         dict(student.named_parameters())[name].data = dict(teacher.named_parameters())[name].data.clone()
     layers, left_out, error = split_change(student, teacher, 2, CPU)
-    assert left_out == ["0.bias", "1.bias", "3.weight"]
+    assert left_out == ["table", "0.bias", "1.bias", "3.weight"]
     assert set(layers) == {f"{k}.lora_{part}.weight" for k in (0, 1) for part in "AB"}
     assert layers["1.lora_A.weight"].shape == (2, 3, 3, 3)
     assert layers["1.lora_B.weight"].shape == (8, 2, 1, 1)
@@ -182,7 +184,7 @@ def test_what_a_lora_leaves_out_is_named_and_measured():
     assert error == pytest.approx((missing / whole).sqrt().item(), rel=1e-4)
     text = describe_split(2, left_out, error)
     assert f"relative error {error:.3g}" in text
-    assert "3 norms, biases and the like are left out (0.bias, 1.bias, 3.weight)" in text
+    assert "4 norms, biases and the like are left out (0.bias, 1.bias, 3.weight, table)" in text
 
 
 # Other readers ---------------------------------------------------------------------------------------------
