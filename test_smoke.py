@@ -146,4 +146,4 @@ def test_every_stage_of_the_other_families(tmp_path, case):
     rows = read_json(tmp_path / "report.json")["rows"]
     expected = [("teacher", 4, 4), ("adm", case["steps"], 4)]
     assert [(row["system"], row["nfe"], row["samples"]) for row in rows] == expected
-    assert ("motion" in rows[0]["tv"]) == (case["family"] == "cogvideox")
+    assert ("motion" in rows[0]["tv_of"]) == (case["family"] == "cogvideox")

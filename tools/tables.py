@@ -111,9 +111,9 @@ def format_numbers(rows, columns, attributes):
 
 
 def format_cell(values):
-    """Numbers, one a seed -> "mean ± standard deviation", or the number alone where there is one."""
+    """Numbers, one a seed -> "mean ± standard deviation", or the mean alone where they are all the same."""
     cell = f"{statistics.mean(values):.3f}"
-    return f"{cell} ± {statistics.stdev(values):.3f}" if len(values) > 1 else cell
+    return f"{cell} ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else cell
 
 
 def group_runs(entry):
