@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import textwrap
 
 from metrics.rows import format_markdown
 from support.files import write_atomically
@@ -134,8 +135,9 @@ def describe(entry):
     low, high = zip(*(run["row"]["ci"]["accuracy"] for run in runs))
     widest = max(b - a for a, b in zip(low, high)) / 2
     samples = teacher["samples"] // teacher["prompts"]
-    return (
+    text = (
         f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over them. {teacher['prompts']} "
         f"prompts, {samples} samples each; one seed's accuracy has an interval of at most {widest:.3f} on "
         f"either side. {'; '.join(machines)}; {', '.join(dates)}; commit {', '.join(commits)}."
     )
+    return textwrap.fill(text, 118)
