@@ -6,8 +6,9 @@
 What the real classes do at their real sizes, a GPU apart: pictures of 256 pixels, videos of 9 frames, bf16,
 LoRA of rank 16, one sample a batch; ADM for three iterations, and ADP for one where the teacher draws
 pictures. Losses must be finite, and a gradient must reach the student, the fake score and the heads: else the
-exit code is 2. Prints the seconds of an iteration, and the process's peak memory beside what `--plan` adds
-up. The random teacher has small text encoders: they are not in the sum.
+exit code is 2. Prints the seconds of an iteration, and the process's peak memory, which has Python's packages
+and the merged student of the checkpoint in it, beside what `--plan` adds up for the training alone, without
+text encoders: the random teacher's are small.
 """
 
 import math
