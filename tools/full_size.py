@@ -15,7 +15,6 @@ import math
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 
@@ -29,6 +28,7 @@ from support.files import ROOT, read_json, read_json_lines, write_json
 from tools.bench import write_random
 from tools.measure import choose_prompts
 from tools.plan import GB, Networks, add_up, count_activations, count_states
+from tools.processes import run_script
 
 FITTING = ("sdxl", "sd3-medium", "cogvideox-2b")
 WORDS = "--batch 1 --precision bf16 --lora 16 --resolution 256"
@@ -38,13 +38,9 @@ SAM = os.path.join(ROOT, "assets/tiny-sam.pth")
 
 def run(words, out):
     """Runs a stage, which writes to `out` -> GB of memory at most. UserError where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
     with open(out + ".log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
+        code, usage = run_script(words, log, threads=os.cpu_count())
+    if code != 0:
         with open(out + ".log") as log:
             raise UserError(f"{shlex.join(words)} failed: {log.read().strip()[-1000:]}")
     return usage.ru_maxrss * 1024 / GB

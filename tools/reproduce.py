@@ -19,7 +19,6 @@ import shlex
 import shutil
 import statistics
 import string
-import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -30,6 +29,7 @@ from support.arguments import Parser, positive, seed_number
 from support.errors import UserError, launch
 from support.files import ROOT, make_folder, read_json, read_json_lines, write_json
 from tools.plots import save_gauges, save_plot
+from tools.processes import run_script
 from tools.tables import write_tables
 
 SDXL = "--teacher assets/tiny-sdxl --seed {seed}"
@@ -43,12 +43,9 @@ DEMO = f"{ADM} --init {{adp}} --ema 0.99 --iterations 600"
 LONG = f"{ADM} --init {{adp}} --ema 0.995 --iterations 1500 --lr 1e-4"
 HEALTH = f"{ADM} --init {{adp}} --ema 0.99 --iterations 200"
 ALONE = f"{ADM} --steps 1 --ema 0.99 --iterations 600"
-SD3 = (
-    f"adm.py --teacher assets/tiny-sd3 --seed {{seed}} --prompts prompts/shapes_train.txt {DISTIL} --batch 16"
-)
-SD3 += " --ema 0.99 --guidance 2"
-VIDEO = f"adm.py --teacher assets/tiny-cogvideox --seed {{seed}} --prompts prompts/motion_train.txt {DISTIL}"
-VIDEO += " --batch 16 --ema 0.99 --guidance 2"
+SEVERAL = f"--seed {{seed}} {DISTIL} --batch 16 --ema 0.99 --guidance 2"
+SD3 = f"adm.py --teacher assets/tiny-sd3 --prompts prompts/shapes_train.txt {SEVERAL}"
+VIDEO = f"adm.py --teacher assets/tiny-cogvideox --prompts prompts/motion_train.txt {SEVERAL}"
 
 # {name} is the folder of another run of the same seed, which comes first
 RUNS = {
@@ -216,14 +213,10 @@ class Runs:
 
 def run_command(words, log):
     """Runs `python WORDS` on one thread -> {commit, machine, date, cpu_seconds}. UserError where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     record = {"commit": read_commit(), "machine": describe_machine()}
     with open(log, "a") as file:
-        process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
+        code, usage = run_script(words, file, threads=1)
+    if code != 0:
         raise UserError(f"{shlex.join(words)} failed: its output is in {log}")
     record["date"] = datetime.date.today().isoformat()
     record["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime)
