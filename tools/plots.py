@@ -1,10 +1,15 @@
 """The plots of docs/results.md and docs/training.md."""
 
+import math
+import statistics
+
 from support.files import read_json_lines
 from support.media import collect_curves, save_figure
 from tools.tables import group_runs
 
-METHODS = {"dmd": "DMD loss", "dmdx": "ADM", "projected": "ADM --project"}
+METHODS = {"dmd": ("DMD loss", "C0"), "dmdx": ("ADM", "C3"), "projected": ("ADM --project", "C2")}
+COSTS = {"dmd": 1.0, "dmdx": 1.4, "projected": 1.4}  # of an iteration, docs/results.md
+ITERATIONS = 600  # of a run whose name has no number
 GAUGES = {
     "loss_f": "loss_f: the fake score's loss",
     "dmd_loss": "dmd_loss: half the squared DMD direction",
@@ -36,31 +41,50 @@ def save_gauges(metrics, path):
 
 
 def save_plot(results, path):
-    """Accuracy against variation in excess of chance, a point a seed, of the runs of the tables demo and
-    longer."""
+    """The runs of the tables demo and time: accuracy against variation in excess of chance, a point a seed;
+    and both against time, the means over the seeds with their standard deviations."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
-    colours = dict(zip(METHODS, ("C0", "C3", "C2")))
-    drawn = False
-    for table in ("demo", "longer"):
-        for name, runs in group_runs(results.get(table, {"runs": []})).items():
-            method, _, iterations = name.partition("-")
-            label = (
-                f"{METHODS.get(method, 'ADP, where all start')} {iterations or '600' * (method in METHODS)}"
-            )
-            tv = [run["row"]["tv"] for run in runs]
-            accuracy = [run["row"]["accuracy"] for run in runs]
-            marker = "^" if iterations else "o"
-            axes.scatter(tv, accuracy, color=colours.get(method, "black"), marker=marker, label=label)
-            drawn = True
-    if not drawn:
+    groups = {}
+    for table in ("demo", "time"):
+        groups |= group_runs(results.get(table, {"runs": []}))
+    if not groups:
         return
-    axes.set_xlabel("tv: variety lost within a prompt, in excess of chance (0: none)")
-    axes.set_ylabel("accuracy")
-    axes.set_title("One-step students of tiny-sdxl, a point a seed; iterations after the method's name")
-    axes.grid(alpha=0.3)
-    handles = dict(zip(axes.get_legend_handles_labels()[1], axes.get_legend_handles_labels()[0]))
-    axes.legend(handles.values(), handles, fontsize=9)
+    figure = matplotlib.figure.Figure(figsize=(15, 5), layout="constrained")
+    plane, *curves = figure.subplots(1, 3)
+    figure.suptitle("One-step students of tiny-sdxl; the number is of iterations")
+    for name, runs in groups.items():
+        method, _, iterations = name.partition("-")
+        title, colour = METHODS.get(method, ("ADP, where all start", "black"))
+        label = f"{title} {iterations or ITERATIONS}" if method in METHODS else title
+        tv = [run["row"]["tv"] for run in runs]
+        accuracy = [run["row"]["accuracy"] for run in runs]
+        size = math.sqrt(int(iterations or ITERATIONS))
+        plane.scatter(tv, accuracy, s=size, color=colour, alpha=0.6, label=label)
+    plane.set_xlabel("tv: variety lost within a prompt, in excess of chance (0: none)")
+    plane.set_ylabel("accuracy")
+    plane.legend(fontsize=8)
+    for axes, column in zip(curves, ("accuracy", "tv")):
+        for method, (title, colour) in METHODS.items():
+            draw_curve(axes, groups, method, column, label=title, color=colour)
+        axes.set_xscale("log")
+        axes.set_xlabel("time, in iterations of the DMD loss")
+        axes.set_ylabel(column)
+    curves[0].legend(fontsize=9)
+    for axes in (plane, *curves):
+        axes.grid(alpha=0.3)
     save_figure(figure, path)
+
+
+def draw_curve(axes, groups, method, column, **options):
+    """A column of a method's runs, mean and standard deviation over the seeds, against their time."""
+    points = []
+    for name, runs in groups.items():
+        if name.partition("-")[0] == method:
+            iterations = int(name.partition("-")[2] or ITERATIONS)
+            values = [run["row"][column] for run in runs]
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            points.append((iterations * COSTS[method], statistics.mean(values), spread))
+    if points:
+        times, means, spreads = zip(*sorted(points))
+        axes.errorbar(times, means, spreads, marker="o", capsize=3, **options)

@@ -40,7 +40,7 @@ WITH_SAM = "--pixel-backbone assets/tiny-sam.pth --warmup 1600"
 DISTIL = f"{SHORT} --warmup 60 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/8 --r1 0.03 --r2 0.03"
 ADM = f"adm.py {SDXL} --prompts prompts/shapes_train.txt {DISTIL} --batch 32 --guidance 1.75"
 DEMO = f"{ADM} --init {{adp}} --ema 0.99 --iterations 600"
-LONG = f"{ADM} --init {{adp}} --ema 0.995 --iterations 1500 --lr 1e-4"
+LONG = f"{ADM} --init {{adp}} --ema 0.995"
 HEALTH = f"{ADM} --init {{adp}} --ema 0.99 --iterations 200"
 ALONE = f"{ADM} --steps 1 --ema 0.99 --iterations 600"
 SEVERAL = f"--seed {{seed}} {DISTIL} --batch 16 --ema 0.99 --guidance 2"
@@ -63,8 +63,20 @@ RUNS = {
     "projected": f"{DEMO} --lr 1e-4 --project",
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
-    "dmd-1500": f"{LONG} --loss dmd",
-    "projected-1500": f"{LONG} --project",
+    # as long as 150, 1500 and 5000 iterations of the DMD loss, one of ADM being 1.4 of those
+    "dmd-150": f"{DEMO} --iterations 150 --lr 1e-4 --loss dmd",
+    "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
+    "dmd-5000": f"{LONG} --iterations 5000 --lr 1e-4 --loss dmd",
+    "dmdx-1070": f"{LONG} --iterations 1070 --lr 3e-5",
+    "dmdx-3570": f"{LONG} --iterations 3570 --lr 3e-5",
+    "projected-1070": f"{LONG} --iterations 1070 --lr 1e-4 --project",
+    "projected-3570": f"{LONG} --iterations 3570 --lr 1e-4 --project",
+    # what else ADM could be trained with
+    "fast": f"{DEMO} --lr 1e-4",
+    "raven": f"{DEMO} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98",
+    "small-dt": f"{DEMO} --lr 3e-5 --dt 1/64",
+    "weak-penalty": f"{DEMO} --lr 3e-5 --r1 0.003 --r2 0.003",
+    "projected-ttur-2": f"{DEMO} --lr 1e-4 --project --ttur 2",
     # docs/training.md: one that is healthy, and what ails the others
     "healthy": f"{HEALTH} --lr 3e-5",
     "slow-f": f"{HEALTH} --lr 3e-5 --fake-lr 3e-6",
@@ -84,7 +96,15 @@ SMALL_LPIPS = "--lpips-net random --lpips-size 64"
 # the runs of a table, and the command that measures them
 TABLES = {
     "demo": (("adp", "dmd", "dmdx", "projected"), f"{EVALUATE},lpips {SMALL_LPIPS}"),
-    "longer": (("dmd-1500", "projected-1500"), EVALUATE),
+    "time": (
+        (
+            *("dmd-150", "dmd", "dmd-1500", "dmd-5000"),
+            *("dmdx", "dmdx-1070", "dmdx-3570"),
+            *("projected", "projected-1070", "projected-3570"),
+        ),
+        EVALUATE,
+    ),
+    "variants": (("dmdx", "fast", "raven", "small-dt", "weak-penalty", "projected-ttur-2"), EVALUATE),
     "pipeline": (("A1", "A3", "A4", "adp", "B1", "B2", "dmd", "dmdx"), EVALUATE),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
     "health": (
@@ -255,7 +275,8 @@ def main():
         runs.make_all(order_runs(args.tables, args.seeds), args.jobs)
         for table in args.tables:
             print(f"{time.strftime('%H:%M')} table {table}", flush=True)
-            results[table] = runs.evaluate(table, args.seeds)
+            entry = runs.evaluate(table, args.seeds)
+            results = (read_json(path) or {}) | {table: entry}  # others may have been written meanwhile
             write_json(path, results)
         if "health" in args.tables:
             names = TABLES["health"][0]

@@ -40,6 +40,11 @@ LABELS = {
     "dmd": "ADP, then the DMD loss (B3)",
     "dmdx": "ADP, then ADM: DMDX (B4)",
     "projected": "ADP, then ADM `--project`",
+    "fast": "DMDX, the DMD loss's rate of 1e-4",
+    "raven": "DMDX, RAVEN's settings",
+    "small-dt": "DMDX, dt = T/64",
+    "weak-penalty": "DMDX, a tenth of the penalties",
+    "projected-ttur-2": "`--project`, two updates of f and D",
 }
 
 
