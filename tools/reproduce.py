@@ -63,18 +63,19 @@ RUNS = {
     "projected": f"{DEMO} --lr 1e-4 --project",
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
-    # as long as 150, 1500 and 5000 iterations of the DMD loss, one of ADM being 1.4 of those
+    # as long as 150, 1500 and 5000 iterations of the DMD loss, one of ADM being 1.6 of those
     "dmd-150": f"{DEMO} --iterations 150 --lr 1e-4 --loss dmd",
     "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
     "dmd-5000": f"{LONG} --iterations 5000 --lr 1e-4 --loss dmd",
-    "dmdx-1070": f"{LONG} --iterations 1070 --lr 3e-5",
-    "dmdx-3570": f"{LONG} --iterations 3570 --lr 3e-5",
-    "projected-1070": f"{LONG} --iterations 1070 --lr 1e-4 --project",
-    "projected-3570": f"{LONG} --iterations 3570 --lr 1e-4 --project",
+    "dmdx-940": f"{LONG} --iterations 940 --lr 3e-5",
+    "dmdx-3125": f"{LONG} --iterations 3125 --lr 3e-5",
+    "projected-940": f"{LONG} --iterations 940 --lr 1e-4 --project",
+    "projected-3125": f"{LONG} --iterations 3125 --lr 1e-4 --project",
     # what else ADM could be trained with
     "fast": f"{DEMO} --lr 1e-4",
     "raven": f"{DEMO} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98",
     "small-dt": f"{DEMO} --lr 3e-5 --dt 1/64",
+    "guided": f"{DEMO} --lr 3e-5 --guidance 2.8",
     "weak-penalty": f"{DEMO} --lr 3e-5 --r1 0.003 --r2 0.003",
     "projected-ttur-2": f"{DEMO} --lr 1e-4 --project --ttur 2",
     # docs/training.md: one that is healthy, and what ails the others
@@ -99,12 +100,15 @@ TABLES = {
     "time": (
         (
             *("dmd-150", "dmd", "dmd-1500", "dmd-5000"),
-            *("dmdx", "dmdx-1070", "dmdx-3570"),
-            *("projected", "projected-1070", "projected-3570"),
+            *("dmdx", "dmdx-940", "dmdx-3125"),
+            *("projected", "projected-940", "projected-3125"),
         ),
         EVALUATE,
     ),
-    "variants": (("dmdx", "fast", "raven", "small-dt", "weak-penalty", "projected-ttur-2"), EVALUATE),
+    "variants": (
+        ("dmdx", "fast", "raven", "small-dt", "weak-penalty", "guided", "projected-ttur-2"),
+        EVALUATE,
+    ),
     "pipeline": (("A1", "A3", "A4", "adp", "B1", "B2", "dmd", "dmdx"), EVALUATE),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
     "health": (

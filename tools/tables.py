@@ -44,6 +44,7 @@ LABELS = {
     "raven": "DMDX, RAVEN's settings",
     "small-dt": "DMDX, dt = T/64",
     "weak-penalty": "DMDX, a tenth of the penalties",
+    "guided": "DMDX, guidance 2.8 where the pairs have 1.75",
     "projected-ttur-2": "`--project`, two updates of f and D",
 }
 
