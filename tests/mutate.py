@@ -552,6 +552,9 @@ TABLE = {
         ("G's hinge flipped", "return -weigh(fake, weights)", "return weigh(fake, weights)"),
         ("weighted mean for the sum", "(values * weights).sum(1).mean()", "(values * weights).mean()"),
     ],
+    "support/checkpoints.py": [
+        ("a fingerprint of some weights alone", "in net.parameters():", "in list(net.parameters())[::99]:"),
+    ],
     "support/backbones.py": [
         (
             "pixels of [0, 1] to SAM",
@@ -704,7 +707,7 @@ def order_tests(mutation):
     """All tests, those first that are likely to fail."""
     if mutation and mutation.file in ("adm.py", "adp.py"):
         return OF_THE_STAGES + OF_THE_PARTS + SLOW
-    if mutation and mutation.file == "support/lora_files.py":
+    if mutation and mutation.file in ("support/lora_files.py", "support/checkpoints.py"):
         return ["tests/test_lora_files.py"]
     return OF_THE_PARTS + OF_THE_STAGES + SLOW
 
