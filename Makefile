@@ -18,7 +18,7 @@ TINY := --teacher assets/tiny-sdxl --seed $(SEED)
 SHORT := --no-checkpointing --head-width 128 --betas 0.5 0.99 --clip 1 --ema 0.99
 # ADM on teachers of this size: a long step, a penalty to match, all else faster than the student
 DISTIL := --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/8 --r1 0.03 --r2 0.03
-FROM_ADP = $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt $(SHORT) --batch 16 --iterations 600 \
+FROM_ADP = $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt $(SHORT) --batch 16 --iterations 450 \
 	--warmup 60 --guidance 1.75 $(DISTIL)
 export HF_HUB_OFFLINE ?= 1
 
@@ -43,9 +43,8 @@ demo: setup
 		--lr 2e-4 --decay 0.1 --head-lr 1e-3
 	$(TORCHRUN) adm.py $(FROM_ADP) --out $(DEMO)/dmd --loss dmd --lr 1e-4
 	$(TORCHRUN) adm.py $(FROM_ADP) --out $(DEMO)/adm --lr 3e-5
-	$(TORCHRUN) adm.py $(FROM_ADP) --out $(DEMO)/projected --project --lr 1e-4
-	$(TORCHRUN) evaluate.py $(TINY) --guidance 1.75 --student adp=$(DEMO)/adp --student dmd=$(DEMO)/dmd \
-		--student dmdx=$(DEMO)/adm --student projected=$(DEMO)/projected \
+	$(TORCHRUN) evaluate.py $(TINY) --guidance 1.75 --steps 12 --student adp=$(DEMO)/adp \
+		--student dmd=$(DEMO)/dmd --student dmdx=$(DEMO)/adm \
 		--prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics oracle --out $(DEMO)/evaluation \
 		--json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 

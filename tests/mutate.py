@@ -552,6 +552,41 @@ TABLE = {
         ("G's hinge flipped", "return -weigh(fake, weights)", "return weigh(fake, weights)"),
         ("weighted mean for the sum", "(values * weights).sum(1).mean()", "(values * weights).mean()"),
     ],
+    "teachers/flux.py": [
+        ("FLUX told T sigma", "timestep=timestep.float() / T", "timestep=timestep.float()"),
+        ("FLUX's rows and columns swapped", "rows[:1]), rows, columns)", "rows[:1]), columns, rows)"),
+        (
+            "FLUX's teacher told the student's guidance",
+            "self.tell_guidance(cond, scale))",
+            "self.tell_guidance(cond, self.student_guidance))",
+        ),
+        ("FLUX's one pass counted as two", "return 1", "return 2"),
+        ("FLUX's taps on text", "*net.single_transformer_blocks], 1)", "*net.single_transformer_blocks], 0)"),
+    ],
+    "teachers/packed.py": [
+        ("tokens unfolded on their side", "unflatten(2, self.patches)", "unflatten(2, self.patches[::-1])"),
+    ],
+    "teachers/qwen_image.py": [
+        ("Qwen told T sigma", "mask, timestep.float() / T", "mask, timestep.float()"),
+        ("Qwen's levels not stretched", "alpha * (1 - end) / alpha[-1]", "alpha * (1 - end)"),
+        ("Qwen's norm of the null pass", "self.pack(raw).norm", "self.pack(raw_null).norm"),
+        ("Qwen's norm of the whole picture", "pack(raw).norm(dim=-1,", "pack(raw).norm(dim=(-2, -1),"),
+        ("Qwen's null prompt empty", 'null_prompt = " "', 'null_prompt = ""'),
+    ],
+    "teachers/stable_diffusion.py": [
+        ("zeros as Stable Diffusion's null", "null = Teacher.null", "null = SDXL.null"),
+    ],
+    "teachers/wan.py": [
+        ("Wan's times down to 0", "i * (T - 1) / steps", "i * T / steps"),
+        ("Wan's text as long as encode_prompt has it", "=self.text_length,", "=226,"),
+        ("Wan 5B as slow as Wan 2.1", "self.fps = 24", "self.fps = 16"),
+        ("Wan 5B as short as Wan 2.1", "own_frames = 121", "own_frames = 81"),
+    ],
+    "teachers/z_image.py": [
+        ("Z-Image told sigma", "images, 1 - timestep.float() / T", "images, timestep.float() / T"),
+        ("Z-Image's sign", "return -torch.stack(raw)", "return torch.stack(raw)"),
+        ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
+    ],
     "support/checkpoints.py": [
         ("a fingerprint of some weights alone", "in net.parameters():", "in list(net.parameters())[::99]:"),
     ],
@@ -707,6 +742,8 @@ def order_tests(mutation):
     """All tests, those first that are likely to fail."""
     if mutation and mutation.file in ("adm.py", "adp.py"):
         return OF_THE_STAGES + OF_THE_PARTS + SLOW
+    if mutation and mutation.file.startswith("teachers/"):
+        return ["tests/test_families.py", *OF_THE_STAGES]
     if mutation and mutation.file in ("support/lora_files.py", "support/checkpoints.py"):
         return ["tests/test_lora_files.py"]
     return OF_THE_PARTS + OF_THE_STAGES + SLOW

@@ -30,7 +30,7 @@ from tools.measure import choose_prompts
 from tools.plan import GB, Networks, add_up, count_activations, count_states
 from tools.processes import run_script
 
-FITTING = ("sdxl", "sd3-medium", "cogvideox-2b")
+FITTING = ("sd1.5", "sdxl", "sd3-medium", "wan2.1-1.3b", "cogvideox-2b")
 WORDS = "--batch 1 --precision bf16 --lora 16 --resolution 256"
 PAIRS = "--count 2 --shard 2 --batch 1 --steps 1 --guidance 1 --precision bf16"
 SAM = os.path.join(ROOT, "assets/tiny-sam.pth")

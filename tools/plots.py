@@ -9,7 +9,7 @@ from tools.tables import group_runs
 
 METHODS = {"dmd": ("DMD loss", "C0"), "dmdx": ("ADM", "C3"), "projected": ("ADM --project", "C2")}
 COSTS = {"dmd": 1.0, "dmdx": 1.6, "projected": 1.6}  # of an iteration, docs/results.md
-ITERATIONS = 600  # of a run whose name has no number
+ITERATIONS = 450  # of a run whose name has no number
 GAUGES = {
     "loss_f": "loss_f: the fake score's loss",
     "dmd_loss": "dmd_loss: half the squared DMD direction",

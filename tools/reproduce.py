@@ -39,8 +39,9 @@ ADP += " --mse 1 --lr 2e-4 --decay 0.1 --head-lr 1e-3"
 WITH_SAM = "--pixel-backbone assets/tiny-sam.pth --warmup 1600"
 DISTIL = f"{SHORT} --warmup 60 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/8 --r1 0.03 --r2 0.03"
 ADM = f"adm.py {SDXL} --prompts prompts/shapes_train.txt {DISTIL} --batch 32 --guidance 1.75"
-DEMO = f"{ADM} --init {{adp}} --ema 0.99 --iterations 600"
+DEMO = f"{ADM} --init {{adp}} --ema 0.99 --iterations 450"
 LONG = f"{ADM} --init {{adp}} --ema 0.995"
+TRIAL = f"{ADM} --init {{adp}} --ema 0.99 --iterations 600"
 HEALTH = f"{ADM} --init {{adp}} --ema 0.99 --iterations 200"
 ALONE = f"{ADM} --steps 1 --ema 0.99 --iterations 600"
 SEVERAL = f"--seed {{seed}} {DISTIL} --batch 16 --ema 0.99 --guidance 2"
@@ -60,24 +61,26 @@ RUNS = {
     "B2": f"{ALONE} --lr 1e-4 --loss dmd",
     "dmd": f"{DEMO} --lr 1e-4 --loss dmd",
     "dmdx": f"{DEMO} --lr 3e-5",
-    "projected": f"{DEMO} --lr 1e-4 --project",
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
-    # as long as 150, 1500 and 5000 iterations of the DMD loss, one of ADM being 1.6 of those
-    "dmd-150": f"{DEMO} --iterations 150 --lr 1e-4 --loss dmd",
+    # ADM for 940 and 3125 iterations takes as long as the DMD loss for 1500 and 5000
+    "dmd-150": f"{ADM} --init {{adp}} --ema 0.99 --iterations 150 --lr 1e-4 --loss dmd",
+    "dmd-600": f"{TRIAL} --lr 1e-4 --loss dmd",
     "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
     "dmd-5000": f"{LONG} --iterations 5000 --lr 1e-4 --loss dmd",
+    "dmdx-600": f"{TRIAL} --lr 3e-5",
     "dmdx-940": f"{LONG} --iterations 940 --lr 3e-5",
     "dmdx-3125": f"{LONG} --iterations 3125 --lr 3e-5",
+    "projected-600": f"{TRIAL} --lr 1e-4 --project",
     "projected-940": f"{LONG} --iterations 940 --lr 1e-4 --project",
     "projected-3125": f"{LONG} --iterations 3125 --lr 1e-4 --project",
     # what else ADM could be trained with
-    "fast": f"{DEMO} --lr 1e-4",
-    "raven": f"{DEMO} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98",
-    "small-dt": f"{DEMO} --lr 3e-5 --dt 1/64",
-    "guided": f"{DEMO} --lr 3e-5 --guidance 2.8",
-    "weak-penalty": f"{DEMO} --lr 3e-5 --r1 0.003 --r2 0.003",
-    "projected-ttur-2": f"{DEMO} --lr 1e-4 --project --ttur 2",
+    "fast": f"{TRIAL} --lr 1e-4",
+    "raven": f"{TRIAL} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98",
+    "small-dt": f"{TRIAL} --lr 3e-5 --dt 1/64",
+    "weak-penalty": f"{TRIAL} --lr 3e-5 --r1 0.003 --r2 0.003",
+    "guided": f"{TRIAL} --lr 3e-5 --guidance 2.8",
+    "projected-ttur-2": f"{TRIAL} --lr 1e-4 --project --ttur 2",
     # docs/training.md: one that is healthy, and what ails the others
     "healthy": f"{HEALTH} --lr 3e-5",
     "slow-f": f"{HEALTH} --lr 3e-5 --fake-lr 3e-6",
@@ -92,21 +95,21 @@ RUNS = {
     "video-adm": f"{VIDEO} --iterations 300 --lr 2e-5",
 }
 SHAPES = "--prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics oracle"
-EVALUATE = f"evaluate.py --teacher assets/tiny-sdxl --guidance 1.75 {SHAPES}"
+EVALUATE = f"evaluate.py --teacher assets/tiny-sdxl --guidance 1.75 --steps 12 {SHAPES}"
 SMALL_LPIPS = "--lpips-net random --lpips-size 64"
 # the runs of a table, and the command that measures them
 TABLES = {
-    "demo": (("adp", "dmd", "dmdx", "projected"), f"{EVALUATE},lpips {SMALL_LPIPS}"),
+    "demo": (("adp", "dmd", "dmdx"), f"{EVALUATE},lpips {SMALL_LPIPS}"),
     "time": (
         (
-            *("dmd-150", "dmd", "dmd-1500", "dmd-5000"),
-            *("dmdx", "dmdx-940", "dmdx-3125"),
-            *("projected", "projected-940", "projected-3125"),
+            *("adp", "dmd-150", "dmd-600", "dmd-1500", "dmd-5000"),
+            *("dmdx-600", "dmdx-940", "dmdx-3125"),
+            *("projected-600", "projected-940", "projected-3125"),
         ),
         EVALUATE,
     ),
     "variants": (
-        ("dmdx", "fast", "raven", "small-dt", "weak-penalty", "guided", "projected-ttur-2"),
+        ("dmdx-600", "fast", "raven", "small-dt", "weak-penalty", "guided", "projected-ttur-2"),
         EVALUATE,
     ),
     "pipeline": (("A1", "A3", "A4", "adp", "B1", "B2", "dmd", "dmdx"), EVALUATE),

@@ -39,7 +39,7 @@ LABELS = {
     "B2": "B2, DMD loss without ADP",
     "dmd": "ADP, then the DMD loss (B3)",
     "dmdx": "ADP, then ADM: DMDX (B4)",
-    "projected": "ADP, then ADM `--project`",
+    "dmdx-600": "DMDX, 600 iterations",
     "fast": "DMDX, the DMD loss's rate of 1e-4",
     "raven": "DMDX, RAVEN's settings",
     "small-dt": "DMDX, dt = T/64",
