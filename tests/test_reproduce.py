@@ -109,6 +109,30 @@ def test_gauges_are_averaged_over_the_end_of_a_run(tmp_path):
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
+def write_scores(folder, rights):
+    """rights: {prompt: accuracy of each of its samples}."""
+    folder.mkdir()
+    lines = [{"prompt": p, "accuracy": right} for p, samples in rights.items() for right in samples]
+    (folder / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_gain_is_taken_prompt_by_prompt(tmp_path):
+    """Prompts differ far more than students: the interval of the gain has no part of that."""
+    write_scores(tmp_path / "adp-0", {0: [0.0, 0.0], 1: [1.0, 0.0], 2: [1.0, 0.0]})
+    write_scores(tmp_path / "dmd-0", {0: [1.0, 0.0], 1: [1.0, 1.0], 2: [1.0, 1.0]})
+    write_scores(tmp_path / "adp-1", {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [1.0, 1.0]})
+    write_scores(tmp_path / "dmd-1", {0: [0.0, 0.0], 1: [0.0, 0.0], 2: [1.0, 1.0]})
+    measure = reproduce.Runs.measure_gain
+    assert measure(str(tmp_path), "adp", "dmd", [0]) == [0.5, 0.5, 0.5]
+    assert measure(str(tmp_path), "adp", "dmd", [0, 1]) == [0.25, 0.25, 0.25]
+    mean, low, high = measure(str(tmp_path), "adp", "adp", [0])
+    assert mean == low == high == 0
+    write_scores(tmp_path / "dmdx-0", {0: [0.0, 0.0], 1: [1.0, 1.0], 2: [1.0, 0.0]})
+    mean, low, high = measure(str(tmp_path), "adp", "dmdx", [0])
+    assert mean == pytest.approx(1 / 6, abs=1e-5)
+    assert (low, high) == (0, 0.5)
+
+
 # The tables -----------------------------------------------------------------------------------------------
 
 
@@ -138,6 +162,18 @@ def test_a_table_has_the_means_and_the_spread_over_the_seeds(tmp_path):
     assert below.startswith("Seeds 0, 1;")
     assert "64 samples each; one seed's accuracy has an interval of at most 0.020" in below
     assert "2 x CPU; 2026-01-02; commit 0123456." in below
+
+
+def test_a_gain_stands_in_the_lines_of_those_that_are_compared(tmp_path):
+    entry = make_entry()
+    entry["runs"].insert(0, entry["runs"][0] | {"name": "adp"})
+    entry["gains"] = {"dmdx": [0.05, 0.03, 0.08]}
+    lines = tables.write_tables(str(tmp_path), {"pipeline": entry})["results.md"].splitlines()
+    lines = lines[lines.index("<!-- table pipeline -->") :]
+    assert lines[1].endswith("| CPU minutes | gain in accuracy | paper: CLIP | paper: MPS |")
+    assert lines[4].endswith("| 1.5 |  | 35.77 | 10.66 |")
+    assert lines[5].endswith("| 1.5 | +0.050 ± 0.025 | 35.26 | 11.20 |")
+    assert "prompt by prompt" in " ".join(lines)
 
 
 def test_the_papers_numbers_and_the_gauges_stand_beside_ours(tmp_path):

@@ -23,8 +23,11 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
+import numpy as np
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from metrics.report import read_commit
+from metrics.rows import bootstrap_interval, round_values
 from support.arguments import Parser, positive, seed_number
 from support.errors import UserError, launch
 from support.files import ROOT, make_folder, read_json, read_json_lines, write_json
@@ -225,7 +228,20 @@ class Runs:
             for seed in seeds:
                 run = {"name": name, **self.read(name, seed), "row": rows[f"{name}-{seed}"]}
                 runs.append(run | {"gauges": self.average_gauges(name, seed)})
-        return record | {"command": shlex.join(words), "teacher": rows["teacher"], "runs": runs}
+        gains = {name: self.measure_gain(folder, names[0], name, seeds) for name in names[1:]}
+        entry = {"command": shlex.join(words), "teacher": rows["teacher"], "runs": runs, "gains": gains}
+        return record | entry
+
+    @staticmethod
+    def measure_gain(folder, first, name, seeds):
+        """What the runs `name` have in accuracy over the runs `first` of the same seeds, prompt by prompt, in
+        an evaluation's folder -> [mean, low and high end of its 95 % interval over the prompts]."""
+        gains = []
+        for seed in seeds:
+            own, other = (read_accuracy(f"{folder}/{student}-{seed}") for student in (name, first))
+            gains.append(own - other)
+        of_prompts = np.mean(gains, axis=0)
+        return round_values((of_prompts.mean(), *bootstrap_interval(of_prompts)))
 
     def average_gauges(self, name, seed):
         """What a run logged, {name: mean over the last third of its lines}."""
@@ -236,6 +252,15 @@ class Runs:
             values = [line[gauge] for line in late if gauge in line]
             gauges[gauge] = round(statistics.mean(values), 5)
         return gauges
+
+
+def read_accuracy(folder):
+    """The accuracy for each prompt, [P], of what evaluate.py scored in a student's folder."""
+    lines = read_json_lines(os.path.join(folder, "scores.jsonl"))
+    right = np.zeros(1 + lines[-1]["prompt"])
+    for line in lines:
+        right[line["prompt"]] += line["accuracy"]
+    return right * len(right) / len(lines)
 
 
 def run_command(words, log):

@@ -92,16 +92,20 @@ def format_table(table, entry):
     columns = [name for name in COLUMNS if name in teacher]
     attributes = list(teacher["tv_of"])
     gauges = GAUGES if table == "health" else ()
+    gains = entry.get("gains", {})
     paper = PAPER.get(table, {})
-    further = (*gauges, *paper.get("", ()))
+    further = [*gauges, *paper.get("", ())]
+    if gains:
+        further.insert(0, "gain in accuracy")
     heads = ["student", "NFE", *columns, f"tv of {', '.join(attributes)}", "CPU minutes", *further]
     blank = [""] * len(further)
     lines = [heads, ["teacher", *format_numbers([teacher], columns, attributes), "", *blank]]
     for name, runs in group_runs(entry).items():
         numbers = format_numbers([run["row"] for run in runs], columns, attributes)
         minutes = statistics.mean(run["cpu_seconds"] for run in runs) / 60
-        cells = [f"{statistics.mean(run['gauges'][gauge] for run in runs):.3f}" for gauge in gauges]
-        cells += paper.get(name, blank[len(gauges) :])
+        cells = [format_gain(gains.get(name))] if gains else []
+        cells += [f"{statistics.mean(run['gauges'][gauge] for run in runs):.3f}" for gauge in gauges]
+        cells += paper.get(name, blank[len(cells) :])
         lines.append([LABELS.get(name, name), *numbers, f"{minutes:.1f}", *cells])
     return format_markdown(lines)
 
@@ -115,6 +119,14 @@ def format_numbers(rows, columns, attributes):
     for name in attributes:
         variation.append(f"{statistics.mean(row['tv_of'][name] for row in rows):.2f}")
     return [*cells, " ".join(variation)]
+
+
+def format_gain(gain):
+    """[mean, low, high] -> "mean ± half of the interval's width", signed; nothing for None."""
+    if gain is None:
+        return ""
+    mean, low, high = gain
+    return f"{mean:+.3f} ± {(high - low) / 2:.3f}"
 
 
 def format_cell(values):
@@ -146,4 +158,9 @@ def describe(entry):
         f"prompts, {samples} samples each; one seed's accuracy has an interval of at most {widest:.3f} on "
         f"either side. {'; '.join(machines)}; {', '.join(dates)}; commit {', '.join(commits)}."
     )
+    if entry.get("gains"):
+        text += (
+            " The gain in accuracy is over the first student of the same seed, prompt by prompt; ± is half "
+            "of its 95 % interval over the prompts."
+        )
     return textwrap.fill(text, 118)
