@@ -3,12 +3,12 @@
     python tools/full_size.py                                       # those that 24 GB hold
     python tools/full_size.py --teachers sdxl --json full-size.json
 
-What the real classes do at their real sizes, a GPU apart: pictures of 256 pixels, videos of 9 frames, bf16,
-LoRA of rank 16, one sample a batch; ADM for three iterations, and ADP for one where the teacher draws
-pictures. Losses must be finite, and a gradient must reach the student, the fake score and the heads: else the
-exit code is 2. Prints the seconds of an iteration, and the process's peak memory, which has Python's packages
-and the merged student of the checkpoint in it, beside what `--plan` adds up for the training alone, without
-text encoders: the random teacher's are small.
+What the real classes do at their real sizes, a GPU apart: pictures of 256 pixels, videos of 9 frames of 128
+pixels, bf16, LoRA of rank 16, one sample a batch; ADM for three iterations, and ADP for one where the
+teacher draws pictures. Losses must be finite, and a gradient must reach the student, the fake score and the
+heads: else the exit code is 2. Prints the seconds of an iteration, and the process's peak memory, which has
+Python's packages and the merged student of the checkpoint in it, beside what `--plan` adds up for the
+training alone, without text encoders: the random teacher's are small.
 """
 
 import math
@@ -31,7 +31,9 @@ from tools.plan import GB, Networks, add_up, count_activations, count_states
 from tools.processes import run_script
 
 FITTING = ("sd1.5", "sdxl", "sd3-medium", "wan2.1-1.3b", "cogvideox-2b")
-WORDS = "--batch 1 --precision bf16 --lora 16 --resolution 256"
+WORDS = "--batch 1 --precision bf16 --lora 16"
+PICTURES = "--resolution 256"
+VIDEOS = "--resolution 128 --frames 9"  # at 256 an iteration of Wan's eight steps takes eight minutes
 PAIRS = "--count 2 --shard 2 --batch 1 --steps 1 --guidance 1 --precision bf16"
 SAM = os.path.join(ROOT, "assets/tiny-sam.pth")
 
@@ -75,11 +77,9 @@ def measure(name, folder):
     teacher = os.path.join(folder, "teacher")
     write_random(name, teacher)
     pipeline = read_json(os.path.join(teacher, "model_index.json"))["_class_name"]
-    words = [*WORDS.split(), "--prompts", choose_prompts(teacher)]
     video = common.find_family(pipeline).video
-    if video:
-        words += ["--frames", "9"]
-
+    settings = [*WORDS.split(), *(VIDEOS if video else PICTURES).split()]
+    words = [*settings, "--prompts", choose_prompts(teacher)]
     lines, peak = train("adm.py", ["--teacher", teacher, *words, "--iterations", "3"], folder)
     row = {
         "teacher": name,
@@ -91,9 +91,9 @@ def measure(name, folder):
     faults = find_faults(f"adm.py, {name}", ("norm_G", "norm_f", "norm_D"), lines)
     if not video:
         pairs = os.path.join(folder, "pairs")
-        collect = ["--teacher", teacher, "--prompts", choose_prompts(teacher), "--resolution", "256"]
+        collect = ["--teacher", teacher, "--prompts", choose_prompts(teacher), *PICTURES.split()]
         run(["collect_ode.py", *collect, *PAIRS.split(), "--out", pairs], pairs)
-        words = ["--teacher", teacher, *WORDS.split(), "--pairs", pairs, "--pixel-backbone", SAM]
+        words = ["--teacher", teacher, *settings, "--pairs", pairs, "--pixel-backbone", SAM]
         lines, _ = train("adp.py", [*words, "--iterations", "1"], folder)
         row["ADP, s/iteration"] = f"{lines[0]['seconds']:.0f}"
         faults += find_faults(f"adp.py, {name}", ("norm_G", "norm_heads"), lines)
