@@ -84,9 +84,8 @@ class Adapted(nn.Module):
                 state[n.replace(".base_layer", "")] = gather(weight)
         if not is_main():
             return state
-        state = {
-            n: weight.cpu() for n, weight in state.items()
-        }  # in float32 it would not fit beside the backbone
+        # on the CPU: in float32 it would not fit beside the backbone
+        state = {n: weight.cpu() for n, weight in state.items()}
         for n, layer in self.layers.items():
             delta = layer.get_delta_weight(self.name).cpu()
             state[f"{n}.weight"] = state[f"{n}.weight"].float() + delta

@@ -37,7 +37,7 @@ def test_a_row_is_of_the_stages_that_ran(tmp_path, monkeypatch):
     """The commands are noted, not run; each leaves lines."""
     commands = []
 
-    def run(words, out):
+    def run(words, out, threads):
         commands.append(words)
         os.makedirs(out)
         with open(os.path.join(out, "metrics.jsonl"), "w") as file:
@@ -49,7 +49,7 @@ def test_a_row_is_of_the_stages_that_ran(tmp_path, monkeypatch):
     monkeypatch.setattr(full_size, "run", run)
     monkeypatch.setattr(full_size, "plan", lambda words: 10.1)
     monkeypatch.setattr(full_size, "write_random", lambda name, path: helpers.make_teacher(path, 0))
-    row, faults = full_size.measure("sdxl", str(tmp_path))
+    row, faults = full_size.measure("sdxl", str(tmp_path), 1)
     assert [words[0] for words in commands] == ["adm.py", "collect_ode.py", "adp.py"]
     assert list(row.values()) == ["sdxl", "6", "11.3", "10.1", "9"]
     assert faults == ["adm.py, sdxl: no gradient, norm_D is never above 0"]

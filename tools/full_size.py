@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import adm
 import common
 from metrics.rows import format_markdown
-from support.arguments import Parser, parse_adm_arguments
+from support.arguments import Parser, parse_adm_arguments, positive
 from support.errors import UserError, launch
 from support.files import ROOT, read_json, read_json_lines, write_json
 from tools.bench import write_random
@@ -38,10 +38,10 @@ PAIRS = "--count 2 --shard 2 --batch 1 --steps 1 --guidance 1 --precision bf16"
 SAM = os.path.join(ROOT, "assets/tiny-sam.pth")
 
 
-def run(words, out):
+def run(words, out, threads):
     """Runs a stage, which writes to `out` -> GB of memory at most. UserError where it fails."""
     with open(out + ".log", "w") as log:
-        code, usage = run_script(words, log, threads=os.cpu_count())
+        code, usage = run_script(words, log, threads)
     if code != 0:
         with open(out + ".log") as log:
             raise UserError(f"{shlex.join(words)} failed: {log.read().strip()[-1000:]}")
@@ -72,7 +72,7 @@ def find_faults(name, gradients, lines):
     return faults
 
 
-def measure(name, folder):
+def measure(name, folder, threads):
     """Trains a known teacher's random twin in the folder -> (a row of the table, faults)."""
     teacher = os.path.join(folder, "teacher")
     write_random(name, teacher)
@@ -80,7 +80,7 @@ def measure(name, folder):
     video = common.find_family(pipeline).video
     settings = [*WORDS.split(), *(VIDEOS if video else PICTURES).split()]
     words = [*settings, "--prompts", choose_prompts(teacher)]
-    lines, peak = train("adm.py", ["--teacher", teacher, *words, "--iterations", "3"], folder)
+    lines, peak = train("adm.py", ["--teacher", teacher, *words, "--iterations", "3"], folder, threads)
     row = {
         "teacher": name,
         "ADM, s/iteration": f"{statistics.median(line['seconds'] for line in lines[1:]):.0f}",
@@ -92,18 +92,18 @@ def measure(name, folder):
     if not video:
         pairs = os.path.join(folder, "pairs")
         collect = ["--teacher", teacher, "--prompts", choose_prompts(teacher), *PICTURES.split()]
-        run(["collect_ode.py", *collect, *PAIRS.split(), "--out", pairs], pairs)
+        run(["collect_ode.py", *collect, *PAIRS.split(), "--out", pairs], pairs, threads)
         words = ["--teacher", teacher, *settings, "--pairs", pairs, "--pixel-backbone", SAM]
-        lines, _ = train("adp.py", [*words, "--iterations", "1"], folder)
+        lines, _ = train("adp.py", [*words, "--iterations", "1"], folder, threads)
         row["ADP, s/iteration"] = f"{lines[0]['seconds']:.0f}"
         faults += find_faults(f"adp.py, {name}", ("norm_G", "norm_heads"), lines)
     return row, faults
 
 
-def train(stage, words, folder):
+def train(stage, words, folder, threads):
     """Runs a training stage without a warm-up -> (its lines of metrics.jsonl, GB of memory at most)."""
     out = os.path.join(folder, stage.removesuffix(".py"))
-    peak = run([stage, *words, "--warmup", "0", "--log-every", "1", "--out", out], out)
+    peak = run([stage, *words, "--warmup", "0", "--log-every", "1", "--out", out], out, threads)
     return read_json_lines(os.path.join(out, "metrics.jsonl")), peak
 
 
@@ -111,12 +111,13 @@ def main():
     parser = Parser(__doc__, common.TEACHERS, common.FAMILIES)
     add = parser.group("what is tried")
     add("--teachers", "known ones", nargs="+", choices=list(common.TEACHERS), default=FITTING)
+    add("--threads", "of a stage's process", type=positive, default=os.cpu_count(), shown="one a core")
     add("--json", "file for the numbers")
     args = parser.parse_args()
     rows, faults = [], []
     for name in args.teachers:
         with tempfile.TemporaryDirectory() as folder:
-            row, found = measure(name, folder)
+            row, found = measure(name, folder, args.threads)
         rows.append(row)
         faults += found
         print(" ".join(row.values()), flush=True)
