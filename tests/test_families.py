@@ -483,19 +483,6 @@ def test_the_tiny_sd3_has_a_t5_that_says_nothing(tmp_path):
 # Students -------------------------------------------------------------------------------------------------
 
 
-class Recorded(Rows):
-    """Rows that remember what noise they gave."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.given = []
-
-    def normal(self, *shape):
-        noise = super().normal(*shape)
-        self.given.append(noise)
-        return noise
-
-
 STUDENTS = (("teacher", 1), ("teacher", 3), ("teacher", 4), ("teacher", 8), ("velocity", 1), ("velocity", 4))
 EXPORTS = [(kind, *student) for kind in BUILD if kind not in families.FAMILIES for student in STUDENTS]
 for kind in families.FAMILIES:
@@ -516,7 +503,7 @@ def test_exported_pipelines_draw_the_students_images(
             sample.export(system, folder)
         return
     sample.export(system, folder)
-    rows = Recorded(range(2), ("test", 7), CPU)
+    rows = helpers.Recorded(range(2), ("test", 7), CPU)
     ours = student.sample(system.net, rows, teacher.encode(PROMPTS))
 
     noise = iter([teacher.pack(eps) for eps in rows.given[1:]])
