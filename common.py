@@ -37,7 +37,7 @@ from support.schedulers import (
 )
 from support.taps import choose_four, read_taps
 from support.tensors import broadcast, concatenate
-from support.training import fill_training_arguments, set_up_for_training
+from support.training import fill_training_arguments, keep_student_guidance, set_up_for_training
 
 T = 1000.0
 
@@ -643,6 +643,8 @@ def load_teacher_of_students(args, students):
 def load_training_teacher(args, device):
     """load_teacher_from's, made ready to train with. UserError for what the stage cannot do with it."""
     teacher = load_teacher_from(args, device)
+    if teacher.embeds_guidance:
+        keep_student_guidance(args)
     fill_training_arguments(args, teacher)
     teacher.student_guidance = args.student_guidance or teacher.student_guidance
     set_up_for_training(teacher, args)
@@ -742,7 +744,7 @@ def start_student(init, teacher, steps=None):
     if init is None:
         return Student(teacher, "teacher", steps or teacher.student_steps), None
     folder, student, _ = open_student(init, teacher, steps)
-    student.guidance = teacher.student_guidance  # this run's
+    student.guidance = teacher.student_guidance  # --student-guidance, by default the checkpoint's own
     return student, folder
 
 

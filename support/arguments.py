@@ -291,7 +291,7 @@ def add_training_arguments(parser):
     # paper: 256
     add("--head-width", "hidden channels of the heads, a multiple of 32", type=head_width, default=256)
     told = "guidance that student and fake score are told, for teachers that take theirs so (FLUX.1-dev)"
-    add("--student-guidance", told, type=above_zero, shown="that of the teacher")
+    add("--student-guidance", told, type=above_zero, shown="that of --init, or of the teacher")
 
     add = parser.group("optimisation")
     add("--iterations", "updates of the student", type=positive, default=10000)

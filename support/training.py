@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
+from support.checkpoints import find_checkpoint
 from support.errors import UserError
 from support.offload import Offload
 from support.parallel import shard, wrap_ddp
@@ -45,6 +46,13 @@ def fill_training_arguments(args, family):
         args.student_guidance = getattr(args, "guidance", family.guidance)
     if args.student_guidance is not None and not family.embeds_guidance:
         raise UserError("--student-guidance is for teachers that are told their guidance, as FLUX.1-dev")
+
+
+def keep_student_guidance(args):
+    """Without --student-guidance the student of --init, if there is one, is told what it was told before."""
+    if args.student_guidance is None and getattr(args, "init", None):
+        _, meta = find_checkpoint(args.init)
+        args.student_guidance = meta["arguments"].get("student_guidance")
 
 
 def can_checkpoint(net):

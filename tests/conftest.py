@@ -11,9 +11,18 @@ import torch
 
 import common
 import helpers
+from support import run
 from tiny import shapes
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cheap_curves():
+    """Runs write words for their curves, whose drawing takes a third of a short run: test_smoke.py draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "save_curves", helpers.write_curves)
+        yield
 
 
 @pytest.fixture(scope="session")

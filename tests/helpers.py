@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT
@@ -19,9 +20,14 @@ import collect_ode
 import common
 from support import run
 from support.arguments import parse_adm_arguments, parse_adp_arguments
+from support.checkpoints import describe_files, save_network
+from support.files import write_atomically, write_json, write_sealed
+from support.lora import Adapted
+from support.lora_files import save_lora_beside
 from support.pairs import Pairs
 from support.parallel import start_processes
 from support.prompts import read_prompts
+from support.rows import Rows
 from tiny import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -31,6 +37,8 @@ TRAINING = types.SimpleNamespace(lora=0, shard="ddp", checkpointing=True, compil
 QUICK = ["--batch", "2", "--iterations", "2", "--log-every", "1", "--head-width", "128"]
 QUICK += ["--lr", "1e-4", "--head-lr", "1e-4"]
 PARSERS = {"adm": parse_adm_arguments, "adp": parse_adp_arguments}
+CPU = torch.device("cpu")
+PROMPT = "a red circle"
 
 # ----------------------------------------------------------------------------------------------------------
 # Networks and methods
@@ -100,6 +108,99 @@ def make_method(stage, words):
     if stage is adp:
         return adp.ADP(args, teacher, Pairs(args.pairs, teacher))
     return adm.ADM(args, teacher, read_prompts(args.prompts))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Students, and what they draw
+# ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder, teacher, parametrisation="teacher", steps=1, state=None, layers=None):
+    """A step folder as training leaves it -> its path. state: the student's, by default the teacher's;
+    layers: of its adapter. Where students are told their guidance, this one is told 2."""
+    state = state or teacher.network().state_dict()
+    save_network(teacher.denoiser, state, os.path.join(folder, "student"))
+    os.makedirs(os.path.join(folder, "state"), exist_ok=True)
+    if layers:
+        save_lora_beside(common.Student(teacher, parametrisation, steps), layers, folder)
+    meta = {"teacher": teacher.path, "fingerprint": teacher.fingerprint}
+    meta |= {"resolution": teacher.resolution, "frames": teacher.frames}
+    meta |= {"parametrisation": parametrisation, "steps": steps, "step": 1, "stage": "adm"}
+    meta["arguments"] = {"student_guidance": 2.0} if teacher.embeds_guidance else {}
+    write_sealed(os.path.join(folder, "meta.json"), meta | {"files": describe_files(folder)})
+    return str(folder)
+
+
+def adapt(teacher, rank):
+    """A student that is a random adapter -> (its whole state, its layers), left in the teacher's network."""
+    teacher.fingerprint  # noqa: B018  read it while its network is whole
+    net = Adapted(teacher.denoiser, "student", rank)
+    torch.manual_seed(1)
+    for weight in net.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return net.merge(), net.read_layers()
+
+
+class Recorded(Rows):
+    """Rows that remember what noise they gave."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.given = []
+
+    def normal(self, *shape):
+        noise = super().normal(*shape)
+        self.given.append(noise)
+        return noise
+
+
+def draw_student(student, net):
+    """The student's own sample -> (pictures [F, H, W, 3] in [0, 1], the noise that it took as its pipeline
+    asks for it)."""
+    teacher = student.teacher
+    rows = Recorded([0], ("test", 7), CPU)
+    latents = student.sample(net, rows, teacher.encode([PROMPT]))
+    pixels = (teacher.decode(latents)[0] / 2 + 0.5).clamp(0, 1)
+    frames = pixels.transpose(0, 1) if teacher.video else pixels[None]
+    given = [teacher.pack(noise) for noise in rows.given]
+    if teacher.packing > 1:
+        given[0] = rows.given[0]  # the pipeline packs it itself
+    return frames.permute(0, 2, 3, 1).numpy(), given
+
+
+READER = """
+import json, sys
+import numpy, torch
+from diffusers.utils import torch_utils
+from safetensors.torch import load_file
+
+def take_noise(shape, dtype=None, **_):  # the flow scheduler multiplies one more by zero
+    return next(noise, torch.zeros(shape)).to(dtype).view(shape)
+
+torch.set_num_threads(1)
+torch_utils.randn_tensor = take_noise  # before a pipeline imports it
+prompt = "a red circle"
+for i, lines in enumerate(json.load(open("lines.json"))):
+    tensors = load_file(f"{i}.noise")
+    noise = iter([tensors[str(k)] for k in range(len(tensors))])
+    exec("\\n".join(lines[:-1]))
+    drawn = eval(lines[-1].replace("(prompt,", "(prompt, output_type='np',"))
+    numpy.save(f"{i}.npy", drawn.frames[0] if "num_frames" in lines[-1] else drawn.images)
+assert "common" not in sys.modules and "support" not in sys.modules
+"""
+
+
+def draw_elsewhere(folder, programs, noises):
+    """What plain diffusers draws in one process without this project -> [pictures [F, H, W, 3] in [0, 1]].
+    programs: lines of Python each, of which the last draws; noises: what draw_student gave."""
+    write_json(os.path.join(folder, "lines.json"), programs)
+    for i, noise in enumerate(noises):
+        tensors = {str(k): eps.contiguous() for k, eps in enumerate(noise)}
+        save_file(tensors, os.path.join(folder, f"{i}.noise"))
+    command = [sys.executable, "-c", READER]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return [np.load(os.path.join(folder, f"{i}.npy")) for i in range(len(programs))]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -173,6 +274,12 @@ def take_snapshot(folder):
 # ----------------------------------------------------------------------------------------------------------
 # Runs that are compared
 # ----------------------------------------------------------------------------------------------------------
+
+
+def write_curves(metrics, path):
+    """In the place of save_curves: a file that is no picture."""
+    with write_atomically(path) as temporary, open(temporary, "w") as file:
+        file.write("curves\n")
 
 
 class SteadyAdamW(torch.optim.AdamW):

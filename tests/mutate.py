@@ -633,6 +633,11 @@ TABLE = {
             "args.guidance = family.adm_guidance",
             "args.guidance = family.guidance",
         ),
+        (
+            "a student that goes on is told another guidance",
+            'meta["arguments"].get("student_guidance")',
+            "None",
+        ),
         ("AdamW's betas", '"betas": args.betas', '"betas": (0.5, 0.9)'),
         ("AdamW's weight decay", '"weight_decay": args.weight_decay', '"weight_decay": 0'),
         (

@@ -1,6 +1,7 @@
 """The benchmark runs, and counts the passes that its budget allows."""
 
 import json
+import multiprocessing
 from unittest import mock
 
 import pytest
@@ -13,13 +14,20 @@ from tools import bench
 from tools.measure import Watch, measure
 
 
-def run_bench(tmp_path, *words):
-    """The benchmark as a command, one iteration -> (what it printed, the rows of --json)."""
-    path = tmp_path / "bench.json"
-    words = [*words, "--iterations", "1", "--json", str(path)]
-    result = helpers.run_script("tools/bench.py", *words)
-    assert result.returncode == 0, result.stderr
-    return result.stdout, json.loads(path.read_text())
+@pytest.fixture
+def run_bench(tmp_path, monkeypatch, capsys):
+    """A function: words of the command, which runs here, one iteration, in forked processes -> (what it
+    printed, the rows of --json)."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+
+    def run(*words):
+        path = tmp_path / "bench.json"
+        capsys.readouterr()
+        bench.main([*words, "--iterations", "1", "--json", str(path)])
+        return capsys.readouterr().out, json.loads(path.read_text())
+
+    return run
 
 
 def measure_here(tmp_path, teacher, name, extra=""):
@@ -28,16 +36,22 @@ def measure_here(tmp_path, teacher, name, extra=""):
     return measure(name, 1, extra, options, str(teacher), str(tmp_path / "measured"))
 
 
+def test_the_command_says_what_is_wrong():
+    result = helpers.run_script("tools/bench.py", "--random-weights")
+    assert result.returncode == 2
+    assert "bench.py: --random-weights is for a known teacher: sdxl" in result.stderr
+
+
 def list_passes(row):
     return (row["forward_full"], row["forward_partial"], *row["backward"].values())
 
 
-def test_passes_of_an_iteration(tmp_path):
+def test_passes_of_an_iteration(run_bench):
     """Accumulating two halves makes the same passes on each, and one more through the student, whose graphs
     would not fit together."""
     halves = "--batch 2 --accumulate 2"
     words = ["--stages", "adp", "adm", "--options", "", halves, "--batch", "4"]
-    out, rows = run_bench(tmp_path, *words)
+    out, rows = run_bench(*words)
     passes = {(row["stage"], row["options"]): list_passes(row) for row in rows}
     assert passes == {
         ("adp", ""): (1, 2, 1, 0, 1, 0),
@@ -51,8 +65,8 @@ def test_passes_of_an_iteration(tmp_path):
     assert "| 1.00 |" in out
 
 
-def test_two_processes_are_compared_with_two_that_exchange_nothing(tmp_path):
-    _, rows = run_bench(tmp_path, "--stages", "dmd", "--processes", "1", "2", "--batch", "2")
+def test_two_processes_are_compared_with_two_that_exchange_nothing(run_bench):
+    _, rows = run_bench("--stages", "dmd", "--processes", "1", "2", "--batch", "2")
     one, two = rows
     assert one["processes"] == 1
     assert two["processes"] == 2

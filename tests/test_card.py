@@ -6,7 +6,6 @@ import os
 
 import pytest
 from huggingface_hub import ModelCard
-from test_export import save_checkpoint
 
 import common
 import helpers
@@ -35,7 +34,7 @@ def read(text):
 def test_an_export_carries_a_card(teacher, tmp_path):
     """Where the hub looks for it, with lines that are Python."""
     (tmp_path / "report.json").write_text(json.dumps({"rows": [ROW], "paper": []}))
-    run = save_checkpoint(tmp_path / "run", teacher)
+    run = helpers.save_checkpoint(tmp_path / "run", teacher)
     sample.main(
         ["--student", run, "--export", str(tmp_path / "mine"), "--report", str(tmp_path / "report.json")]
     )

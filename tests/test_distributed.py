@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from forks import Command
 
 import adm
 import adp
@@ -16,8 +17,10 @@ import helpers
 from support import run
 from support.checkpoints import LORA_FILE, find_checkpoint
 from support.errors import UserError
+from tiny import families
 from tools.bench import free_port
 
+TESTS = os.path.dirname(os.path.abspath(__file__))
 STEPS = 5
 ADP = f"--warmup 1 --iterations {STEPS}"
 # A long step dt, because the gap of two almost equal samples is mostly rounding.
@@ -49,14 +52,20 @@ for family in ("sdxl", "sd3", "cogvideox"):
         RUNS[f"adp {family} {shard}"] = Setting("adp", family, adp_options, f"--shard {shard}")
         RUNS[f"adm {family} {shard}"] = Setting("adm", family, f"--ema 0.5 {ADM}", f"--shard {shard}")
 
+for family in families.FAMILIES:
+    options = "--steps 2 --dt 0.25 --iterations 2"
+    RUNS[f"adm {family} fsdp"] = Setting("adm", family, options, "--shard fsdp")
+
 # ----------------------------------------------------------------------------------------------------------
 # Runs
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def comparable(monkeypatch):
-    helpers.make_runs_comparable(monkeypatch.setattr)
+@pytest.fixture(scope="module", autouse=True)
+def comparable():
+    with pytest.MonkeyPatch.context() as patch:
+        helpers.make_runs_comparable(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +85,9 @@ def arguments_of(tmp_path_factory, prompts_file, adp_arguments, adm_arguments):
             "adp": ["--teacher", teacher, "--pairs", pairs],
             "adm": ["--teacher", teacher],
         }
+    for family in families.FAMILIES:
+        teacher = helpers.make_teacher(tmp_path_factory.mktemp(family) / "teacher", 0, family)
+        sources[family] = {"adm": ["--teacher", teacher, *helpers.size(family)]}
 
     def find(name):
         setting = RUNS[name]
@@ -89,51 +101,26 @@ def main_of(name):
     return {"adp": adp.main, "adm": adm.main}[RUNS[name].stage]
 
 
-def write_script(path, *commands):
-    """A script for torchrun, which runs adp.py and adm.py as the tests' own process does. commands: (stage,
-    arguments) each."""
-    places = [helpers.ROOT, os.path.dirname(os.path.abspath(__file__))]
-    lines = [
-        "import sys",
-        f"sys.path[:0] = {places!r}",
-        "import adm, adp, helpers",
-        "helpers.make_runs_comparable()",
-    ]
-    lines += [f"{stage}.main({arguments!r})" for stage, arguments in commands]
-    path.write_text("\n".join(lines) + "\n" + END)
-    return str(path)
-
-
-END = """
-import torch.distributed
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
-"""
-
-
 @pytest.fixture(scope="module")
 def run_in_processes(tmp_path_factory, arguments_of):
-    """A function: how many processes, names of runs -> the folder of these runs, made one after the other in
-    processes that torchrun started."""
+    """A function: how many processes, the name of a run -> its folder."""
+    folders = {}
 
-    def run(count, *names):
-        folder = tmp_path_factory.mktemp(f"processes{count}")
-        commands = []
-        for name in names:
+    def run(count, name):
+        if (count, name) not in folders:
+            folder = tmp_path_factory.mktemp(f"processes{count}")
             setting = RUNS[name]
-            words = [*arguments_of(name), "--out", str(folder / name), "--batch", str(4 // count)]
-            commands.append((setting.stage, words + setting.of_several.split()))
-        script = write_script(folder / "runs.py", *commands)
-        result = helpers.run_script(script, processes=count, timeout=1800)
-        assert result.returncode == 0, result.stderr
-        return folder
+            words = [*arguments_of(name), "--out", str(folder), "--batch", str(4 // count)]
+            run_ranks(setting.stage, [*words, *setting.of_several.split()], count, folder.parent)
+            folders[count, name] = folder
+        return folders[count, name]
 
     return run
 
 
-@pytest.fixture(scope="module")
-def two_processes(run_in_processes):
-    return run_in_processes(2, *RUNS)
+def run_ranks(stage, words, count, place):
+    running = Command(stage, words, count).run(place)
+    assert not any(running.codes.values()), running.read()
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +140,7 @@ def run_alone(tmp_path_factory, arguments_of):
     return run
 
 
-def compare(one, other, step=STEPS):
+def compare(one, other):
     """Two runs' losses of every iteration, their weights at the end, and their gradients, whose averages
     Adam keeps."""
     for line, other_line in zip(helpers.read_metrics(one), helpers.read_metrics(other), strict=True):
@@ -161,8 +148,8 @@ def compare(one, other, step=STEPS):
             tolerance = 1e-4 if name.startswith("norm") else 1e-5
             slack = 1e-3 if name in ("cosine", "across") else 1e-5  # ratios of small numbers
             assert other_line[name] == pytest.approx(line[name], rel=tolerance, abs=slack), name
-    state = helpers.read_state(one / f"step_{step:06d}")
-    other_state = helpers.read_state(other / f"step_{step:06d}")
+    state, other_state = (helpers.read_state(find_checkpoint(str(run))[0]) for run in (one, other))
+    assert state.keys() == other_state.keys()
     for name in state:
         if not name.startswith("opt"):
             torch.testing.assert_close(state[name], other_state[name], rtol=0, atol=1e-6)
@@ -180,27 +167,24 @@ def compare(one, other, step=STEPS):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_lose_what_one_does(two_processes, run_alone, name):
-    compare(run_alone(name), two_processes / name)
+def test_two_processes_lose_what_one_does(run_in_processes, run_alone, name):
+    compare(run_alone(name), run_in_processes(2, name))
 
 
-def test_four_processes_lose_what_one_does(run_in_processes, run_alone):
-    names = ("adm sdxl ddp", "adm sdxl fsdp")
-    folder = run_in_processes(4, *names)
-    for name in names:
-        compare(run_alone(name), folder / name)
+@pytest.mark.parametrize("name", ("adm sdxl ddp", "adm sdxl fsdp"))
+def test_four_processes_lose_what_one_does(run_in_processes, run_alone, name):
+    compare(run_alone(name), run_in_processes(4, name))
 
 
 @pytest.mark.parametrize(
     "name", ("adp sdxl ddp", "adm sdxl ddp", "adm --ttur 2 --steps 2", "dmd", "adm lora")
 )
-def test_micro_batches_lose_what_one_batch_does(arguments_of, tmp_path, name):
-    for folder, split in (("whole", "--batch 4"), ("parts", "--batch 1 --accumulate 4")):
-        main_of(name)([*arguments_of(name), "--out", str(tmp_path / folder), *split.split()])
-    compare(tmp_path / "whole", tmp_path / "parts")
+def test_micro_batches_lose_what_one_batch_does(arguments_of, run_alone, tmp_path, name):
+    main_of(name)([*arguments_of(name), "--out", str(tmp_path), "--batch", "1", "--accumulate", "4"])
+    compare(run_alone(name), tmp_path)
 
 
-def test_compiled_blocks_do_what_they_do_uncompiled(arguments_of, tmp_path, monkeypatch):
+def test_compiled_blocks_do_what_they_do_uncompiled(arguments_of, run_alone, tmp_path, monkeypatch):
     """Traced as for the card's compiler, then run as they are: building kernels takes minutes."""
     traced = []
     compile_module = torch.nn.Module.compile
@@ -210,11 +194,10 @@ def test_compiled_blocks_do_what_they_do_uncompiled(arguments_of, tmp_path, monk
         compile_module(block, backend="eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    for folder, options in (("plain", []), ("compiled", ["--compile"])):
-        adm.main([*arguments_of("dmd"), "--out", str(tmp_path / folder), *options])
+    adm.main([*arguments_of("dmd"), "--out", str(tmp_path), "--batch", "4", "--compile"])
     assert traced
     assert all(block._compiled_call_impl for block in traced)
-    compare(tmp_path / "plain", tmp_path / "compiled")
+    compare(run_alone("dmd"), tmp_path)
 
 
 def test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains(arguments_of, tmp_path, monkeypatch):
@@ -261,12 +244,12 @@ def test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains(arguments_o
     assert all(kept.config[name] == value for name, value in scheduler.config.items() if name[0] != "_")
 
 
-def test_lora_goes_on_from_lora_alone(arguments_of, tmp_path):
-    words = arguments_of("adm lora")
-    full, lora, on = (str(tmp_path / name) for name in ("full", "lora", "on"))
+def test_lora_goes_on_from_lora_alone(arguments_of, run_alone, tmp_path):
+    words = [*arguments_of("adm lora"), "--iterations", "1"]
+    lora = str(run_alone("adm lora"))
+    full, on = (str(tmp_path / name) for name in ("full", "on"))
     adm.main([*words, "--out", full, "--lora", "0"])
-    adm.main([*words, "--out", lora])
-    adm.main([*words, "--out", on, "--init", lora, "--lr", "0", "--iterations", "1"])
+    adm.main([*words, "--out", on, "--init", lora, "--lr", "0"])
     before = helpers.read_state(os.path.join(lora, f"step_{STEPS:06d}"))["G"]
     after = helpers.read_state(os.path.join(on, "step_000001"))["G"]
     assert any(weight.any() for weight in before.values())
@@ -278,8 +261,9 @@ def test_lora_goes_on_from_lora_alone(arguments_of, tmp_path):
 
 @pytest.mark.parametrize("name", ("adp sdxl ddp", "adm --ttur 2 --steps 2"))
 def test_offloading_changes_where_prompts_are_encoded_and_nothing_else(
-    arguments_of, tmp_path, name, monkeypatch
+    arguments_of, run_alone, tmp_path, name, monkeypatch
 ):
+    here = run_alone(name)
     encoded = []
     encode = common.SDXL._encode
 
@@ -288,29 +272,36 @@ def test_offloading_changes_where_prompts_are_encoded_and_nothing_else(
         return encode(teacher, prompts)
 
     monkeypatch.setattr(common.SDXL, "_encode", count)
-    for folder, options in (("here", []), ("away", ["--offload"])):
-        encoded.clear()
-        main_of(name)([*arguments_of(name), "--out", str(tmp_path / folder), *options])
-    compare(tmp_path / "here", tmp_path / "away")  # but for rounding: other rows are beside a prompt
+    main_of(name)([*arguments_of(name), "--out", str(tmp_path), "--batch", "4", "--offload"])
+    compare(here, tmp_path)  # but for rounding: other rows are beside a prompt
     assert len(encoded) <= 4  # a map for the heads, the null prompt, all iterations at once
 
 
-def test_two_torchruns_are_two_nodes(arguments_of, tmp_path):
-    words = arguments_of("dmd")
-    adm.main([*words, "--out", str(tmp_path / "one"), "--batch", "4"])
-    command = [*words, "--out", str(tmp_path / "two"), "--batch", "2"]
-    script = write_script(tmp_path / "run.py", ("adm", command))
+COMPARABLE = """
+import sys
+sys.path[:0] = {folders!r}
+import adm, helpers
+from support.errors import launch
+helpers.make_runs_comparable()
+launch(lambda: adm.main({arguments!r}))
+"""
+
+
+def test_two_torchruns_are_two_nodes(arguments_of, run_alone, tmp_path):
+    command = [*arguments_of("dmd"), "--out", str(tmp_path / "two"), "--batch", "2"]
+    script = tmp_path / "run.py"
+    script.write_text(COMPARABLE.format(folders=[helpers.ROOT, TESTS], arguments=command))
     place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     nodes = []
     for node in range(2):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *place, f"--node_rank={node}", script]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *place, f"--node_rank={node}", str(script)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         nodes.append(subprocess.Popen(torchrun, cwd=helpers.ROOT, **pipes))
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert "dmd_loss" in said[0]  # rank 0 alone shows its progress
     assert "dmd_loss" not in said[1]
-    compare(tmp_path / "one", tmp_path / "two")
+    compare(run_alone("dmd"), tmp_path / "two")
 
 
 FAILING = """
@@ -339,22 +330,17 @@ def test_one_failing_process_ends_all_with_its_own_error(arguments_of, tmp_path)
     assert "ValueError: the second process is out of luck" in result.stderr
 
 
-@pytest.mark.parametrize("shard, count", (("fsdp", 1), ("zero1", 2)))
-def test_a_sharded_run_goes_on_in_any_number_of_processes(
-    two_processes, arguments_of, tmp_path, shard, count
-):
-    """Two processes, then `count`: as if it had been one from the start."""
-    name = f"adm sdxl {shard}"
-    shutil.copytree(two_processes / name, tmp_path / "parts")
-    words = [*arguments_of(name), "--iterations", str(STEPS + 1)]
+def test_a_sharded_run_goes_on_in_any_number_of_processes(run_in_processes, arguments_of, tmp_path):
+    """Two processes, then one or two: as if it had been one from the start."""
+    words = [*arguments_of("adm sdxl ddp"), "--iterations", str(STEPS + 1)]
     adm.main([*words, "--out", str(tmp_path / "whole"), "--batch", "4"])
-    words += ["--out", str(tmp_path / "parts"), "--batch", str(4 // count), "--resume"]
-    if count > 1:
-        words += ["--shard", shard]
-    script = write_script(tmp_path / "on.py", ("adm", words))
-    result = helpers.run_script(script, processes=count if count > 1 else None)
-    assert result.returncode == 0, result.stderr
-    compare(tmp_path / "whole", tmp_path / "parts", step=STEPS + 1)
+    words.append("--resume")
+    fsdp = shutil.copytree(run_in_processes(2, "adm sdxl fsdp"), tmp_path / "fsdp")
+    adm.main([*words, "--out", str(fsdp), "--batch", "4"])
+    compare(tmp_path / "whole", fsdp)
+    zero1 = shutil.copytree(run_in_processes(2, "adm sdxl zero1"), tmp_path / "zero1")
+    run_ranks("adm", [*words, "--out", str(zero1), "--batch", "2", "--shard", "zero1"], 2, tmp_path)
+    compare(tmp_path / "whole", zero1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -372,9 +358,7 @@ def collect_arguments(teacher_folder, prompts_file):
 
 def test_two_processes_collect_the_same_pairs(collect_arguments, tmp_path):
     helpers.collect(*collect_arguments, "--out", str(tmp_path / "one"))
-    words = [*collect_arguments, "--out", str(tmp_path / "two")]
-    result = helpers.run_script("collect_ode.py", *words, processes=2)
-    assert result.returncode == 0, result.stderr
+    run_ranks("collect_ode", [*collect_arguments, "--out", str(tmp_path / "two")], 2, tmp_path)
     found = []
     for name in ("one", "two"):
         snapshot = helpers.take_snapshot(tmp_path / name)

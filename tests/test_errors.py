@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from forks import Command
 
 import adm
 import adp
@@ -192,11 +193,8 @@ def test_wrong_input(place, monkeypatch, capfd, words, sentence):
     assert helpers.take_snapshot(place) == before
 
 
-@pytest.mark.parametrize(
-    "words", ("adm.py --teacher nowhere", "collect_ode.py --teacher teacher", "--steps 0")
-)
-def test_wrong_input_to_the_real_command(place, words):
-    words, sentence = find_case(words)
+def test_wrong_input_to_the_real_command(place):
+    words, sentence = find_case("adm.py --teacher nowhere")
     script, *arguments = words.split()
     before = helpers.take_snapshot(place)
     result = helpers.run_script(script, *arguments, folder=place)
@@ -209,11 +207,14 @@ def test_wrong_input_to_two_processes(place):
     """They end, and one of them speaks."""
     words, sentence = find_case("pairs-other")
     before = helpers.take_snapshot(place)
-    result = helpers.run_script(*words.split(), processes=2, folder=place)
-    assert result.returncode != 0
-    assert result.stderr.count(sentence) == 1
-    assert "adp.py: " in result.stderr
-    assert "UserError" not in result.stderr
+    running = Command("adp", words.split()[1:], ranks=2).run(place)
+    errors = running.read()
+    shutil.rmtree(running.folder)
+    assert 2 in running.codes.values()
+    assert 0 not in running.codes.values()
+    assert errors.count(sentence) == 1
+    assert "adp.py: " in errors
+    assert "UserError" not in errors
     assert helpers.take_snapshot(place) == before
 
 
@@ -279,7 +280,13 @@ def test_interrupted_while_the_libraries_load():
     command = [sys.executable, "-c", "import support.interrupt; raise KeyboardInterrupt"]
     result = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (130, "-c: interrupted\n")
-    for script in (*MAIN, "evaluate.py"):
-        with open(os.path.join(helpers.ROOT, script)) as file:
-            imports = [line for line in file if line.startswith(("import ", "from "))]
-        assert imports[0].startswith("import support.interrupt")
+
+
+@pytest.mark.parametrize("script", (*MAIN, "evaluate.py"))
+def test_every_script_is_launched(script):
+    """From its first import to its end it says what is wrong in a sentence."""
+    with open(os.path.join(helpers.ROOT, script)) as file:
+        lines = file.read().splitlines()
+    imports = [line for line in lines if line.startswith(("import ", "from "))]
+    assert imports[0].startswith("import support.interrupt")
+    assert lines[-2:] == ['if __name__ == "__main__":', "    launch(main)"]

@@ -12,10 +12,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from forks import Command
 from PIL import Image
 
 import evaluate
-import helpers
 from metrics.images import Images
 from metrics.oracle import Oracle
 from metrics.page import save_page
@@ -131,8 +131,8 @@ def test_two_processes_and_an_interruption(teacher_folder, prompts_path, tmp_pat
     assert {"accuracy", "lpips_random"} <= set(lines[-1])
 
     words = make_command(teacher_folder, prompts_path, tmp_path / "two")
-    two = helpers.run_script("evaluate.py", *words, processes=2)
-    assert two.returncode == 0, two.stderr
+    two = Command("evaluate", words, ranks=2).run(tmp_path)
+    assert not any(two.codes.values()), two.read()
     assert read_results(tmp_path / "two") == expected
 
     class Stop(BaseException):

@@ -1,160 +1,17 @@
-"""Exported students: the printed line draws what sample.py draws; what cannot be is refused at once."""
+"""Exports of students: the printed line, the scheduler's times; what cannot be is refused at once."""
 
-import os
-import subprocess
-import sys
-
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
 import common
 import evaluate
+import helpers
 import sample
-from support.checkpoints import describe_files
 from support.errors import UserError
 from support.export import export, write_line
-from support.files import write_json, write_sealed
-from support.media import to_image
-from support.rows import Rows
 from support.schedulers import choose_timesteps, make_flow_scheduler
 from support.systems import System
-from tiny import train
-
-CPU = torch.device("cpu")
-PROMPT = "a red circle"
-
-
-def save_checkpoint(folder, teacher, parametrisation="teacher", steps=1, **meta):
-    """A step folder as training leaves it, of a student with the teacher's own weights -> its path."""
-    teacher.denoiser.save_pretrained(os.path.join(folder, "student"))
-    os.makedirs(os.path.join(folder, "state"), exist_ok=True)
-    meta = {"resolution": teacher.resolution, "frames": teacher.frames, **meta}
-    meta |= {"teacher": teacher.path, "fingerprint": teacher.fingerprint, "step": 1, "stage": "adm"}
-    arguments = {"student_guidance": 2.0} if teacher.embeds_guidance else {}
-    meta |= {"parametrisation": parametrisation, "steps": steps, "arguments": arguments}
-    write_sealed(os.path.join(folder, "meta.json"), meta | {"files": describe_files(folder)})
-    return str(folder)
-
-
-# The printed line -----------------------------------------------------------------------------------------
-
-CASES = {  # the exported folder's name: (family, parametrisation, steps, precision, resolution, frames)
-    "plain": ("sdxl", "teacher", 1, "fp32", (32, 32), None),
-    "with spaces": ("sdxl", "teacher", 38, "fp32", (48, 32), None),  # LCMScheduler's own times are others
-    'double "quote"': ("sdxl", "velocity", 1, "bf16", (32, 48), None),
-    "it's": ("sdxl", "teacher", 4, "bf16", (32, 32), None),
-    "back\\slash\\n": ("sd3", "teacher", 4, "fp32", (24, 32), None),
-    "{braces}": ("sd3", "velocity", 4, "bf16", (32, 24), None),
-    "new\nline": ("cogvideox", "teacher", 8, "fp32", (32, 24), 17),
-    "Zürich": ("cogvideox", "velocity", 1, "fp32", (32, 32), 9),
-    "sub/folder.v1": ("cogvideox", "teacher", 4, "bf16", (24, 32), 9),
-    "sd": ("stable-diffusion", "teacher", 2, "fp32", (32, 48), None),
-    "wan": ("wan", "teacher", 2, "fp32", (32, 48), 5),
-    "wan, velocity": ("wan", "velocity", 1, "fp32", (32, 32), 5),
-    "z-image": ("z-image", "teacher", 2, "fp32", (48, 32), None),
-    "qwen-image": ("qwen-image", "teacher", 2, "fp32", (32, 48), None),
-    "flux": ("flux", "teacher", 2, "fp32", (48, 32), None),
-}
-READER = """
-import importlib, json, sys, numpy, safetensors.torch
-print_line = "import torch; from diffusers import DiffusionPipeline"
-exec(print_line)
-torch.set_num_threads(1)
-names = ("schedulers.scheduling_lcm", "schedulers.scheduling_flow_match_euler_discrete",
-    "pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", "pipelines.cogvideo.pipeline_cogvideox",
-    "pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "pipelines.wan.pipeline_wan",
-    "pipelines.stable_diffusion.pipeline_stable_diffusion", "pipelines.z_image.pipeline_z_image",
-    "pipelines.qwenimage.pipeline_qwenimage", "pipelines.flux.pipeline_flux")
-for name in names:  # the noise that the student had; the flow scheduler multiplies one more by zero
-    module = importlib.import_module(f"diffusers.{name}")
-    module.randn_tensor = lambda shape, dtype=None, **_: next(noise, torch.zeros(shape)).to(dtype).view(shape)
-prompt = "a red circle"
-for i, line in enumerate(json.load(open("lines.json"))):
-    tensors = safetensors.torch.load_file(f"{i}.noise")
-    noise = iter([tensors[str(k)] for k in range(len(tensors))])
-    drawn = eval(line)
-    pictures = drawn.frames[0] if "num_frames" in line else drawn.images
-    pixels = numpy.stack([numpy.array(picture) for picture in pictures])
-    if pixels.dtype != numpy.uint8:  # of Wan they are numbers from 0 to 1
-        pixels = (255 * pixels).round()
-    numpy.save(f"{i}.npy", pixels)
-"""
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    """{family: folder of a random pipeline}; SD3 without T5, as many are kept."""
-    folders = {}
-    for family, description in train.FAMILIES.items():
-        torch.manual_seed(0)
-        pipe = description["build"]()
-        if family == "sd3":
-            pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
-        folders[family] = str(tmp_path_factory.mktemp("teachers") / family)
-        pipe.save_pretrained(folders[family])
-    return folders
-
-
-class Recorded(Rows):
-    """Rows that remember what noise they gave."""
-
-    given = ()
-
-    def normal(self, *shape):
-        noise = super().normal(*shape)
-        self.given = [*self.given, noise]
-        return noise
-
-
-def draw_student(system):
-    """The student's own sample -> (8-bit pictures [F, H, W, 3], the noise that it took)."""
-    teacher = system.teacher
-    rows = Recorded([0], ("test", 7), CPU)
-    latents = system.student.sample(system.net, rows, teacher.encode([PROMPT]))
-    pixels = teacher.decode(latents)[0].clamp(-1, 1)
-    frames = pixels.unbind(1) if teacher.video else [pixels]
-    given = [teacher.pack(noise) for noise in rows.given]
-    if teacher.packing > 1:
-        given[0] = rows.given[0]  # the pipeline packs it itself
-    return np.stack([np.array(to_image(frame)) for frame in frames]), given
-
-
-def test_the_printed_lines_draw_the_students_pictures(teachers, tmp_path, capsys, monkeypatch):
-    """Run as they are printed, all in one fresh process, elsewhere: exact in fp32, close in bf16."""
-    from safetensors.torch import save_file
-
-    def watch(system, folder, card):
-        systems.append(system)
-        export(system, folder, card)
-
-    systems, lines, expected = [], [], []
-    monkeypatch.setattr(sample, "export", watch)
-    for i, (name, case) in enumerate(CASES.items()):
-        family, parametrisation, steps, precision, resolution, frames = case
-        teacher = common.load_teacher(teachers[family], CPU, torch.float32, resolution, frames)
-        run = save_checkpoint(tmp_path / f"run{i}", teacher, parametrisation, steps)
-        folder = str(tmp_path / "exported" / name)
-        sample.main(["--student", run, "--export", f"{folder}/", "--precision", precision])
-        printed = capsys.readouterr().out.splitlines()
-        assert printed[-2] == "import torch; from diffusers import DiffusionPipeline"
-        lines.append(printed[-1])
-        pictures, noise = draw_student(systems[-1])
-        expected.append(pictures)
-        save_file({str(k): n.contiguous() for k, n in enumerate(noise)}, tmp_path / f"{i}.noise")
-
-    write_json(tmp_path / "lines.json", lines)
-    command = [sys.executable, "-c", READER]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    for i, (name, case) in enumerate(CASES.items()):
-        theirs = np.load(tmp_path / f"{i}.npy").astype(int)
-        assert theirs.shape == expected[i].shape, name
-        difference = np.abs(theirs - expected[i])
-        assert difference.max() <= (1 if case[3] == "fp32" else 16), name
-        assert difference.mean() < 2, name
-        assert expected[i].std() > 5, name
 
 
 def test_an_export_marks_no_picture(teacher, tmp_path, monkeypatch):
@@ -222,7 +79,7 @@ IMPOSSIBLE = (
 def test_what_diffusers_cannot_do_is_refused_before_the_weights_load(
     teacher, tmp_path, monkeypatch, parametrisation, steps, sentence
 ):
-    run = save_checkpoint(tmp_path / "run", teacher, parametrisation, steps)
+    run = helpers.save_checkpoint(tmp_path / "run", teacher, parametrisation, steps)
     monkeypatch.setattr(common, "load_student", None)
     with pytest.raises(UserError, match=sentence):
         sample.main(["--student", run, "--export", str(tmp_path / "new")])

@@ -393,6 +393,45 @@ def test_sdxls_sizes_and_its_empty_prompt(teacher_folder, tmp_path):
     assert null["time_ids"].tolist() == ids.tolist() == [[48, 32, 0, 0, 48, 32]]
 
 
+def ask_pipeline(kind, pipe, negative):
+    """Its own encode_prompt, asked as its call asks it -> the rows [length, width] of each of PROMPTS and of
+    their negative prompt, None for that of the pipeline."""
+    if kind == "stable-diffusion":
+        return pipe.encode_prompt(PROMPTS, CPU, 1, True, negative)
+    if kind == "wan":
+        return pipe.encode_prompt(PROMPTS, negative, max_sequence_length=512, device=CPU)
+    if kind == "z-image":
+        return pipe.encode_prompt(PROMPTS, CPU, True, negative)
+    if kind == "flux":  # which has none
+        embeds, _, _ = pipe.encode_prompt(PROMPTS, device=CPU)
+        return embeds, []
+    rows = []
+    for prompts in (PROMPTS, negative or [" ", " "]):
+        embeds, mask = pipe.encode_prompt(prompts, CPU, max_sequence_length=512)
+        mask = torch.ones(embeds.shape[:2]) if mask is None else mask
+        rows.append([row[kept.bool()] for row, kept in zip(embeds, mask)])
+    return rows
+
+
+@pytest.mark.parametrize("kind", families.FAMILIES)
+@pytest.mark.parametrize("negative", (None, ["a small circle", "a circle"]))
+@torch.no_grad()
+def test_conditions_are_the_pipelines(teachers, kind, negative):
+    """Of prompts, of a negative prompt, and of none."""
+    teacher = teachers[kind]
+    cond = teacher.encode(PROMPTS)
+    null = teacher.encode(negative) if negative else teacher.null(2)
+    for ours, theirs in zip((cond, null), ask_pipeline(kind, teacher.pipe, negative)):
+        text = ours["encoder_hidden_states"]
+        lengths = ours.get("length", [text.shape[1]] * 2)
+        for i, rows in enumerate(theirs):
+            assert lengths[i] == len(rows)
+            torch.testing.assert_close(text[i, : len(rows)], rows)
+    if kind == "flux":
+        _, pooled, _ = teacher.pipe.encode_prompt(PROMPTS, device=CPU)
+        torch.testing.assert_close(cond["pooled_projections"], pooled)
+
+
 def test_text_lengths(teachers):
     """CLIP's 16 and 256 of T5, which are zeros where it is absent; CogVideoX's as its config says."""
     text = {kind: teacher.encode(["a circle"])["encoder_hidden_states"] for kind, teacher in teachers.items()}
@@ -483,21 +522,8 @@ def test_the_tiny_sd3_has_a_t5_that_says_nothing(tmp_path):
 # Students -------------------------------------------------------------------------------------------------
 
 
-class Recorded(Rows):
-    """Rows that remember what noise they gave."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.given = []
-
-    def normal(self, *shape):
-        noise = super().normal(*shape)
-        self.given.append(noise)
-        return noise
-
-
 STUDENTS = (("teacher", 1), ("teacher", 3), ("teacher", 4), ("teacher", 8), ("velocity", 1), ("velocity", 4))
-EXPORTS = [(kind, *student) for kind in BUILD if kind not in families.FAMILIES for student in STUDENTS]
+EXPORTS = [(kind, *student) for kind in ("sdxl", "sd3", "cogvideox") for student in STUDENTS]
 for kind in families.FAMILIES:
     EXPORTS += [(kind, "teacher", 4), (kind, "velocity", 2)]
 
@@ -516,7 +542,7 @@ def test_exported_pipelines_draw_the_students_images(
             sample.export(system, folder)
         return
     sample.export(system, folder)
-    rows = Recorded(range(2), ("test", 7), CPU)
+    rows = helpers.Recorded(range(2), ("test", 7), CPU)
     ours = student.sample(system.net, rows, teacher.encode(PROMPTS))
 
     noise = iter([teacher.pack(eps) for eps in rows.given[1:]])

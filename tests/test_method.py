@@ -174,6 +174,18 @@ def test_adm_goes_on_from_adps_velocity(places, prompts_file, pairs_folder, tmp_
     assert_equal_networks(method.G.parameters(), reference.G.net.parameters(), before)
 
 
+@pytest.mark.parametrize("options, guidance", (("--guidance 5", 2), ("--student-guidance 4", 4)))
+def test_a_student_that_goes_on_is_told_the_same_guidance(places, prompts_file, tmp_path, options, guidance):
+    """So are the fake score and the discriminator, and the run says so; one that is given wins."""
+    words = ["--teacher", places["flux"][0], *helpers.size("flux"), "--prompts", prompts_file]
+    teacher = common.load_teacher_from(helpers.training_arguments("adm", words), CPU)
+    student = helpers.save_checkpoint(tmp_path / "student", teacher)  # told 2
+    method = helpers.make_method(adm, [*words, "--init", student, *options.split()])
+    assert method.student.guidance == guidance
+    assert method.teacher.student_guidance == guidance
+    assert method.args.student_guidance == guidance
+
+
 @pytest.mark.parametrize("stage, options", ((adm, "--warmup 1"), (adp, "--warmup 1 --lambda-pixel 0")))
 def test_the_moving_average_is_of_every_student_and_no_other_network(request, stage, options):
     """ADM's student stands still in the warm-up, and so does its average; ADP's learns from the start."""

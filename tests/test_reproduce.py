@@ -92,9 +92,9 @@ def test_what_is_complete_is_not_run_again(tmp_path, commands):
 
 def test_a_command_that_fails_is_named_with_its_output(tmp_path):
     log = tmp_path / "log"
-    with pytest.raises(UserError, match=r"adm.py --steps none failed: its output is in .*log"):
-        reproduce.run_command(["adm.py", "--steps", "none"], str(log))
-    assert "--steps" in log.read_text()
+    with pytest.raises(UserError, match=r"-c 'exit\(\"no\"\)' failed: its output is in .*log"):
+        reproduce.run_command(["-c", 'exit("no")'], str(log))
+    assert "no" in log.read_text()
 
 
 def test_gauges_are_averaged_over_the_end_of_a_run(tmp_path):

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from forks import Command
 from safetensors.torch import load_file, save_file
 
 import adm
@@ -287,29 +288,21 @@ def test_files_have_the_mode_of_the_umask(finished, pairs_folder):
 # ----------------------------------------------------------------------------------------------------------
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import torch, adm
-save = torch.save
-
-def save_and_die(value, path):
-    save(value, path)
-    if "step_000002" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-torch.save = save_and_die
-torch.set_num_threads(1)
-adm.main({arguments!r})
-"""
-
-
-def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(finished, dmd, tmp_path):
+def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(
+    finished, dmd, tmp_path, monkeypatch
+):
     run = tmp_path / "run"
     arguments = dmd(run, "--save-every 1")
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(root=helpers.ROOT, arguments=arguments))
-    assert helpers.run_script(str(script)).returncode == -signal.SIGKILL
+    save = torch.save
+
+    def save_and_die(value, path):
+        save(value, path)
+        if "step_000002" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_and_die)
+        assert Command("adm", arguments).start(tmp_path).wait() == [-signal.SIGKILL]
     assert (run / "latest").read_text() == "step_000001\n"
     assert not (run / "step_000002").exists()
     assert [name for name in os.listdir(run) if name.startswith(".writing")]

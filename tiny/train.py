@@ -649,7 +649,7 @@ def train_sam(steps, seed):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def read_arguments():
+def read_arguments(argv):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
@@ -669,7 +669,7 @@ def read_arguments():
     add("--lr", type=float, help="of the denoiser")
     add("--sam-steps", type=int, default=1000)
     add("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.init and not os.path.isfile(os.path.join(args.init, "model_index.json")):
         parser.error(f"there is no pipeline folder {args.init!r} to go on from")
     if args.family in families.FAMILIES and not args.random:
@@ -734,8 +734,8 @@ def make_pipeline(args):
     pipe.to(dtype=torch.float16).save_pretrained(args.out)
 
 
-def main():
-    args = read_arguments()
+def main(argv=None):
+    args = read_arguments(argv)
     torch.manual_seed(args.seed)
     start = time.time()
     if args.part == "sam":
