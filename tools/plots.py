@@ -46,8 +46,8 @@ def save_gauges(metrics, path):
 
 
 def save_plot(results, path):
-    """The runs of the tables demo, 600 and time: accuracy against variation in excess of chance, a point a seed;
-    and both against time, the means over the seeds with their standard deviations."""
+    """The runs of the tables demo, 600 and time: accuracy against variation in excess of chance, a point a
+    seed; and both against time, the means over the seeds with their standard deviations."""
     import matplotlib.figure
 
     groups = {}
