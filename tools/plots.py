@@ -55,7 +55,7 @@ def save_plot(results, path):
         groups |= group_runs(results.get(table, {"runs": []}))
     if not groups:
         return
-    figure = matplotlib.figure.Figure(figsize=(15, 5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(15, 6), layout="constrained")
     plane, *curves = figure.subplots(1, 3)
     figure.suptitle("One-step students of tiny-sdxl; the number is of iterations")
     for name, runs in groups.items():
@@ -68,7 +68,7 @@ def save_plot(results, path):
         plane.scatter(tv, accuracy, s=size, color=colour, alpha=0.6, label=label)
     plane.set_xlabel("tv: variety lost within a prompt, in excess of chance (0: none)")
     plane.set_ylabel("accuracy")
-    plane.legend(fontsize=8)
+    plane.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     for axes, column in zip(curves, ("accuracy", "tv")):
         for method, (title, colour) in METHODS.items():
             draw_curve(axes, groups, method, column, label=title, color=colour)
