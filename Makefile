@@ -1,4 +1,4 @@
-# make demo        the whole method on a tiny teacher, a quarter of an hour on two cores; results in runs/demo
+# make demo        the whole method on a tiny teacher, 16 minutes on two cores; results in runs/demo
 # make seeds       its runs with three seeds, an hour of CPU: docs/results.json, docs/results.md
 # make demo-sd3    a four-step student of tiny-sd3, 6 minutes: report.json and samples/ in runs/demo-sd3
 # make demo-video  an eight-step student of tiny-cogvideox, 6 minutes: runs/demo-video
