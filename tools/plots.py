@@ -13,7 +13,7 @@ METHODS = {
     "fast": ("ADM, rate 1e-4", "C1"),
     "projected": ("ADM --project, rate 1e-4", "C2"),
 }
-COSTS = {"dmd": 1.0, "dmdx": 1.6, "fast": 1.6, "projected": 1.6}  # of an iteration, docs/results.md
+COSTS = {"dmd": 1.0, "dmdx": 1.75, "fast": 1.75, "projected": 1.75}  # of an iteration, docs/benchmarks.md
 ITERATIONS = 450  # of a run whose name has no number
 GAUGES = {
     "loss_f": "loss_f: the fake score's loss",

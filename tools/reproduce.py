@@ -66,17 +66,17 @@ RUNS = {
     "dmdx": f"{DEMO} --lr 3e-5",
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
-    # ADM for 940 and 3125 iterations takes as long as the DMD loss for 1500 and 5000
+    # ADM for 860 and 2860 iterations takes as long as the DMD loss for 1500 and 5000
     "dmd-150": f"{ADM} --init {{adp}} --ema 0.99 --iterations 150 --lr 1e-4 --loss dmd",
     "dmd-600": f"{TRIAL} --lr 1e-4 --loss dmd",
     "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
     "dmd-5000": f"{LONG} --iterations 5000 --lr 1e-4 --loss dmd",
     "dmdx-600": f"{TRIAL} --lr 3e-5",
-    "dmdx-940": f"{LONG} --iterations 940 --lr 3e-5",
-    "dmdx-3125": f"{LONG} --iterations 3125 --lr 3e-5",
+    "dmdx-860": f"{LONG} --iterations 860 --lr 3e-5",
+    "dmdx-2860": f"{LONG} --iterations 2860 --lr 3e-5",
     "projected-600": f"{TRIAL} --lr 1e-4 --project",
-    "projected-940": f"{LONG} --iterations 940 --lr 1e-4 --project",
-    "projected-3125": f"{LONG} --iterations 3125 --lr 1e-4 --project",
+    "projected-860": f"{LONG} --iterations 860 --lr 1e-4 --project",
+    "projected-2860": f"{LONG} --iterations 2860 --lr 1e-4 --project",
     # what else ADM could be trained with
     "fast-600": f"{TRIAL} --lr 1e-4",
     "raven": f"{TRIAL} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98",
@@ -105,7 +105,7 @@ TABLES = {
     "demo": (("adp", "dmd", "dmdx"), f"{EVALUATE},lpips {SMALL_LPIPS}"),
     "600": (("adp", "dmd-150", "dmd-600", "dmdx-600", "fast-600", "projected-600"), EVALUATE),
     "time": (
-        ("dmd-1500", "dmd-5000", "dmdx-940", "dmdx-3125", "projected-940", "projected-3125"),
+        ("dmd-1500", "dmd-5000", "dmdx-860", "dmdx-2860", "projected-860", "projected-2860"),
         EVALUATE,
     ),
     "variants": (
