@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 
+import torch
 from tqdm import tqdm
 
 import adm
@@ -50,6 +51,8 @@ class Command:
             return process
         code = 1
         try:
+            # makes torch's pool anew: threads that load weights would race for it, and one would lose
+            torch.set_num_threads(1)
             output = os.open(os.path.join(folder, f"{rank}.out"), os.O_WRONLY | os.O_CREAT)
             errors = os.open(os.path.join(folder, f"{rank}.err"), os.O_WRONLY | os.O_CREAT)
             os.dup2(output, 1)

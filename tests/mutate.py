@@ -748,9 +748,9 @@ def order_tests(mutation):
     if mutation and mutation.file in ("adm.py", "adp.py"):
         return OF_THE_STAGES + OF_THE_PARTS + SLOW
     if mutation and mutation.file.startswith("teachers/"):
-        return ["tests/test_families.py", *OF_THE_STAGES]
+        return ["tests/test_families.py", *OF_THE_STAGES, "test_smoke.py"]
     if mutation and mutation.file in ("support/lora_files.py", "support/checkpoints.py"):
-        return ["tests/test_lora_files.py"]
+        return ["tests/test_lora_files.py", "tests/test_plain_diffusers.py"]
     return OF_THE_PARTS + OF_THE_STAGES + SLOW
 
 

@@ -152,6 +152,8 @@ def test_the_real_denoisers(name):
         assert common.Heads(found)(found).shape == (1, len(maps))
     if name == "cogvideox-5b":
         assert [tuple(part.shape) for part in teacher.rotary] == [(17550, 64)] * 2
+    if name == "wan2.2-5b":
+        assert teacher.fps == 24
 
 
 PUBLISHED = {  # abar at timesteps 0, 249, 499, 749, 999
