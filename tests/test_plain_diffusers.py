@@ -101,7 +101,8 @@ def export_lora(teachers, folder, name):
     net, student, _ = common.load_student(checkpoint, teacher)
     pictures, _ = helpers.draw_student(student, net)
     plain, _ = helpers.draw_student(student, teacher.denoiser)  # its adapter, if it has one, is off
-    assert np.abs(pictures - plain).max() > 0.01, name
+    visible = 0.01 if family == "qwen-image" else 0.05  # of Qwen's random autoencoder all pictures are alike
+    assert np.abs(pictures - plain).max() > visible, name
     return printed[2:], student, net
 
 
