@@ -7,14 +7,13 @@ from support.files import read_json_lines
 from support.media import collect_curves, save_figure
 from tools.tables import group_runs
 
-METHODS = {
-    "dmd": ("DMD loss", "C0"),
-    "dmdx": ("ADM, rate 3e-5", "C3"),
-    "fast": ("ADM, rate 1e-4", "C1"),
-    "projected": ("ADM --project, rate 1e-4", "C2"),
+METHODS = {  # (name, colour, cost of an iteration by docs/benchmarks.md, the DMD loss's being 1)
+    "dmd": ("DMD loss", "C0", 1.0),
+    "dmdx": ("ADM, rate 3e-5", "C3", 1.75),
+    "fast": ("ADM, rate 1e-4", "C1", 1.75),
+    "projected": ("ADM --project, rate 1e-4", "C2", 1.75),
 }
-COSTS = {"dmd": 1.0, "dmdx": 1.75, "fast": 1.75, "projected": 1.75}  # of an iteration, docs/benchmarks.md
-ITERATIONS = 450  # of a run whose name has no number
+ITERATIONS = 450  # of the demo's runs, whose names have no number
 GAUGES = {
     "loss_f": "loss_f: the fake score's loss",
     "dmd_loss": "dmd_loss: half the squared DMD direction",
@@ -59,19 +58,21 @@ def save_plot(results, path):
     plane, *curves = figure.subplots(1, 3)
     figure.suptitle("One-step students of tiny-sdxl; the number is of iterations")
     for name, runs in groups.items():
-        method, _, iterations = name.partition("-")
-        title, colour = METHODS.get(method, ("ADP, where all start", "black"))
-        label = f"{title} {iterations or ITERATIONS}" if method in METHODS else title
+        method, iterations = read_name(name)
+        if method in METHODS:
+            title, colour, _ = METHODS[method]
+            label = f"{title} {iterations}"
+        else:
+            label, colour = "ADP, where all start", "black"
         tv = [run["row"]["tv"] for run in runs]
         accuracy = [run["row"]["accuracy"] for run in runs]
-        size = math.sqrt(int(iterations or ITERATIONS))
-        plane.scatter(tv, accuracy, s=size, color=colour, alpha=0.6, label=label)
+        plane.scatter(tv, accuracy, s=math.sqrt(iterations), color=colour, alpha=0.6, label=label)
     plane.set_xlabel("tv: variety lost within a prompt, in excess of chance (0: none)")
     plane.set_ylabel("accuracy")
     plane.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     for axes, column in zip(curves, ("accuracy", "tv")):
-        for method, (title, colour) in METHODS.items():
-            draw_curve(axes, groups, method, column, label=title, color=colour)
+        for method in METHODS:
+            draw_curve(axes, groups, method, column)
         axes.set_xscale("log")
         axes.set_xlabel("time, in iterations of the DMD loss")
         axes.set_ylabel(column)
@@ -81,15 +82,22 @@ def save_plot(results, path):
     save_figure(figure, path)
 
 
-def draw_curve(axes, groups, method, column, **options):
+def read_name(name):
+    """A run's name -> (its method, its iterations)."""
+    method, _, iterations = name.partition("-")
+    return method, int(iterations or ITERATIONS)
+
+
+def draw_curve(axes, groups, method, column):
     """A column of a method's runs, mean and standard deviation over the seeds, against their time."""
+    title, colour, cost = METHODS[method]
     points = []
     for name, runs in groups.items():
-        if name.partition("-")[0] == method:
-            iterations = int(name.partition("-")[2] or ITERATIONS)
+        own, iterations = read_name(name)
+        if own == method:
             values = [run["row"][column] for run in runs]
             spread = statistics.stdev(values) if len(values) > 1 else 0
-            points.append((iterations * COSTS[method], statistics.mean(values), spread))
+            points.append((cost * iterations, statistics.mean(values), spread))
     if points:
         times, means, spreads = zip(*sorted(points))
-        axes.errorbar(times, means, spreads, marker="o", capsize=3, **options)
+        axes.errorbar(times, means, spreads, marker="o", capsize=3, label=title, color=colour)

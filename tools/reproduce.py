@@ -42,10 +42,11 @@ ADP += " --mse 1 --lr 2e-4 --decay 0.1 --head-lr 1e-3"
 WITH_SAM = "--pixel-backbone assets/tiny-sam.pth --warmup 1600"
 DISTIL = f"{SHORT} --warmup 60 --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/8 --r1 0.03 --r2 0.03"
 ADM = f"adm.py {SDXL} --prompts prompts/shapes_train.txt {DISTIL} --batch 32 --guidance 1.75"
-DEMO = f"{ADM} --init {{adp}} --ema 0.99 --iterations 450"
+SHORT_RUN = f"{ADM} --init {{adp}} --ema 0.99"
+DEMO = f"{SHORT_RUN} --iterations 450"
+TRIAL = f"{SHORT_RUN} --iterations 600"
+HEALTH = f"{SHORT_RUN} --iterations 200"
 LONG = f"{ADM} --init {{adp}} --ema 0.995"
-TRIAL = f"{ADM} --init {{adp}} --ema 0.99 --iterations 600"
-HEALTH = f"{ADM} --init {{adp}} --ema 0.99 --iterations 200"
 ALONE = f"{ADM} --steps 1 --ema 0.99 --iterations 600"
 SEVERAL = f"--seed {{seed}} {DISTIL} --batch 16 --ema 0.99 --guidance 2"
 SD3 = f"adm.py --teacher assets/tiny-sd3 --prompts prompts/shapes_train.txt {SEVERAL}"
@@ -67,7 +68,7 @@ RUNS = {
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
     # ADM for 860 and 2860 iterations takes as long as the DMD loss for 1500 and 5000
-    "dmd-150": f"{ADM} --init {{adp}} --ema 0.99 --iterations 150 --lr 1e-4 --loss dmd",
+    "dmd-150": f"{SHORT_RUN} --iterations 150 --lr 1e-4 --loss dmd",
     "dmd-600": f"{TRIAL} --lr 1e-4 --loss dmd",
     "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
     "dmd-5000": f"{LONG} --iterations 5000 --lr 1e-4 --loss dmd",
@@ -298,20 +299,20 @@ def main():
     make_folder(out)
     docs = out if args.quick else "docs"
     path = os.path.join(docs, "results.json")
-    results = read_json(path) or {}
     if not args.report:
         runs = Runs(out, args.quick)
         runs.make_all(order_runs(args.tables, args.seeds), args.jobs)
         for table in args.tables:
             print(f"{time.strftime('%H:%M')} table {table}", flush=True)
             entry = runs.evaluate(table, args.seeds)
-            results = (read_json(path) or {}) | {table: entry}  # others may have been written meanwhile
-            write_json(path, results)
+            # read again: others may have been written meanwhile
+            write_json(path, (read_json(path) or {}) | {table: entry})
         if "health" in args.tables:
             names = TABLES["health"][0]
             metrics = {name: runs.folder(name, args.seeds[0]) + "/metrics.jsonl" for name in names}
             save_gauges(metrics, os.path.join(docs, "training.png"))
             shutil.copyfile(os.path.join(out, "table-health/grid.png"), os.path.join(docs, "gallery.png"))
+    results = read_json(path) or {}
     texts = write_tables(docs, results)
     save_plot(results, os.path.join(docs, "results.png"))
     print(f"written: {', '.join(os.path.join(docs, file) for file in texts)}")
