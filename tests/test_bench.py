@@ -30,9 +30,9 @@ def run_bench(tmp_path, monkeypatch, capsys):
     return run
 
 
-def measure_here(tmp_path, teacher, name, extra=""):
+def measure_here(tmp_path, teacher, name, extra="", words=()):
     """A stage in this process, one iteration -> (row, complaints)."""
-    options = bench.parse_arguments(["--batch", "2", "--iterations", "1"])
+    options = bench.parse_arguments(["--batch", "2", "--iterations", "1", *words])
     return measure(name, 1, extra, options, str(teacher), str(tmp_path / "measured"))
 
 
@@ -81,6 +81,14 @@ def test_passes_through_adapters(tmp_path, teacher_folder):
     row, _ = measure_here(tmp_path, teacher_folder, "adm+r1r2", "--lora 4")
     assert list_passes(row) == (5, 4, 1, 1, 1, 1)
     assert row["seconds_passes"] > 0
+
+
+def test_a_brief_measurement_has_two_iterations_and_no_passes_alone(tmp_path, teacher_folder):
+    row, _ = measure_here(tmp_path, teacher_folder, "adm+r1r2", words=["--brief"])
+    assert list_passes(row) == (5, 4, 1, 1, 1, 1)
+    assert row["seconds_iteration"] > 0
+    assert "seconds_passes" not in row
+    assert len((tmp_path / "measured" / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_passes_of_video(tmp_path):

@@ -1,6 +1,7 @@
 """Builds and trains the tiny teachers: real diffusers pipelines that draw the world of shapes.
 
     python tiny/train.py --out assets/tiny-sdxl                          # images; 60 minutes on 2 cores
+    python tiny/train.py --family sdxl-16 --out assets/tiny-sdxl-16      # 16 channels; 35 minutes of one core
     python tiny/train.py --family sd3 --out assets/tiny-sd3              # images; 45 minutes of one core
     python tiny/train.py --family cogvideox --out assets/tiny-cogvideox  # videos; 65 minutes of one core
     python tiny/train.py --out random --random                           # random weights, in a second (tests)
@@ -11,7 +12,7 @@ encoder is that of ADP's pixel discriminator.
 
 Nothing here is special to the project: `DiffusionPipeline.from_pretrained("assets/tiny-sdxl")` loads and runs
 the result. The denoiser and the text encoders are trained together; the autoencoder before them; each with an
-exponential moving average. Everything is drawn from one seed.
+exponential moving average. Everything is drawn from one seed. A GPU is used if there is one.
 """
 
 import argparse
@@ -50,6 +51,7 @@ sys.path.insert(0, ROOT)
 from tiny import families, shapes
 from tiny.parts import TOKENS, build_clip, build_t5, build_t5_tokenizer, build_tokenizer, build_vae
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ZEROS = 256  # tokens that StableDiffusion3Pipeline appends to a prompt if there is no T5
 PROMPT_DROPOUT = 0.1  # probability of an empty prompt in training, for guidance
 
@@ -59,14 +61,15 @@ PROMPT_DROPOUT = 0.1  # probability of an empty prompt in training, for guidance
 # ----------------------------------------------------------------------------------------------------------
 
 
-def build_sdxl():
-    """A StableDiffusionXLPipeline of the size of a thumbnail: 4x8x8 latents of 32x32 images."""
+def build_sdxl(channels=4):
+    """A StableDiffusionXLPipeline of the size of a thumbnail: 4x8x8 latents of 32x32 images, or of so many
+    channels."""
     tokenizer = build_tokenizer()
     tokenizer_2 = build_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(64, 64),
         layers_per_block=1,
         use_linear_projection=True,
@@ -91,7 +94,7 @@ def build_sdxl():
         prediction_type="epsilon",
     )
     return StableDiffusionXLPipeline(
-        vae=build_vae(),
+        vae=build_vae(channels),
         unet=unet,
         scheduler=scheduler,
         tokenizer=tokenizer,
@@ -256,8 +259,15 @@ def build_real(name):
 
 
 def build_from(config):
-    """The part of a pipeline that a diffusers config describes, weights random."""
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    """The part of a pipeline that a diffusers config describes, weights random.
+
+    Made in bfloat16: 20 B parameters in float32 would fill a card.
+    """
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -328,8 +338,8 @@ def train_vae(vae, world, steps, seed, whole=True):
 
     def compute_loss():
         attributes, centre = shapes.draw(rng, batch, world)
-        originals = render_scenes(attributes, centre)
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_video):
+        originals = render_scenes(attributes, centre).to(vae.device)
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=is_video):
             posterior = vae.encode(originals).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
         error = F.mse_loss(decoded, originals) + 0.5 * F.l1_loss(decoded, originals)
@@ -395,6 +405,17 @@ def borrow(vae):
     vae.quant_conv.bias[:4] += shift
 
 
+def borrow_denoiser(pipe):
+    """Starts a U-Net and its text encoders as the shipped ones, but for the convolutions at the latents."""
+    folder = os.path.join(ROOT, "assets", "tiny-sdxl")
+    shipped = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        weights = getattr(shipped, name).state_dict()
+        for outer in [key for key in weights if key.startswith(("conv_in", "conv_out"))]:
+            del weights[outer]
+        getattr(pipe, name).load_state_dict(weights, strict=False)
+
+
 @torch.no_grad()
 def inflate(vae):
     """Starts an autoencoder of videos as the shipped one of images, frame by frame.
@@ -436,7 +457,7 @@ def encode(vae, attributes, centre):
     for start in range(0, len(centre), 256):
         part = slice(start, start + 256)
         some = {name: values[part] for name, values in attributes.items()}
-        pixels = render_scenes(some, centre[part])
+        pixels = render_scenes(some, centre[part]).to(vae.device)
         latents.append(vae.encode(pixels).latent_dist.mean)
     return torch.cat(latents)
 
@@ -480,13 +501,13 @@ def diffuse(scheduler, x_0, noise, power=1.0):
 
     Times (for flow matching: noise levels) are u^power, u uniform in [0, 1).
     """
-    time = torch.rand(len(x_0)) ** power
+    time = torch.rand(len(x_0), device=x_0.device) ** power
     shape = (-1,) + (1,) * (x_0.ndim - 1)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         x_t = torch.lerp(x_0, noise, time.view(shape))
         return x_t, 1000 * time, noise - x_0
     timestep = (1000 * time).long()
-    abar = scheduler.alphas_cumprod[timestep].view(shape)
+    abar = scheduler.alphas_cumprod.to(x_0.device)[timestep].view(shape)
     alpha = abar.sqrt().float()
     sigma = (1 - abar).sqrt().float()
     x_t = alpha * x_0 + sigma * noise
@@ -498,11 +519,11 @@ def diffuse(scheduler, x_0, noise, power=1.0):
 def call_sdxl(pipe, x_t, timestep, prompts):
     """An empty prompt is zero embeddings, as SDXL's pipeline makes it."""
     embeds, _, pooled, _ = pipe.encode_prompt(
-        prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        prompts, device=x_t.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
-    kept = torch.tensor([prompt != "" for prompt in prompts])
+    kept = torch.tensor([prompt != "" for prompt in prompts], device=x_t.device)
     size, crop = (shapes.SIDE, shapes.SIDE), (0, 0)
-    time_ids = torch.tensor([*size, *crop, *size])
+    time_ids = torch.tensor([*size, *crop, *size], device=x_t.device)
     condition = {"text_embeds": pooled * kept[:, None], "time_ids": time_ids.expand(len(x_t), 6)}
     embeds = embeds * kept[:, None, None]
     return pipe.unet(x_t, timestep, embeds, added_cond_kwargs=condition).sample
@@ -511,7 +532,7 @@ def call_sdxl(pipe, x_t, timestep, prompts):
 def call_sd3(pipe, x_t, timestep, prompts):
     """One token of zeros stands for ZEROS of them: see CountLastToken."""
     embeds, _, pooled, _ = pipe.encode_prompt(
-        prompts, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=1
+        prompts, None, None, device=x_t.device, do_classifier_free_guidance=False, max_sequence_length=1
     )
     return pipe.transformer(x_t, embeds, pooled, timestep).sample
 
@@ -519,7 +540,7 @@ def call_sd3(pipe, x_t, timestep, prompts):
 def call_cogvideox(pipe, x_t, timestep, prompts):
     """Noisy latents with frames before channels [n, 3, 4, 8, 8]."""
     embeds, _ = pipe.encode_prompt(
-        prompts, do_classifier_free_guidance=False, max_sequence_length=TOKENS, device="cpu"
+        prompts, do_classifier_free_guidance=False, max_sequence_length=TOKENS, device=x_t.device
     )
     return pipe.transformer(x_t, embeds, timestep).sample
 
@@ -535,6 +556,15 @@ FAMILIES = {
         "lr": 2e-3,
         "scenes": 40000,
         "stages": [{"steps": 8000, "batch": 64}],
+    },
+    "sdxl-16": {  # four times the latents, as in SD3's autoencoder, for the same denoiser
+        "build": functools.partial(build_sdxl, channels=16),
+        "call": call_sdxl,
+        "world": shapes.ATTRIBUTES,
+        "vae_steps": 2500,
+        "lr": 1e-3,
+        "scenes": 40000,
+        "stages": [{"steps": 4000, "batch": 64}],
     },
     "sd3": {
         "build": build_sd3,
@@ -583,7 +613,8 @@ def train_denoiser(pipe, family, seed):
         emptied = rng.random(batch) < PROMPT_DROPOUT
         prompts = ["" if empty else prompt for empty, prompt in zip(emptied, prompts)]
         x_0 = latents[:, :frames][rows]
-        x_t, timestep, target = diffuse(pipe.scheduler, x_0, torch.randn(x_0.shape), power)
+        noise = torch.randn(x_0.shape, device=x_0.device)
+        x_t, timestep, target = diffuse(pipe.scheduler, x_0, noise, power)
         output = family["call"](pipe, x_t, timestep, prompts)
         return F.mse_loss(output, target)
 
@@ -627,21 +658,25 @@ def train_sam(steps, seed):
         out_chans=32,
     )
     mask_head = torch.nn.Sequential(torch.nn.Conv2d(32, 16, 1), torch.nn.PixelShuffle(4))
-    mean = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
-    std = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1)
+    encoder.to(DEVICE)
+    mask_head.to(DEVICE)
+    mean = torch.tensor((0.485, 0.456, 0.406), device=DEVICE).view(1, 3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225), device=DEVICE).view(1, 3, 1, 1)
     rng = np.random.default_rng(seed + 2)
 
     def compute_loss():
         attributes, centre = shapes.draw(rng, 64)
-        images = render_scenes(attributes, centre)
+        images = render_scenes(attributes, centre).to(DEVICE)
         masks = shapes.render_masks(attributes["shape"], attributes["size"], centre)
         normalised = ((images + 1) / 2 - mean) / std
         logits = mask_head(encoder(normalised))[:, 0]
-        return F.binary_cross_entropy_with_logits(logits, torch.from_numpy(masks).float())
+        masks = torch.from_numpy(masks).float().to(DEVICE)
+        return F.binary_cross_entropy_with_logits(logits, masks)
 
     parameters = [*encoder.parameters(), *mask_head.parameters()]
     fit(parameters, compute_loss, steps, lr=1e-3, decay=0.99, name="image encoder")
-    return {f"image_encoder.{name}": weight.half() for name, weight in encoder.state_dict().items()}
+    weights = encoder.state_dict()
+    return {f"image_encoder.{name}": weight.half().cpu() for name, weight in weights.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -696,7 +731,7 @@ def choose_family(args):
 def start_pipeline(args, family):
     """The pipeline whose denoiser is to be trained: that of --init or a new one, its autoencoder trained."""
     if args.init:
-        pipe = DiffusionPipeline.from_pretrained(args.init, dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(args.init, dtype=torch.float32).to(DEVICE)
         if args.vae_steps:
             train_vae(pipe.vae, family["world"], args.vae_steps, args.seed, whole=False)
         return pipe
@@ -709,9 +744,12 @@ def start_pipeline(args, family):
     pipe = family["build"](**switches)
     if args.random:
         return pipe
+    pipe.to(DEVICE)
     if args.family == "sd3":
         borrow(pipe.vae)
         return pipe
+    if args.family == "sdxl-16":
+        borrow_denoiser(pipe)
     if args.family == "cogvideox":
         inflate(pipe.vae)
     train_vae(pipe.vae, family["world"], family["vae_steps"], args.seed)

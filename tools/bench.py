@@ -127,6 +127,8 @@ def parse_arguments(argv):
     add("--batch", "rows", type=positive, default=32)
     add("--iterations", "that are timed in each stage", type=positive, default=15)
     add("--threads", "of torch on a CPU", type=positive, default=1)
+    brief = "one iteration comes before those that are timed instead of three, and no passes alone after them"
+    add("--brief", brief, action="store_true")
     checkpointing = "gradient checkpointing, whose second forward passes are not counted"
     add("--checkpointing", checkpointing, action="store_true")
     # an H100 or H200, dense

@@ -30,6 +30,7 @@ BACKWARD = {  # name: what is counted under it, a network and where its gradient
     "f_parameters": ("f", "parameters"),
 }
 WARM_UP = 3  # iterations; passes are counted in the last of them
+BRIEF_WARM_UP = 1
 
 
 @dataclass
@@ -125,9 +126,11 @@ class PassesAlone:
 class Watch:
     """Measures the iterations of a run: `start` comes before them, `note` after each."""
 
-    def __init__(self, iterate, processes):
+    def __init__(self, iterate, processes, brief=False):
         self.iterate = iterate
         self.processes = processes
+        self.warm_up = BRIEF_WARM_UP if brief else WARM_UP
+        self.measures_alone = processes == 1 and not brief
         self.result = {}
         self.iterations = []  # seconds of each
         self.alone = []  # seconds of its passes alone
@@ -140,13 +143,13 @@ class Watch:
     def note(self, run, step):
         """step: the number of iterations that are done."""
         seconds = self.read_clock() - self.began
-        if step == WARM_UP:
+        if step == self.warm_up:
             self.result = count(self.passes)
             self.result["rows"] = run.args.batch * run.args.accumulate
             self.result["peak_mb"] = peak_memory_mb()
-        if step > WARM_UP:
+        if step > self.warm_up:
             self.iterations.append(seconds)
-        if step >= WARM_UP and self.processes == 1:
+        if step >= self.warm_up and self.measures_alone:
             self._run_alone(run, step)
         run.method.log.take()  # of the passes alone
         self.passes.clear()
@@ -155,13 +158,13 @@ class Watch:
     def _run_alone(self, run, step):
         began = self.read_clock()
         # its first time fills the caches
-        if step == WARM_UP and not run.args.compile:
+        if step == self.warm_up and not run.args.compile:
             with FlopCounterMode(display=False) as flops:
                 self.passes_alone.run(step - 1)
             self.result["tflop"] = flops.get_total_flops() / 1e12
         else:
             self.passes_alone.run(step - 1)
-        if step > WARM_UP:
+        if step > self.warm_up:
             self.alone.append(self.read_clock() - began)
 
     def read_clock(self):
@@ -239,7 +242,7 @@ def measure(name, processes, extra, options, teacher, folder):
     write to."""
     torch.set_num_threads(options.threads)
     stage = STAGES[name]
-    watch = Watch(stage.module.iterate, processes)
+    watch = Watch(stage.module.iterate, processes, options.brief)
     arguments = [*stage.arguments, *list_arguments(stage, options, teacher, folder), *extra.split()]
     with watch_runs(watch):
         stage.module.main(arguments)
@@ -251,8 +254,9 @@ def measure(name, processes, extra, options, teacher, folder):
 def list_arguments(stage, options, teacher, folder):
     """The command line of a stage; of ADP the pairs are collected, too."""
     prompts = choose_prompts(teacher)
+    warm_up = BRIEF_WARM_UP if options.brief else WARM_UP
     arguments = ["--teacher", teacher, "--out", os.path.join(folder, "run"), "--log-every", "1"]
-    arguments += ["--batch", str(options.batch), "--iterations", str(WARM_UP + options.iterations)]
+    arguments += ["--batch", str(options.batch), "--iterations", str(warm_up + options.iterations)]
     if not options.checkpointing:
         arguments.append("--no-checkpointing")
     if stage.module is adm:

@@ -44,6 +44,12 @@ LABELS = {
     "dmd-600": "the DMD loss, 600 iterations",
     "fast-600": "DMDX at the DMD loss's rate, 600 iterations",
     "projected-600": "ADM `--project`, 600 iterations",
+    "dmd-1500": "the DMD loss, 1,500 iterations",
+    "dmdx-860": "DMDX, 860 iterations",
+    "projected-860": "ADM `--project`, 860 iterations",
+    "dmd-5000": "the DMD loss, 5,000 iterations",
+    "dmdx-2860": "DMDX, 2,860 iterations",
+    "projected-2860": "ADM `--project`, 2,860 iterations",
     "raven": "DMDX, RAVEN's settings",
     "small-dt": "DMDX, dt = T/64",
     "weak-penalty": "DMDX, a tenth of the penalties",
@@ -109,7 +115,7 @@ def format_table(table, entry):
         cells = [format_gain(gains.get(name))] if gains else []
         cells += [f"{statistics.mean(run['gauges'][gauge] for run in runs):.3f}" for gauge in gauges]
         cells += paper.get(name, blank[len(cells) :])
-        lines.append([LABELS.get(name, name), *numbers, f"{minutes:.1f}", *cells])
+        lines.append([LABELS.get(name.removesuffix("-16"), name), *numbers, f"{minutes:.1f}", *cells])
     return format_markdown(lines)
 
 
