@@ -40,12 +40,12 @@ demo: setup
 		--count 6144 --steps 12 --shard 256 --batch 64 --guidance 1.75
 	$(TORCHRUN) adp.py $(TINY) --pairs $(DEMO)/pairs --pixel-backbone assets/tiny-sam.pth --out $(DEMO)/adp \
 		$(SHORT) --batch 32 --iterations 1700 --warmup 1600 --warmup-lr 1.2e-3 --mse 1 \
-		--lr 2e-4 --decay 0.1 --head-lr 1e-3
+		--lr 2e-4 --decay 0.1 --head-lr 1e-3 --save-every 1700
 	$(TORCHRUN) adm.py $(FROM_ADP) --out $(DEMO)/dmd --loss dmd --lr 1e-4
 	$(TORCHRUN) adm.py $(FROM_ADP) --out $(DEMO)/adm --lr 3e-5
 	$(TORCHRUN) evaluate.py $(TINY) --guidance 1.75 --steps 12 --student adp=$(DEMO)/adp \
 		--student dmd=$(DEMO)/dmd --student dmdx=$(DEMO)/adm \
-		--prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics oracle --out $(DEMO)/evaluation \
+		--prompts prompts/shapes_eval.txt --seeds 32 --batch 64 --metrics oracle --out $(DEMO)/evaluation \
 		--json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 
 seeds: setup

@@ -54,7 +54,8 @@ for family in ("sdxl", "sd3", "cogvideox"):
 
 for family in families.FAMILIES:
     options = "--steps 2 --dt 0.25 --iterations 2"
-    RUNS[f"adm {family} fsdp"] = Setting("adm", family, options, "--shard fsdp")
+    for shard in ("ddp", "fsdp"):
+        RUNS[f"adm {family} {shard}"] = Setting("adm", family, options, f"--shard {shard}")
 
 # ----------------------------------------------------------------------------------------------------------
 # Runs

@@ -7,10 +7,11 @@ import sys
 from support.files import ROOT
 
 
-def run_script(words, log, threads):
-    """Runs `python WORDS` in the repository's root, without network, on so many threads; what it prints goes
-    to the open file `log` -> (exit code, resource usage as of os.wait4)."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+def run_script(words, log, threads, **environment):
+    """Runs `python WORDS` in the repository's root, without network, on so many threads and with further
+    variables of the environment; what it prints goes to the open file `log` -> (exit code, resource usage as
+    of os.wait4)."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"} | environment
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log)
     _, status, usage = os.wait4(process.pid, 0)
     return os.waitstatus_to_exitcode(status), usage
