@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import warnings
 
 import torch
 from torch import nn
@@ -27,7 +28,10 @@ class Adapted(nn.Module):
         # rate means the same for all ranks
         targets = list(find_targets(backbone, endings))
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-        backbone.add_adapter(config, name)
+        with warnings.catch_warnings():
+            # that there is more than one adapter is meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            backbone.add_adapter(config, name)
         self.name = name
         self.__dict__["backbone"] = backbone  # not a submodule: its weights are not this network's to train
         self._share_switch(peft.tuners.lora.LoraLayer)

@@ -564,7 +564,7 @@ FAMILIES = {
         "vae_steps": 2500,
         "lr": 1e-3,
         "scenes": 40000,
-        "stages": [{"steps": 4000, "batch": 64}],
+        "stages": [{"steps": 2200, "batch": 64}],
     },
     "sd3": {
         "build": build_sd3,
