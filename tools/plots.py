@@ -83,7 +83,8 @@ def save_plot(groups, title, path):
     for axes, column in zip(curves, ("accuracy", "tv")):
         for method in METHODS:
             draw_curve(axes, groups, method, column)
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlabel("time, in iterations of the DMD loss")
         axes.set_ylabel(column)
     curves[0].legend(fontsize=9)
