@@ -1,7 +1,6 @@
 """Builds and trains the tiny teachers: real diffusers pipelines that draw the world of shapes.
 
     python tiny/train.py --out assets/tiny-sdxl                          # images; 60 minutes on 2 cores
-    python tiny/train.py --family sdxl-16 --out assets/tiny-sdxl-16      # 16 channels; 35 minutes of one core
     python tiny/train.py --family sd3 --out assets/tiny-sd3              # images; 45 minutes of one core
     python tiny/train.py --family cogvideox --out assets/tiny-cogvideox  # videos; 65 minutes of one core
     python tiny/train.py --out random --random                           # random weights, in a second (tests)
@@ -61,15 +60,14 @@ PROMPT_DROPOUT = 0.1  # probability of an empty prompt in training, for guidance
 # ----------------------------------------------------------------------------------------------------------
 
 
-def build_sdxl(channels=4):
-    """A StableDiffusionXLPipeline of the size of a thumbnail: 4x8x8 latents of 32x32 images, or of so many
-    channels."""
+def build_sdxl():
+    """A StableDiffusionXLPipeline of the size of a thumbnail: 4x8x8 latents of 32x32 images."""
     tokenizer = build_tokenizer()
     tokenizer_2 = build_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
+        in_channels=4,
+        out_channels=4,
         block_out_channels=(64, 64),
         layers_per_block=1,
         use_linear_projection=True,
@@ -94,7 +92,7 @@ def build_sdxl(channels=4):
         prediction_type="epsilon",
     )
     return StableDiffusionXLPipeline(
-        vae=build_vae(channels),
+        vae=build_vae(),
         unet=unet,
         scheduler=scheduler,
         tokenizer=tokenizer,
@@ -405,17 +403,6 @@ def borrow(vae):
     vae.quant_conv.bias[:4] += shift
 
 
-def borrow_denoiser(pipe):
-    """Starts a U-Net and its text encoders as the shipped ones, but for the convolutions at the latents."""
-    folder = os.path.join(ROOT, "assets", "tiny-sdxl")
-    shipped = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    for name in ("unet", "text_encoder", "text_encoder_2"):
-        weights = getattr(shipped, name).state_dict()
-        for outer in [key for key in weights if key.startswith(("conv_in", "conv_out"))]:
-            del weights[outer]
-        getattr(pipe, name).load_state_dict(weights, strict=False)
-
-
 @torch.no_grad()
 def inflate(vae):
     """Starts an autoencoder of videos as the shipped one of images, frame by frame.
@@ -556,15 +543,6 @@ FAMILIES = {
         "lr": 2e-3,
         "scenes": 40000,
         "stages": [{"steps": 8000, "batch": 64}],
-    },
-    "sdxl-16": {  # four times the latents, as in SD3's autoencoder, for the same denoiser
-        "build": functools.partial(build_sdxl, channels=16),
-        "call": call_sdxl,
-        "world": shapes.ATTRIBUTES,
-        "vae_steps": 2500,
-        "lr": 1e-3,
-        "scenes": 40000,
-        "stages": [{"steps": 2200, "batch": 64}],
     },
     "sd3": {
         "build": build_sd3,
@@ -748,8 +726,6 @@ def start_pipeline(args, family):
     if args.family == "sd3":
         borrow(pipe.vae)
         return pipe
-    if args.family == "sdxl-16":
-        borrow_denoiser(pipe)
     if args.family == "cogvideox":
         inflate(pipe.vae)
     train_vae(pipe.vae, family["world"], family["vae_steps"], args.seed)

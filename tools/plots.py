@@ -1,7 +1,6 @@
 """The plots of docs/results.md and docs/training.md."""
 
 import math
-import os
 import statistics
 
 from support.files import read_json_lines
@@ -15,10 +14,7 @@ METHODS = {  # (name, colour, cost of an iteration by docs/benchmarks.md, the DM
     "projected": ("ADM --project, rate 1e-4", "C2", 1.75),
 }
 ITERATIONS = 450  # of the demo's runs, whose names have no number
-PLOTS = {  # file: the tables in it, and its title
-    "results.png": (("demo", "600", "1500", "5000"), "One-step students of tiny-sdxl"),
-    "results-16.png": (("16",), "One-step students of tiny-sdxl-16, of four times the latents"),
-}
+TABLES = ("demo", "600", "1500", "5000")  # of docs/results.json, whose runs are comparable
 GAUGES = {
     "loss_f": "loss_f: the fake score's loss",
     "dmd_loss": "dmd_loss: half the squared DMD direction",
@@ -49,24 +45,19 @@ def save_gauges(metrics, path):
     save_figure(figure, path)
 
 
-def save_plots(results, folder):
-    """Writes the PLOTS of which there are results into a folder."""
-    for file, (tables, title) in PLOTS.items():
-        groups = {}
-        for table in tables:
-            groups |= group_runs(results.get(table, {"runs": []}))
-        if groups:
-            save_plot(groups, title, os.path.join(folder, file))
-
-
-def save_plot(groups, title, path):
-    """{name: runs, one a seed}: accuracy against variation in excess of chance, a point a seed; and both
-    against time, the means over the seeds with their standard deviations."""
+def save_plot(results, path):
+    """The runs of TABLES: accuracy against variation in excess of chance, a point a seed; and both against
+    time, the means over the seeds with their standard deviations."""
     import matplotlib.figure
 
+    groups = {}
+    for table in TABLES:
+        groups |= group_runs(results.get(table, {"runs": []}))
+    if not groups:
+        return
     figure = matplotlib.figure.Figure(figsize=(15, 6), layout="constrained")
     plane, *curves = figure.subplots(1, 3)
-    figure.suptitle(f"{title}; the number is of iterations")
+    figure.suptitle("One-step students of tiny-sdxl; the number is of iterations")
     for name, runs in groups.items():
         method, iterations = read_name(name)
         if method in METHODS:
@@ -95,7 +86,7 @@ def save_plot(groups, title, path):
 
 def read_name(name):
     """A run's name -> (its method, its iterations)."""
-    method, _, iterations = name.removesuffix("-16").partition("-")
+    method, _, iterations = name.partition("-")
     return method, int(iterations or ITERATIONS)
 
 

@@ -31,7 +31,7 @@ from metrics.rows import bootstrap_interval, round_values
 from support.arguments import Parser, positive, seed_number
 from support.errors import UserError, launch
 from support.files import ROOT, make_folder, read_json, read_json_lines, write_json
-from tools.plots import save_gauges, save_plots
+from tools.plots import save_gauges, save_plot
 from tools.processes import run_script
 from tools.tables import write_tables
 
@@ -98,17 +98,6 @@ RUNS = {
     "video-start": f"{VIDEO} --iterations 1 --warmup 1",
     "video-adm": f"{VIDEO} --iterations 300 --lr 2e-5",
 }
-
-
-def enlarge(name):
-    """The command of a run for the teacher whose latents have 16 channels, 1,024 numbers instead of 256."""
-    command = RUNS[name].replace("assets/tiny-sdxl", "assets/tiny-sdxl-16")
-    return command.replace("{pairs}", "{pairs-16}").replace("{adp}", "{adp-16}")
-
-
-LARGER = ("pairs", "adp", "dmd-150", "dmd-600", "dmdx-600", "projected-600")
-RUNS |= {f"{name}-16": enlarge(name) for name in LARGER}
-
 SHAPES = "--prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics oracle"
 EVALUATE = f"evaluate.py --teacher assets/tiny-sdxl --guidance 1.75 --steps 12 {SHAPES}"
 SMALL_LPIPS = "--lpips-net random --lpips-size 64"
@@ -116,10 +105,6 @@ SMALL_LPIPS = "--lpips-net random --lpips-size 64"
 TABLES = {
     "demo": (("adp", "dmd", "dmdx"), f"{EVALUATE},lpips {SMALL_LPIPS}"),
     "600": (("adp", "dmd-150", "dmd-600", "dmdx-600", "fast-600", "projected-600"), EVALUATE),
-    "16": (
-        ("adp-16", "dmd-150-16", "dmd-600-16", "dmdx-600-16", "projected-600-16"),
-        EVALUATE.replace("assets/tiny-sdxl", "assets/tiny-sdxl-16"),
-    ),
     "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860"), EVALUATE),
     "5000": (("adp", "dmd-5000", "dmdx-2860", "projected-2860"), EVALUATE),
     "variants": (
@@ -327,7 +312,7 @@ def main():
             shutil.copyfile(os.path.join(out, "table-health/grid.png"), os.path.join(docs, "gallery.png"))
     results = read_json(path) or {}
     texts = write_tables(docs, results)
-    save_plots(results, docs)
+    save_plot(results, os.path.join(docs, "results.png"))
     print(f"written: {', '.join(os.path.join(docs, file) for file in texts)}")
 
 

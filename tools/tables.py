@@ -115,7 +115,7 @@ def format_table(table, entry):
         cells = [format_gain(gains.get(name))] if gains else []
         cells += [f"{statistics.mean(run['gauges'][gauge] for run in runs):.3f}" for gauge in gauges]
         cells += paper.get(name, blank[len(cells) :])
-        lines.append([LABELS.get(name.removesuffix("-16"), name), *numbers, f"{minutes:.1f}", *cells])
+        lines.append([LABELS.get(name, name), *numbers, f"{minutes:.1f}", *cells])
     return format_markdown(lines)
 
 
