@@ -1,4 +1,4 @@
-# make demo        the whole method on a tiny teacher, 16 minutes on two cores; results in runs/demo
+# make demo        the whole method on a tiny teacher, 14 minutes on two cores; results in runs/demo
 # make seeds       its runs with three seeds, an hour of CPU: docs/results.json, docs/results.md
 # make demo-sd3    a four-step student of tiny-sd3, 6 minutes: report.json and samples/ in runs/demo-sd3
 # make demo-video  an eight-step student of tiny-cogvideox, 6 minutes: runs/demo-video
@@ -45,7 +45,7 @@ demo: setup
 	$(TORCHRUN) adm.py $(FROM_ADP) --out $(DEMO)/adm --lr 3e-5
 	$(TORCHRUN) evaluate.py $(TINY) --guidance 1.75 --steps 12 --student adp=$(DEMO)/adp \
 		--student dmd=$(DEMO)/dmd --student dmdx=$(DEMO)/adm \
-		--prompts prompts/shapes_eval.txt --seeds 32 --batch 64 --metrics oracle --out $(DEMO)/evaluation \
+		--prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics oracle --out $(DEMO)/evaluation \
 		--json $(DEMO)/report.json --grid $(DEMO)/grid.png --since $$(cat $(DEMO)/since)
 
 seeds: setup
