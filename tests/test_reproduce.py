@@ -147,6 +147,7 @@ def make_entry():
     runs = []
     for seed, accuracy in enumerate((0.7, 0.8)):
         record = {"seed": seed, "date": "2026-01-02", "commit": "0123456789", "machine": "2 x CPU"}
+        record["command"] = f"adm.py --iterations 450 --seed {seed}"
         runs.append({"name": "dmdx", **record, "cpu_seconds": 90, "row": make_row(accuracy, 0.1 * seed)})
     teacher = make_row(0.97, 0.0) | {"nfe": 50, "prompts": 64, "samples": 4096}
     return {"teacher": teacher, "runs": runs}

@@ -243,7 +243,9 @@ def measure(name, processes, extra, options, teacher, folder):
     torch.set_num_threads(options.threads)
     stage = STAGES[name]
     watch = Watch(stage.module.iterate, processes, options.brief)
-    arguments = [*stage.arguments, *list_arguments(stage, options, teacher, folder), *extra.split()]
+    iterations = watch.warm_up + options.iterations
+    arguments = list_arguments(stage, options, iterations, teacher, folder)
+    arguments = [*stage.arguments, *arguments, *extra.split()]
     with watch_runs(watch):
         stage.module.main(arguments)
     result = watch.finish()
@@ -251,12 +253,11 @@ def measure(name, processes, extra, options, teacher, folder):
     return result, complaints
 
 
-def list_arguments(stage, options, teacher, folder):
+def list_arguments(stage, options, iterations, teacher, folder):
     """The command line of a stage; of ADP the pairs are collected, too."""
     prompts = choose_prompts(teacher)
-    warm_up = BRIEF_WARM_UP if options.brief else WARM_UP
     arguments = ["--teacher", teacher, "--out", os.path.join(folder, "run"), "--log-every", "1"]
-    arguments += ["--batch", str(options.batch), "--iterations", str(warm_up + options.iterations)]
+    arguments += ["--batch", str(options.batch), "--iterations", str(iterations)]
     if not options.checkpointing:
         arguments.append("--no-checkpointing")
     if stage.module is adm:

@@ -1,6 +1,7 @@
 """The plots of docs/results.md and docs/training.md."""
 
 import math
+import shlex
 import statistics
 
 from support.files import read_json_lines
@@ -13,7 +14,6 @@ METHODS = {  # (name, colour, cost of an iteration by docs/benchmarks.md, the DM
     "fast": ("ADM, rate 1e-4", "C1", 1.75),
     "projected": ("ADM --project, rate 1e-4", "C2", 1.75),
 }
-ITERATIONS = 450  # of the demo's runs, whose names have no number
 TABLES = ("demo", "600", "1500", "5000")  # of docs/results.json, whose runs are comparable
 GAUGES = {
     "loss_f": "loss_f: the fake score's loss",
@@ -58,13 +58,12 @@ def save_plot(results, path):
     figure = matplotlib.figure.Figure(figsize=(15, 6), layout="constrained")
     plane, *curves = figure.subplots(1, 3)
     figure.suptitle("One-step students of tiny-sdxl; the number is of iterations")
-    for name, runs in groups.items():
-        method, iterations = read_name(name)
+    for runs in groups.values():
+        method, iterations = read_run(runs[0])
+        label, colour = "ADP, where all start", "black"
         if method in METHODS:
-            label, colour, _ = METHODS[method]
-            label = f"{label} {iterations}"
-        else:
-            label, colour = "ADP, where all start", "black"
+            title, colour, _ = METHODS[method]
+            label = f"{title} {iterations}"
         tv = [run["row"]["tv"] for run in runs]
         accuracy = [run["row"]["accuracy"] for run in runs]
         plane.scatter(tv, accuracy, s=math.sqrt(iterations), color=colour, alpha=0.6, label=label)
@@ -84,18 +83,18 @@ def save_plot(results, path):
     save_figure(figure, path)
 
 
-def read_name(name):
-    """A run's name -> (its method, its iterations)."""
-    method, _, iterations = name.partition("-")
-    return method, int(iterations or ITERATIONS)
+def read_run(run):
+    """A run of results.json -> (its method, its iterations)."""
+    words = shlex.split(run["command"])
+    return run["name"].partition("-")[0], int(words[words.index("--iterations") + 1])
 
 
 def draw_curve(axes, groups, method, column):
     """A column of a method's runs, mean and standard deviation over the seeds, against their time."""
     title, colour, cost = METHODS[method]
     points = []
-    for name, runs in groups.items():
-        own, iterations = read_name(name)
+    for runs in groups.values():
+        own, iterations = read_run(runs[0])
         if own == method:
             values = [run["row"][column] for run in runs]
             spread = statistics.stdev(values) if len(values) > 1 else 0

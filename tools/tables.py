@@ -39,22 +39,17 @@ LABELS = {
     "B2": "B2, DMD loss without ADP",
     "dmd": "ADP, then the DMD loss (B3)",
     "dmdx": "ADP, then ADM: DMDX (B4)",
-    "dmdx-600": "DMDX, 600 iterations",
-    "dmd-150": "the DMD loss, 150 iterations",
-    "dmd-600": "the DMD loss, 600 iterations",
-    "fast-600": "DMDX at the DMD loss's rate, 600 iterations",
-    "projected-600": "ADM `--project`, 600 iterations",
-    "dmd-1500": "the DMD loss, 1,500 iterations",
-    "dmdx-860": "DMDX, 860 iterations",
-    "projected-860": "ADM `--project`, 860 iterations",
-    "dmd-5000": "the DMD loss, 5,000 iterations",
-    "dmdx-2860": "DMDX, 2,860 iterations",
-    "projected-2860": "ADM `--project`, 2,860 iterations",
     "raven": "DMDX, RAVEN's settings",
     "small-dt": "DMDX, dt = T/64",
     "weak-penalty": "DMDX, a tenth of the penalties",
     "guided": "DMDX, guidance 2.8 where the pairs have 1.75",
     "projected-ttur-2": "`--project`, two updates of f and D",
+}
+METHODS = {  # of the runs whose names end with their iterations
+    "dmd": "the DMD loss",
+    "dmdx": "DMDX",
+    "fast": "DMDX at the DMD loss's rate",
+    "projected": "ADM `--project`",
 }
 
 
@@ -115,8 +110,16 @@ def format_table(table, entry):
         cells = [format_gain(gains.get(name))] if gains else []
         cells += [f"{statistics.mean(run['gauges'][gauge] for run in runs):.3f}" for gauge in gauges]
         cells += paper.get(name, blank[len(cells) :])
-        lines.append([LABELS.get(name, name), *numbers, f"{minutes:.1f}", *cells])
+        lines.append([label_run(name), *numbers, f"{minutes:.1f}", *cells])
     return format_markdown(lines)
+
+
+def label_run(name):
+    """A run's name -> what a table calls it."""
+    method, _, iterations = name.partition("-")
+    if method in METHODS and iterations.isdecimal():
+        return f"{METHODS[method]}, {int(iterations):,} iterations"
+    return LABELS.get(name, name)
 
 
 def format_numbers(rows, columns, attributes):
