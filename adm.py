@@ -61,7 +61,7 @@ class ADM:
         self.prompts = prompts
         self.log = Means()  # log(name=x) notes x for metrics.jsonl, and returns it
         self.dt = args.dt * T
-        self.student, folder = common.start_student(args.init, teacher, args.steps)
+        self.student, folder = common.start_student(args.init, teacher, args.steps, args.first_time)
         self.G = teacher.trainable(args, "student", folder)
         self.f = teacher.trainable(args, "fake")
         self.heads = teacher.make_heads(args.head_width) if args.loss == "adm" else None
@@ -97,8 +97,9 @@ class ADM:
         """Line 3: x_t = alpha_t x0_hat + sigma_t eps, t ~ U(dt, T] -> (x_t, t), differentiable in theta."""
         if torch.is_grad_enabled() and not b.x0_hat.requires_grad:
             self.generate(b)  # --accumulate: line 1 kept no graph
-        t = T - b.rows.uniform() * (T - self.dt)  # paper silent: shared sample: line 2's, new t and eps
-        eps = b.rows.normal_like(b.x0_hat)
+        low, high = self.args.t_range  # dt / T and 1, if --t-range says no other
+        t = (high - b.rows.uniform() * (high - low)) * T
+        eps = b.rows.normal_like(b.x0_hat)  # paper silent: shared sample: line 2's, new t and eps
         return self.teacher.diffuse(b.x0_hat, eps, t), t
 
     def generator_loss(self, b):
@@ -207,10 +208,9 @@ def main(argv=None):
     teacher = common.load_training_teacher(args, start_processes(args.seed))
     teacher.check(prompts)
     adm = ADM(args, teacher, prompts)
-    rates = {adm.opt_G: args.lr, adm.opt_f: args.fake_lr, adm.opt_heads: args.head_lr}
     run = Run("adm", args, adm, make_held_out(args, adm))
     for step in run.iterations():
-        set_lr(args, step, rates)
+        set_lr(args, step, {adm.opt_G: args.lr, adm.opt_f: args.fake_lr, adm.opt_heads: args.head_lr})
         iterate(adm, step, minimise)
         run.log(step + 1)
         run.finish(step + 1, prompts)

@@ -84,7 +84,7 @@ class ADP:
         b.cond = self.teacher.encode(b.prompts)
         x_T, x_0, _ = self.pairs.batch(b.numbers)
         x_T, b.x_0 = x_T.to(self.teacher.device), x_0.to(self.teacher.device)
-        t = (1 - b.rows.uniform() ** 3) * T
+        t = (1 - b.rows.uniform() ** self.args.time_power) * T
         x_t = self.student.diffuse(b.x_0, x_T, t)
         velocity = self.student.velocity(self.G_train, x_t, t, b.cond)
         error = F.mse_loss(velocity, x_T - b.x_0)

@@ -204,12 +204,13 @@ class Teacher:
         timesteps = space_timesteps(self.pipe.scheduler.config, steps)
         return [*(timestep + 1.0 for timestep in timesteps), 0.0]
 
-    def student_times(self, steps):
+    def student_times(self, steps, first=T):
         """The times of a student of so many steps.
 
         paper silent: student times: equidistant from T downwards, as DMD2's (999, 749, 499, 249 for four
-        steps); whole numbers, since the network knows no others."""
-        return [T - i * int(T) // steps for i in range(steps)]
+        steps); whole numbers, since the network knows no others. DMD2's single step is from 399."""
+        first = round(first)
+        return [first - i * first // steps for i in range(steps)]
 
     @torch.no_grad()
     def sample(self, x_T, cond, steps, scale):
@@ -434,8 +435,8 @@ class FlowTeacher(Teacher):
         # diffusers' default shifts the last step twice, as its sigma_min is shifted already: another level
         return [*self.student_times(steps), 0.0]
 
-    def student_times(self, steps):
-        return [T * (1 - i / steps) for i in range(steps)]
+    def student_times(self, steps, first=T):
+        return [first * (1 - i / steps) for i in range(steps)]
 
     def student_scheduler(self, steps):
         times = torch.tensor(self.student_times(steps), dtype=torch.float64)
@@ -663,14 +664,20 @@ class Student:
     parametrisation "velocity" (after ADP): predicts v = x_T - x_0 on the straight path
     x_t = (1 - t/T) x_0 + (t/T) x_T."""
 
-    def __init__(self, teacher, parametrisation, steps, guidance=None):
+    def __init__(self, teacher, parametrisation, steps, guidance=None, first_time=None):
         """guidance: what its network is told, where it is told any; default the teacher's
-        student_guidance."""
+        student_guidance. first_time: in units of T, default 1. UserError for another on a straight path."""
         self.teacher = teacher
         self.parametrisation = parametrisation
         self.steps = steps
         self.guidance = guidance or teacher.student_guidance
-        self.times = teacher.student_times(steps)
+        self.first_time = first_time or 1.0
+        if self.first_time < 1 and (parametrisation == "velocity" or teacher.prediction == "flow"):
+            raise UserError(
+                "--first-time is for students that predict noise or v: "
+                "on a straight path x_t has the size of pure noise at t = T alone"
+            )
+        self.times = teacher.student_times(steps, self.first_time * T)
 
     def diffuse(self, x_0, eps, t):
         """x_0 and noise -> the input at times t [B]."""
@@ -738,17 +745,17 @@ class Student:
         return make_velocity_scheduler()
 
 
-def start_student(init, teacher, steps=None):
+def start_student(init, teacher, steps=None, first_time=None):
     """The student that training starts from -> (Student, folder of its weights). Without init the folder is
     None: weights and parametrisation are the teacher's."""
     if init is None:
-        return Student(teacher, "teacher", steps or teacher.student_steps), None
-    folder, student, _ = open_student(init, teacher, steps)
+        return Student(teacher, "teacher", steps or teacher.student_steps, None, first_time), None
+    folder, student, _ = open_student(init, teacher, steps, first_time)
     student.guidance = teacher.student_guidance  # --student-guidance, by default the checkpoint's own
     return student, folder
 
 
-def open_student(path, teacher, steps=None):
+def open_student(path, teacher, steps=None, first_time=None):
     """A checkpoint -> (its folder, Student, meta). UserError for a student of another teacher."""
     folder, meta = find_checkpoint(path, "student")
     if meta["fingerprint"] != teacher.fingerprint:
@@ -756,7 +763,9 @@ def open_student(path, teacher, steps=None):
         own = name_both(teacher.path, teacher.lora)
         raise UserError(f"the checkpoint {folder} was distilled from {source}, not from {own}")
     guidance = meta["arguments"].get("student_guidance")
-    return folder, Student(teacher, meta["parametrisation"], steps or meta["steps"], guidance), meta
+    steps = steps or meta["steps"]
+    first_time = first_time or meta.get("first_time")
+    return folder, Student(teacher, meta["parametrisation"], steps, guidance, first_time), meta
 
 
 def load_student(path, teacher):

@@ -117,6 +117,7 @@ head_width = number(int, "a multiple of 32", lambda value: value > 0 and value %
 non_negative = number(float, "at least 0", lambda value: 0 <= value < math.inf)
 above_zero = number(float, "above 0", lambda value: 0 < value < math.inf)
 share = number(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
+part = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -218,6 +219,8 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add("--init", "checkpoint of adp.py or adm.py to start from", shown="the teacher")
     shown = f"those of --init, else the paper's: {parser.default_of('student_steps')}"
     add("--steps", "steps of the student", type=sampler_steps, shown=shown)
+    first = "the student's first time, in units of T, where it predicts noise or v; DMD2's one step: 0.4"
+    add("--first-time", first, type=part, shown="that of --init, else 1")
     add("--loss", "what moves the student", choices=list(losses), default="adm")
     # paper silent: guidance: DMD2's 8 for SDXL, the pipelines' own defaults for the others
     shown = parser.default_of("adm_guidance")
@@ -225,6 +228,8 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add_negative_prompt(parser, "method")
     # paper silent: dt: what peers take; the two classes of the discriminator differ by about dt
     add("--dt", "length of the ODE step, in units of T", type=fraction, default="1/64")
+    t_range = "lowest and highest time of the student's loss, in units of T; DMD2: 0.02 0.98"
+    add("--t-range", t_range, type=part, nargs=2, metavar=("LOW", "HIGH"), shown="dt and 1")
     ttur = "updates of fake score and discriminator for one of the student"
     add("--ttur", ttur, type=positive, default=1)  # paper
     r1 = "weight of D's gradient penalty on real samples, times dt and the size of a latent"
@@ -238,7 +243,12 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add("--warmup", warmup, type=whole, default=0)
     add_training_arguments(parser)
     add_learning_rates(parser, ADM_RATES)
-    return parse_training_arguments(parser, argv, ADM_RATES)
+    args = parse_training_arguments(parser, argv, ADM_RATES)
+    low, high = args.t_range or (args.dt, 1.0)
+    if low >= high or high <= args.dt:
+        parser.error(f"--t-range: HIGH must be above LOW and above --dt, not {high:g}")
+    args.t_range = max(low, args.dt), high  # x_fake and x_real are dt below
+    return args
 
 
 def parse_adp_arguments(doc, argv, teachers, families):
@@ -259,6 +269,8 @@ def parse_adp_arguments(doc, argv, teachers, families):
     )
     shown = "500, and 0 for a teacher that predicts velocity"
     add("--warmup", warmup, type=whole, shown=shown)
+    power = "of 1 - t/T in u, which is uniform: 3 is the paper's; 1, uniform times, rectified flow's"
+    add("--time-power", power, type=above_zero, default=3.0)  # paper
     mse = "weight of the velocity's squared error after the warm-up"
     add("--mse", mse, type=non_negative, default=0.0)
     add_training_arguments(parser)

@@ -52,7 +52,7 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # What a run is: with another value it is another run
 IDENTITY = ("stage", "fingerprint", "resolution", "frames", "parametrisation", "steps")
-IDENTITY_ARGUMENTS = ("loss", "init", "seed", "lora", "lora_targets", "head_width")
+IDENTITY_ARGUMENTS = ("loss", "init", "first_time", "seed", "lora", "lora_targets", "head_width")
 # What does not change the numbers, or is compared as part of the above
 FREE = (
     "teacher",
@@ -109,6 +109,7 @@ class Run:
             "negative_prompt": self.teacher.null_prompt,
             "parametrisation": self.student.parametrisation,
             "steps": self.student.steps,
+            "first_time": self.student.first_time,
             "data": describe_data(method),
             "processes": world_size(),
             "arguments": vars(args),

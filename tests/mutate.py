@@ -91,13 +91,18 @@ TABLE = {
         # line 3
         (
             "line 3's times are line 2's",
-            "t = T - b.rows.uniform() * (T - self.dt)",
+            "t = (high - b.rows.uniform() * (high - low)) * T",
             "t = b.rows.uniform() * T",
         ),
         (
+            "line 3's times from T",
+            "t = (high - b.rows.uniform() * (high - low)) * T",
+            "t = (1 - b.rows.uniform() * (1 - low)) * T",
+        ),
+        (
             "line 3's times without dt",
-            "t = T - b.rows.uniform() * (T - self.dt)",
-            "t = T - b.rows.uniform() * T",
+            "t = (high - b.rows.uniform() * (high - low)) * T",
+            "t = (high - b.rows.uniform() * high) * T",
         ),
         (
             "line 3's sample without a graph",
@@ -254,10 +259,10 @@ TABLE = {
         ("pairs the wrong way round", "x_T, x_0, _ = self.pairs", "x_0, x_T, _ = self.pairs"),
         (
             "ADP's times biased to data",
-            "t = (1 - b.rows.uniform() ** 3) * T",
-            "t = b.rows.uniform() ** 3 * T",
+            "t = (1 - b.rows.uniform() ** self.args.time_power) * T",
+            "t = b.rows.uniform() ** self.args.time_power * T",
         ),
-        ("ADP's times squared", "b.rows.uniform() ** 3", "b.rows.uniform() ** 2"),
+        ("ADP's times squared", "b.rows.uniform() ** self.args.time_power", "b.rows.uniform() ** 2"),
         (
             "ADP's path the wrong way round",
             "self.student.diffuse(b.x_0, x_T, t)",
@@ -424,8 +429,8 @@ TABLE = {
         ),
         # times
         ("sampler's times off by one", "timestep + 1.0 for", "timestep + 0.0 for"),
-        ("student's times not from T", "[T - i * int(T) // steps", "[T - (i + 0.5) * int(T) // steps"),
-        ("SD3's student's times", "[T * (1 - i / steps)", "[T * (1 - i / (steps + 1))"),
+        ("student's times not from T", "[first - i * first // steps", "[first - (i + 0.5) * first // steps"),
+        ("SD3's student's times", "[first * (1 - i / steps)", "[first * (1 - i / (steps + 1))"),
         # conditions, maps and pixels
         (
             "the null prompt is a word",

@@ -157,7 +157,8 @@ class NaiveADM:
 
         loss_G = 0
         for rows in parts:
-            rows.t = T - rows.uniform() * (T - args.dt * T)
+            last = args.t_range[1] * T
+            rows.t = last - rows.uniform() * (last - max(args.dt, args.t_range[0]) * T)
             x_t = diffuse(teacher, rows.x_0, rows.normal(*teacher.latent_shape), rows.t)
             raw = network_output(teacher, self.f.net, x_t, rows.t, rows.cond)
             fake_0, fake_eps = both_predictions(teacher, raw, x_t, rows.t)
@@ -235,7 +236,7 @@ class NaiveADP:
             x_T, rows.x_0, prompts = self.pairs.batch(rows.integers(len(self.pairs)))
             rows.cond = teacher.encode(prompts)
             u = rows.uniform()
-            t = (1 - u * u * u) * T
+            t = (1 - (u if args.time_power == 1 else u * u * u)) * T
             r = over(t / T, x_T)
             x_t = (1 - r) * rows.x_0 + r * x_T
             velocity = teacher.call(self.G.net, x_t, t, rows.cond)

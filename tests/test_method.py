@@ -77,6 +77,8 @@ ADM_CASES = (
     ("sdxl", "--steps 2 --loss dmd --ttur 2"),
     ("sdxl", "--steps 2 --clip 0.05"),
     ("sdxl", "--steps 2 --project --accumulate 2 --dt 1/8"),
+    ("sdxl", "--steps 2 --first-time 0.4 --t-range 0.3 0.6"),
+    ("sdxl", "--steps 1 --loss dmd --first-time 0.4 --dt 0.2 --t-range 0.02 0.5"),
     ("sd3", "--steps 2 --guidance 5"),
     ("sd3", "--steps 4 --loss dmd --accumulate 2"),
     ("sd3", "--steps 1 --project"),
@@ -130,6 +132,7 @@ def test_a_dynamic_shift_is_a_schedule_as_any_other(prompts_file):
 
 ADP_CASES = (
     ("sdxl", "--warmup 1"),
+    ("sdxl", "--warmup 1 --lambda-pixel 0 --time-power 1"),
     ("sdxl", "--warmup 0 --mse 0.7 --accumulate 2 --lambda-latent 0.3 --lambda-pixel 0.7"),
     ("sd3", "--warmup 1 --lambda-pixel 0"),
     ("cogvideox", "--warmup 0 --lambda-pixel 0"),

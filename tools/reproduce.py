@@ -59,10 +59,13 @@ RUNS = {
     "adp": f"{ADP} {WITH_SAM}",
     # the paper's names of its ablations
     "A1": f"{ADP} --lambda-pixel 0 --warmup 1700",
+    "A1-uniform": f"{ADP} --lambda-pixel 0 --warmup 1700 --time-power 1",
     "A3": f"{ADP} {WITH_SAM} --lambda-latent 0.7 --lambda-pixel 0.3",
     "A4": f"{ADP} --lambda-latent 1 --lambda-pixel 0 --warmup 1600",
     "B1": f"{ALONE} --lr 3e-5",
     "B2": f"{ALONE} --lr 1e-4 --loss dmd",
+    "B1-400": f"{ALONE} --lr 3e-5 --first-time 0.4",
+    "B2-400": f"{ALONE} --lr 1e-4 --loss dmd --first-time 0.4",
     "dmd": f"{DEMO} --lr 1e-4 --loss dmd",
     "dmdx": f"{DEMO} --lr 3e-5",
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
@@ -80,7 +83,9 @@ RUNS = {
     "projected-2860": f"{LONG} --iterations 2860 --lr 1e-4 --project",
     # what else ADM could be trained with
     "fast-600": f"{TRIAL} --lr 1e-4",
-    "raven": f"{TRIAL} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98",
+    "raven": f"{TRIAL} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98"
+    " --t-range 0.02 0.98",
+    "dmd-range": f"{TRIAL} --lr 1e-4 --loss dmd --t-range 0.02 0.98",
     "small-dt": f"{TRIAL} --lr 3e-5 --dt 1/64",
     "weak-penalty": f"{TRIAL} --lr 3e-5 --r1 0.003 --r2 0.003",
     "guided": f"{TRIAL} --lr 3e-5 --guidance 2.8",
@@ -108,10 +113,16 @@ TABLES = {
     "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860"), EVALUATE),
     "5000": (("adp", "dmd-5000", "dmdx-2860", "projected-2860"), EVALUATE),
     "variants": (
-        ("dmdx-600", "raven", "small-dt", "weak-penalty", "guided", "projected-ttur-2"),
+        (
+            *("dmdx-600", "raven", "small-dt", "weak-penalty", "guided", "projected-600", "projected-ttur-2"),
+            *("dmd-600", "dmd-range"),
+        ),
         EVALUATE,
     ),
-    "pipeline": (("A1", "A3", "A4", "adp", "B1", "B2", "dmd", "dmdx"), EVALUATE),
+    "pipeline": (
+        ("A1", "A1-uniform", "A3", "A4", "adp", "B1", "B1-400", "B2", "B2-400", "dmd", "dmdx"),
+        EVALUATE,
+    ),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
     "health": (
         ("healthy", "slow-f", "slow-D", "fast-student", "no-penalty", "guidance-12"),
