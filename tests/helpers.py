@@ -115,9 +115,10 @@ def make_method(stage, words):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder, teacher, parametrisation="teacher", steps=1, state=None, layers=None):
+def save_checkpoint(folder, teacher, parametrisation="teacher", steps=1, state=None, layers=None, first=1.0):
     """A step folder as training leaves it -> its path. state: the student's, by default the teacher's;
-    layers: of its adapter. Where students are told their guidance, this one is told 2."""
+    layers: of its adapter; first: its first time. Where students are told their guidance, this one is told
+    2."""
     state = state or teacher.network().state_dict()
     save_network(teacher.denoiser, state, os.path.join(folder, "student"))
     os.makedirs(os.path.join(folder, "state"), exist_ok=True)
@@ -126,6 +127,7 @@ def save_checkpoint(folder, teacher, parametrisation="teacher", steps=1, state=N
     meta = {"teacher": teacher.path, "fingerprint": teacher.fingerprint}
     meta |= {"resolution": teacher.resolution, "frames": teacher.frames}
     meta |= {"parametrisation": parametrisation, "steps": steps, "step": 1, "stage": "adm"}
+    meta["first_time"] = first
     meta["arguments"] = {"student_guidance": 2.0} if teacher.embeds_guidance else {}
     write_sealed(os.path.join(folder, "meta.json"), meta | {"files": describe_files(folder)})
     return str(folder)

@@ -428,6 +428,8 @@ TABLE = {
             "return self.diffuse(eps_hat, x0_hat, s)",
         ),
         # times
+        ("a student's first time forgotten", 'first_time or meta.get("first_time")', "first_time"),
+        ("a student's first time is T", "steps, self.first_time * T)", "steps)"),
         ("sampler's times off by one", "timestep + 1.0 for", "timestep + 0.0 for"),
         ("student's times not from T", "[first - i * first // steps", "[first - (i + 0.5) * first // steps"),
         ("SD3's student's times", "[first * (1 - i / steps)", "[first * (1 - i / (steps + 1))"),

@@ -164,6 +164,12 @@ CASES = (
     (f"{WITH_PROMPTS} --lr -1", "argument --lr: must be at least 0"),
     (f"{WITH_PROMPTS} --lr nan", "argument --lr: must be at least 0"),
     (f"{WITH_PROMPTS} --dt 0", "--dt: must be between 0 and 1, not 0"),
+    (f"{WITH_PROMPTS} --first-time 0", "--first-time: must be above 0 and at most 1, not 0"),
+    (f"{WITH_PROMPTS} --t-range 0.6 0.5", "--t-range: HIGH must be above LOW and above --dt, not 0.5"),
+    (
+        f"{WITH_PROMPTS} --dt 1/8 --t-range 0.02 0.1",
+        "--t-range: HIGH must be above LOW and above --dt, not 0.1",
+    ),
 )
 
 

@@ -11,6 +11,7 @@ import adp
 import common
 import helpers
 from common import T
+from support.errors import UserError
 from support.pairs import Pairs
 from support.prompts import read_prompts
 from support.rows import Rows, draw_rows
@@ -265,6 +266,13 @@ STUDENT_TIMES = (
 @pytest.mark.parametrize("steps, times", STUDENT_TIMES)
 def test_student_times(steps, times):
     assert common.Student(make_schedule(SDXL), "teacher", steps).times == times
+
+
+@pytest.mark.parametrize("prediction, parametrisation", (("epsilon", "velocity"), ("flow", "teacher")))
+def test_a_straight_path_begins_at_T(prediction, parametrisation):
+    teacher = SimpleNamespace(prediction=prediction, student_guidance=None)
+    with pytest.raises(UserError, match="on a straight path x_t has the size of pure noise at t = T alone"):
+        common.Student(teacher, parametrisation, 1, first_time=0.4)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from tiny import train
 
 RANK = 3
 IMPORTS = "import torch; from diffusers import DiffusionPipeline"
-EXPORTS = {  # the exported folder's name: (family, parametrisation, steps, precision, resolution, frames)
+# the exported folder's name: (family, parametrisation, steps, precision, resolution, frames), and the first
+# time of a student that does not begin at T
+EXPORTS = {
     "plain": ("sdxl", "teacher", 1, "fp32", (32, 32), None),
     "with spaces": ("sdxl", "teacher", 38, "fp32", (48, 32), None),  # LCMScheduler's own times are others
     'double "quote"': ("sdxl", "velocity", 1, "bf16", (32, 48), None),
@@ -26,6 +28,7 @@ EXPORTS = {  # the exported folder's name: (family, parametrisation, steps, prec
     "Zürich": ("cogvideox", "velocity", 1, "fp32", (32, 32), 9),
     "sub/folder.v1": ("cogvideox", "teacher", 4, "bf16", (24, 32), 9),
     "sd": ("stable-diffusion", "teacher", 2, "fp32", (32, 48), None),
+    "sd from 0.4 T": ("stable-diffusion", "teacher", 1, "fp32", (32, 32), None, 0.4),
     "wan": ("wan", "teacher", 2, "fp32", (32, 48), 5),
     "wan, velocity": ("wan", "velocity", 1, "fp32", (32, 32), 5),
     "z-image": ("z-image", "teacher", 2, "fp32", (48, 32), None),
@@ -70,10 +73,10 @@ def run_sample(*words):
 
 def export(teachers, folder, name):
     """A case of EXPORTS -> (the lines that draw with it, its student, the student's network)."""
-    family, parametrisation, steps, precision, resolution, frames = EXPORTS[name]
+    family, parametrisation, steps, precision, resolution, frames, *first = EXPORTS[name]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     teacher = common.load_teacher(teachers[family], helpers.CPU, dtype, resolution, frames)
-    checkpoint = helpers.save_checkpoint(folder / "run", teacher, parametrisation, steps)
+    checkpoint = helpers.save_checkpoint(folder / "run", teacher, parametrisation, steps, None, None, *first)
     place = str(folder / "exported" / name)
     printed = run_sample("--student", checkpoint, "--export", f"{place}/", "--precision", precision)
     assert printed[-2] == IMPORTS

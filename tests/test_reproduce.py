@@ -64,7 +64,7 @@ def test_runs_come_after_those_that_they_need():
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Commands are noted, not run -> the list of their words."""
+    """Commands are noted, not run, and leave checkpoints of iteration 4 -> the list of their words."""
     noted = []
 
     def run_command(words, log):
@@ -72,6 +72,7 @@ def commands(monkeypatch):
         return {"commit": "abc", "machine": "here", "date": "2026-01-01", "cpu_seconds": 60}
 
     monkeypatch.setattr(reproduce, "run_command", run_command)
+    monkeypatch.setattr(reproduce, "find_checkpoint", lambda *_: ("step_000004", {"step": 4}))
     return noted
 
 
@@ -89,6 +90,15 @@ def test_what_is_complete_is_not_run_again(tmp_path, commands):
     assert record["command"].startswith("adm.py --teacher assets/tiny-sdxl --seed 0")
     assert f"--init {tmp_path}/adp-0" in record["command"]
     assert record["cpu_seconds"] == 60
+
+
+def test_what_a_signal_ended_is_not_complete(tmp_path, commands):
+    """Its command ends with 0, but at iteration 4 of 1700."""
+    runs = reproduce.Runs(str(tmp_path), False)
+    runs.make("pairs", 0)
+    with pytest.raises(UserError, match="adp-0 was stopped at iteration 4: start again to go on"):
+        runs.make("adp", 0)
+    assert runs.read("adp", 0) is None
 
 
 def test_a_command_that_fails_is_named_with_its_output(tmp_path):

@@ -119,6 +119,17 @@ def test_checkpoint_says_what_it_holds(finished, teacher):
     assert sorted(os.listdir(finished / "samples")) == [f"{step}.png" for step in steps]
 
 
+def test_a_student_keeps_its_first_time(teacher, dmd, tmp_path):
+    """As DMD2's one step: it is the checkpoint's own, also for those that start from it, unless told."""
+    adm.main(dmd(tmp_path, "--first-time 0.4 --iterations 1"))
+    _, student, _ = common.open_student(str(tmp_path), teacher)
+    assert student.times == [400, 200]
+    assert common.start_student(str(tmp_path), teacher)[0].times == [400, 200]
+    assert common.start_student(str(tmp_path), teacher, 1, 1.0)[0].times == [1000]
+    with pytest.raises(UserError, match="cannot be resumed: its --first-time is 0.4, not None"):
+        adm.main(dmd(tmp_path, "--iterations 2 --resume"))
+
+
 def flip_a_byte(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -85,8 +85,13 @@ def save_plot(results, path):
 
 def read_run(run):
     """A run of results.json -> (its method, its iterations)."""
-    words = shlex.split(run["command"])
-    return run["name"].partition("-")[0], int(words[words.index("--iterations") + 1])
+    return run["name"].partition("-")[0], read_iterations(shlex.split(run["command"]))
+
+
+def read_iterations(words):
+    """The words of a training command -> its iterations: the last --iterations, as argparse has it."""
+    counts = [int(word) for option, word in zip(words, words[1:]) if option == "--iterations"]
+    return counts[-1]
 
 
 def draw_curve(axes, groups, method, column):

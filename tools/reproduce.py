@@ -29,9 +29,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from metrics.report import read_commit
 from metrics.rows import bootstrap_interval, round_values
 from support.arguments import Parser, positive, seed_number
+from support.checkpoints import find_checkpoint
 from support.errors import UserError, launch
 from support.files import ROOT, make_folder, read_json, read_json_lines, write_json
-from tools.plots import save_gauges, save_plot
+from tools.plots import read_iterations, save_gauges, save_plot
 from tools.processes import run_script
 from tools.tables import write_tables
 
@@ -196,10 +197,17 @@ class Runs:
         return read_json(self.folder(name, seed) + ".json")
 
     def make(self, name, seed):
-        """Runs one, or goes on with it. UserError where it fails."""
+        """Runs one, or goes on with it. UserError where it fails, or is told to end before its time."""
         words = self.command(name, seed)
-        resume = [] if words[0] == "collect_ode.py" else ["--resume"]
+        trains = words[0] != "collect_ode.py"
+        resume = ["--resume"] if trains else []
         record = run_command([*words, *resume], self.folder(name, seed) + ".log")
+        if trains:
+            _, meta = find_checkpoint(self.folder(name, seed), "student")
+            if meta["step"] < read_iterations(words):  # after a signal a stage saves, and ends with 0
+                raise UserError(
+                    f"{name}-{seed} was stopped at iteration {meta['step']}: start again to go on"
+                )
         write_json(self.folder(name, seed) + ".json", record | {"command": shlex.join(words), "seed": seed})
 
     def make_all(self, runs, jobs):
