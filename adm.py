@@ -25,12 +25,12 @@ from common import T, hinge_discriminator, hinge_generator
 from metrics.held_out import make_held_out
 from support.arguments import parse_adm_arguments
 from support.errors import launch
-from support.parallel import freeze, start_processes, sync_gradients
+from support.parallel import freeze, start_processes
 from support.prompts import read_training_prompts
 from support.rows import Rows, draw_integer, draw_rows
 from support.run import Run
-from support.tensors import detach, mean_of_rows
-from support.training import Means, MovingAverage, clip_gradient, prepare, set_lr, watch_gradient
+from support.tensors import broadcast, detach, mean_of_rows
+from support.training import Means, MovingAverage, minimise, prepare, set_lr, watch_gradient
 from tools.plan import print_plan
 
 
@@ -48,12 +48,14 @@ class MicroBatch:
     x_fake: torch.Tensor = None  # latents at time s, detached
     x_real: torch.Tensor = None  # latents at time s
     maps_fake: list = None  # D's maps of x_fake, detached: [B, C_i, (F,) H_i, W_i] each
+    maps_real: list = None  # of x_real
 
 
 class ADM:
     """The networks of Algorithm 1, and a method for each of its lines."""
 
-    student_losses = {"adm": "generator_loss", "dmd": "dmd_loss"}  # --loss: method, see docs/new-loss.md
+    # --loss: its method, see docs/new-loss.md
+    student_losses = {"adm": "generator_loss", "secant": "secant_loss", "dmd": "dmd_loss"}
 
     def __init__(self, args, teacher, prompts):
         self.args = args
@@ -64,7 +66,7 @@ class ADM:
         self.student, folder = common.start_student(args.init, teacher, args.steps, args.first_time)
         self.G = teacher.trainable(args, "student", folder)
         self.f = teacher.trainable(args, "fake")
-        self.heads = teacher.make_heads(args.head_width) if args.loss == "adm" else None
+        self.heads = teacher.make_heads(args.head_width) if args.loss != "dmd" else None
         self.ema = MovingAverage(self.G, args.ema)
         self.G_train, self.opt_G = prepare(self.G, args.lr, args)  # the same weights, in DDP, to learn
         self.f_train, self.opt_f = prepare(self.f, args.fake_lr, args)
@@ -90,8 +92,7 @@ class ADM:
         eps = b.rows.normal_like(x_0)
         x_t = self.teacher.diffuse(x_0, eps, t)
         raw = self.teacher.raw(self.f_train, x_t, t, b.cond)
-        loss = F.mse_loss(raw, self.teacher.target(x_0, eps, t))
-        return self.log(loss_f=loss)
+        return self.log(loss_f=F.mse_loss(raw, self.teacher.target(x_0, eps, t)))
 
     def diffuse_sample(self, b):
         """Line 3: x_t = alpha_t x0_hat + sigma_t eps, t ~ U(dt, T] -> (x_t, t), differentiable in theta."""
@@ -102,8 +103,8 @@ class ADM:
         eps = b.rows.normal_like(b.x0_hat)  # paper silent: shared sample: line 2's, new t and eps
         return self.teacher.diffuse(b.x0_hat, eps, t), t
 
-    def generator_loss(self, b):
-        """Line 3: L(theta) = -E D_tau(x_fake, t - dt, c); gradients go through D, f_psi's step, x_t and G."""
+    def step_ode(self, b):
+        """Line 3: x_fake and x_real, one ODE step from x_t to t - dt -> x_fake, differentiable in theta."""
         x_t, t = self.diffuse_sample(b)
         b.s = t - self.dt
         x0_fake, eps_fake = self.teacher.predict(self.f, x_t, t, b.cond)
@@ -112,12 +113,28 @@ class ADM:
             x0_real, eps_real = self.teacher.guided(x_t, t, b.cond, self.args.guidance)
             b.x_real = self.teacher.step(x0_real, eps_real, b.s)
             self.dmd_direction(b.x0_hat, x0_fake, x0_real)  # to log dmd_loss
-        maps_fake = self.teacher.features(x_fake, b.s, b.cond)
         b.x_fake = x_fake.detach()
+        return x_fake
+
+    def generator_loss(self, b):
+        """Line 3: L(theta) = -E D_tau(x_fake, t - dt, c); gradients go through D, f_psi's step, x_t and G."""
+        x_fake = self.step_ode(b)
+        maps_fake = self.teacher.features(x_fake, b.s, b.cond)
         b.maps_fake = detach(maps_fake)
         watch_gradient(x_fake, b.x_real - b.x_fake, self.log, self.args.project)  # --project: not the paper's
-        loss = hinge_generator(self.heads(maps_fake))
-        return self.log(loss_G=loss)
+        return self.log(loss_G=hinge_generator(self.heads(maps_fake)))
+
+    def secant_loss(self, b):
+        """Ours, in line 3's place: D's mean slope from x_fake to x_real; see docs/paper-gaps.md."""
+        x_fake = self.step_ode(b)
+        with torch.no_grad():
+            b.maps_fake = self.teacher.features(b.x_fake, b.s, b.cond)
+            b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)
+            D_real, D_fake = self.heads(b.maps_real, b.maps_fake)
+            line = b.x_real - b.x_fake
+            rise = broadcast((D_real - D_fake).mean(1), line)
+            slope = rise / mean_of_rows(line.square()).clamp(min=1e-12)  # 0 where the two are the same
+        return self.log(loss_G=-(slope * line * x_fake).mean())
 
     def dmd_loss(self, b):
         """The baseline in line 3's place (DMD): a loss whose gradient in x0_hat is DMD's direction."""
@@ -126,8 +143,7 @@ class ADM:
             x0_fake, _ = self.teacher.predict(self.f, x_t, t, b.cond)
             x0_real, _ = self.teacher.guided(x_t, t, b.cond, self.args.guidance)
             goal = b.x0_hat - self.dmd_direction(b.x0_hat, x0_fake, x0_real)
-        loss = 0.5 * F.mse_loss(b.x0_hat, goal)
-        return self.log(loss_G=loss)
+        return self.log(loss_G=0.5 * F.mse_loss(b.x0_hat, goal))
 
     def dmd_direction(self, x0_hat, x0_fake, x0_real):
         """(x0_fake - x0_real) / mean |x0_hat - x0_real| of the row; half its square is the paper's Fig. 3."""
@@ -138,14 +154,14 @@ class ADM:
 
     def discriminator_loss(self, b):
         """Line 4: L(tau) = E relu(1 + D_tau(x_fake, t - dt, c)) + E relu(1 - D_tau(x_real, t - dt, c))."""
-        with torch.no_grad():
-            maps_real = self.teacher.features(b.x_real, b.s, b.cond)
-        D_real, D_fake = self.heads_train(maps_real, b.maps_fake)
+        if b.maps_real is None:  # else line 3 has them
+            with torch.no_grad():
+                b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)
+        D_real, D_fake = self.heads_train(b.maps_real, b.maps_fake)
         self.log(D_gap=(D_real - D_fake).mean(), D_abs=torch.cat([D_real, D_fake]).abs().mean())
         r1 = self.penalty(b.x_real, D_real, b, self.args.r1)
         r2 = self.penalty(b.x_fake, D_fake, b, self.args.r2)
-        loss = hinge_discriminator(D_real, D_fake) + r1 + r2
-        return self.log(loss_D=loss)
+        return self.log(loss_D=hinge_discriminator(D_real, D_fake) + r1 + r2)
 
     def penalty(self, x, D, b, weight):
         """R1 of x_real, R2 of x_fake: weight N (dt/T) |grad D|^2 by finite differences, N the size of x."""
@@ -162,7 +178,7 @@ class ADM:
 
 
 def iterate(adm, step, minimise):
-    """--ttur updates of f_psi and D_tau, then one of G_theta. minimise: below; tools/ has others."""
+    """--ttur updates of f_psi and D_tau, then one of G_theta. minimise: support.training's, or tools' own."""
     args = adm.args
     student_loss = getattr(adm, adm.student_losses[args.loss])
     for update in range(args.ttur):
@@ -171,33 +187,17 @@ def iterate(adm, step, minimise):
         with torch.set_grad_enabled(student_learns and len(batch) == 1):  # else line 3 does it again
             for b in batch:
                 adm.generate(b)
-        norm_f = minimise(adm.fake_score_loss, batch, adm.f_train, adm.opt_f, args.clip)
-        adm.log(norm_f=norm_f)
+        adm.log(norm_f=minimise(adm.fake_score_loss, batch, adm.f_train, adm.opt_f, args.clip))
         if student_learns:
             with freeze(adm.f, adm.heads):  # only theta learns from line 3
-                norm_G = minimise(student_loss, batch, adm.G_train, adm.opt_G, args.clip)
-            adm.log(norm_G=norm_G)
+                adm.log(norm_G=minimise(student_loss, batch, adm.G_train, adm.opt_G, args.clip))
             adm.ema.step()
         else:
             with torch.no_grad():  # for what line 4 needs of it
                 for b in batch:
                     student_loss(b)
         if adm.heads:
-            norm_D = minimise(adm.discriminator_loss, batch, adm.heads_train, adm.opt_heads, args.clip)
-            adm.log(norm_D=norm_D)
-
-
-def minimise(loss_of, batch, net, optimizer, clip):
-    """One update of `net` by the mean of the micro-batches' losses -> the gradient's norm, unclipped."""
-    for b in batch:
-        with sync_gradients(net, now=b is batch[-1]):
-            loss = loss_of(b) / len(batch)
-            loss.backward()
-    norm = clip_gradient(optimizer, clip)
-    if norm.isfinite():  # one bad batch must not end a run
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+            adm.log(norm_D=minimise(adm.discriminator_loss, batch, adm.heads_train, adm.opt_heads, args.clip))
 
 
 def main(argv=None):

@@ -28,11 +28,11 @@ from support.arguments import parse_adp_arguments
 from support.errors import launch
 from support.files import short_name
 from support.pairs import Pairs
-from support.parallel import freeze, start_processes, sync_gradients
+from support.parallel import freeze, start_processes
 from support.rows import Rows, draw_rows
 from support.run import Run
 from support.tensors import detach
-from support.training import Means, MovingAverage, clip_gradient, prepare, set_lr
+from support.training import Means, MovingAverage, minimise, prepare, set_lr
 from tools.plan import print_plan
 
 
@@ -134,19 +134,6 @@ def iterate(adp, step, minimise):
         adp.log(norm_G=minimise(adp.generator_loss, batch, adp.G_train, adp.opt_G, adp.args.clip))
     adp.ema.step()
     adp.log(norm_heads=minimise(adp.discriminator_loss, batch, adp.heads_train, adp.opt_heads, adp.args.clip))
-
-
-def minimise(loss_of, batch, net, optimizer, clip):
-    """One update of `net` by the mean of the micro-batches' losses -> the gradient's norm, unclipped."""
-    for b in batch:
-        with sync_gradients(net, now=b is batch[-1]):
-            loss = loss_of(b) / len(batch)
-            loss.backward()
-    norm = clip_gradient(optimizer, clip)
-    if norm.isfinite():  # one bad batch must not end a run
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def main(argv=None):

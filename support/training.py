@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from support.checkpoints import find_checkpoint
 from support.errors import UserError
 from support.offload import Offload
-from support.parallel import shard, wrap_ddp
+from support.parallel import shard, sync_gradients, wrap_ddp
 
 
 def set_up_for_training(teacher, args):
@@ -85,6 +85,19 @@ def set_lr(args, step, rates):
     for optimizer, rate in rates.items():
         if optimizer:
             optimizer.param_groups[0]["lr"] = rate * factor
+
+
+def minimise(loss_of, batch, net, optimizer, clip):
+    """One update of `net` by the mean of the micro-batches' losses -> the gradient's norm, unclipped."""
+    for b in batch:
+        with sync_gradients(net, now=b is batch[-1]):
+            loss = loss_of(b) / len(batch)
+            loss.backward()
+    norm = clip_gradient(optimizer, clip)
+    if norm.isfinite():  # one bad batch must not end a run
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def clip_gradient(optimizer, clip):

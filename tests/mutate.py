@@ -227,11 +227,6 @@ TABLE = {
         ("D learns from line 3", "freeze(adm.f, adm.heads)", "freeze(adm.f)"),
         ("f's optimiser is G's", "adm.f_train, adm.opt_f,", "adm.f_train, adm.opt_G,"),
         ("D's optimiser is f's", "adm.heads_train, adm.opt_heads,", "adm.heads_train, adm.opt_f,"),
-        ("ADM's micro-batches are summed", "loss_of(b) / len(batch)", "loss_of(b)"),
-        ("ADM's last micro-batch alone", "loss.backward()", "optimizer.zero_grad() or loss.backward()"),
-        ("ADM's clip ignored", "clip_gradient(optimizer, clip)", "clip_gradient(optimizer, 1e9)"),
-        ("ADM steps by what is not finite", "if norm.isfinite():", "if True:"),
-        ("ADM's gradients are kept", "optimizer.zero_grad(set_to_none=True)", "optimizer"),
     ],
     "adp.py": [
         (
@@ -319,8 +314,6 @@ TABLE = {
             "adp.heads_train, adp.opt_heads,",
             "adp.heads_train, adp.opt_G,",
         ),
-        ("ADP's micro-batches are summed", "loss_of(b) / len(batch)", "loss_of(b)"),
-        ("ADP's clip ignored", "clip_gradient(optimizer, clip)", "clip_gradient(optimizer, 1e9)"),
         (
             "warm-up for flow",
             '0 if teacher.prediction == "flow" else 500',
@@ -635,6 +628,11 @@ TABLE = {
         ),
     ],
     "support/training.py": [
+        ("the micro-batches are summed", "loss_of(b) / len(batch)", "loss_of(b)"),
+        ("the last micro-batch alone", "loss.backward()", "optimizer.zero_grad() or loss.backward()"),
+        ("the clip ignored", "clip_gradient(optimizer, clip)", "clip_gradient(optimizer, 1e9)"),
+        ("a step by what is not finite", "if norm.isfinite():", "if True:"),
+        ("gradients are kept", "optimizer.zero_grad(set_to_none=True)", "optimizer"),
         (
             "ADM with the sampler's guidance",
             "args.guidance = family.adm_guidance",

@@ -114,7 +114,7 @@ class NaiveADM:
         self.args, self.teacher, self.prompts = args, adm.teacher, adm.prompts
         self.times, self.velocity = adm.student.times, adm.student.parametrisation == "velocity"
         self.G, self.f = Learner(adm.G, args.lr, args), Learner(adm.f, args.fake_lr, args)
-        self.D = Learner(adm.heads, args.head_lr, args) if args.loss == "adm" else None
+        self.D = Learner(adm.heads, args.head_lr, args) if args.loss != "dmd" else None
 
     def student(self, x, t, cond):
         if self.velocity:
@@ -168,7 +168,9 @@ class NaiveADM:
             rows.s = rows.t - args.dt * T
             rows.x_fake = diffuse(teacher, fake_0, fake_eps, rows.s)
             rows.x_real = diffuse(teacher, real_0, real_eps, rows.s)
-            if self.D:
+            if args.loss == "secant":
+                loss_G = loss_G + self.secant(rows) / len(parts)
+            elif self.D:
                 maps = maps_of(teacher, rows.x_fake, rows.s, rows.cond)
                 loss = -logits_of(self.D.net, maps).mean() / len(parts)
                 loss_G = loss_G + (self.project(loss, rows) if args.project else loss)
@@ -196,6 +198,19 @@ class NaiveADM:
                 slope = ((D.mean(1) - near.mean(1)) / args.r_noise).square().mean()
                 loss_D = loss_D + weight * n[0].numel() * args.dt * slope / len(parts)
         self.D.step(loss_D)
+
+    def secant(self, rows):
+        """Row by row the way along the line to x_real, times what D gains on it, of the line's length each."""
+        values = []
+        for i, (x_fake, x_real) in enumerate(zip(rows.x_fake, rows.x_real)):
+            cond = {name: value[i : i + 1] for name, value in rows.cond.items()}
+            D = []
+            for x in (x_fake.detach(), x_real):
+                maps = maps_of(self.teacher, x[None], rows.s[i : i + 1], cond)
+                D.append(logits_of(self.D.net, maps).mean().item())
+            line = (x_real - x_fake).detach()
+            values.append(-(D[1] - D[0]) / line.norm() * (x_fake * line / line.norm()).sum())
+        return sum(values) / len(values)
 
     @staticmethod
     def project(loss, rows):

@@ -54,6 +54,7 @@ METHODS = {  # of the runs whose names end with their iterations
     "dmdx": "DMDX",
     "fast": "DMDX at the DMD loss's rate",
     "projected": "ADM `--project`",
+    "secant": "`--loss secant`",
 }
 
 
