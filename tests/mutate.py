@@ -45,6 +45,16 @@ EQUAL = {}
 # {file: (name, piece of a line, what it becomes) each}
 TABLE = {
     "adm.py": [
+        # the secant
+        ("a secant from x_real", "(D_real - D_fake).mean(1), line)", "(D_fake - D_real).mean(1), line)"),
+        ("a secant of any length", "rise / mean_of_rows(line.square()).clamp(min=1e-12)", "rise"),
+        ("a secant of lines not squared", "mean_of_rows(line.square())", "mean_of_rows(line.abs())"),
+        ("a secant that may be none over none", ".clamp(min=1e-12)", ""),
+        (
+            "the secant's maps of x_real are x_fake's",
+            "features(b.x_real, b.s, b.cond)\n            D_real",
+            "features(b.x_fake, b.s, b.cond)\n            D_real",
+        ),
         # the networks
         ("dt in T's units", "self.dt = args.dt * T", "self.dt = args.dt"),
         (
@@ -186,21 +196,21 @@ TABLE = {
         ),
         (
             "DMD's loss without the half",
-            "loss = 0.5 * F.mse_loss(b.x0_hat, goal)",
-            "loss = F.mse_loss(b.x0_hat, goal)",
+            "0.5 * F.mse_loss(b.x0_hat, goal)",
+            "F.mse_loss(b.x0_hat, goal)",
         ),
         ("DMD's logged loss without the half", "dmd_loss=0.5 * direction", "dmd_loss=direction"),
         # line 4
         ("D's labels swapped", "hinge_discriminator(D_real, D_fake)", "hinge_discriminator(D_fake, D_real)"),
         (
             "D without the prompt for x_real",
-            "self.teacher.features(b.x_real, b.s, b.cond)",
-            "self.teacher.features(b.x_real, b.s, self.teacher.null(len(b.x_real)))",
+            "                b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
+            "                b.maps_real = self.teacher.features(b.x_real, b.s, self.teacher.null(len(b.x_real)))",
         ),
         (
             "D's real sample is the fake one",
-            "self.teacher.features(b.x_real, b.s, b.cond)",
-            "self.teacher.features(b.x_fake, b.s, b.cond)",
+            "                b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
+            "                b.maps_real = self.teacher.features(b.x_fake, b.s, b.cond)",
         ),
         ("D_gap flipped", "D_gap=(D_real - D_fake).mean()", "D_gap=(D_fake - D_real).mean()"),
         ("R1 with R2's weight", "D_real, b, self.args.r1)", "D_real, b, self.args.r2)"),
@@ -630,7 +640,7 @@ TABLE = {
     "support/training.py": [
         ("the micro-batches are summed", "loss_of(b) / len(batch)", "loss_of(b)"),
         ("the last micro-batch alone", "loss.backward()", "optimizer.zero_grad() or loss.backward()"),
-        ("the clip ignored", "clip_gradient(optimizer, clip)", "clip_gradient(optimizer, 1e9)"),
+        ("the clip ignored", "= clip_gradient(optimizer, clip)", "= clip_gradient(optimizer, 1e9)"),
         ("a step by what is not finite", "if norm.isfinite():", "if True:"),
         ("gradients are kept", "optimizer.zero_grad(set_to_none=True)", "optimizer"),
         (

@@ -200,7 +200,7 @@ class NaiveADM:
         self.D.step(loss_D)
 
     def secant(self, rows):
-        """Row by row the way along the line to x_real, times what D gains on it, of the line's length each."""
+        """Row by row x_fake's place on the line to x_real, times D's mean slope on that line."""
         values = []
         for i, (x_fake, x_real) in enumerate(zip(rows.x_fake, rows.x_real)):
             cond = {name: value[i : i + 1] for name, value in rows.cond.items()}

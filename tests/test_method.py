@@ -111,6 +111,14 @@ def test_adm_is_algorithm_1(places, prompts_file, family, options):
         assert_equal_networks(method.heads.parameters(), reference.D.net.parameters(), before_D)
 
 
+def test_the_secant_of_two_steps_that_are_the_same_is_none(adm_arguments):
+    """Without guidance f's first step is F_phi's: there is no line, and nothing to learn from it."""
+    words = ["--loss", "secant", "--steps", "1", "--guidance", "1", "--fake-lr", "0"]
+    method = helpers.make_method(adm, [*adm_arguments, *words])
+    adm.iterate(method, 0, adm.minimise)
+    assert method.log.take()["norm_G"] == 0
+
+
 def test_a_dynamic_shift_is_a_schedule_as_any_other(prompts_file):
     """The shapes teacher with its fixed shift of 3, and with the same sigmas as a dynamic shift at its 16
     tokens: ADM's losses are the same."""

@@ -71,7 +71,7 @@ RUNS = {
     "dmdx": f"{DEMO} --lr 3e-5",
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
-    # ADM for 860 and 2860 iterations, and the secant for 1100, takes as long as the DMD loss for 1500 and 5000
+    # ADM for 860 iterations, and its secant for 1100, takes as long as the DMD loss for 1500; 2860: for 5000
     "dmd-150": f"{SHORT_RUN} --iterations 150 --lr 1e-4 --loss dmd",
     "dmd-600": f"{TRIAL} --lr 1e-4 --loss dmd",
     "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
