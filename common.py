@@ -24,7 +24,7 @@ from support.errors import UserError
 from support.hub import TEACHERS, is_hub_id
 from support.loading import load_network, load_pipeline, name_both, shorten
 from support.lora import make_adapted
-from support.lora_files import merge_into_network, merge_into_teacher
+from support.lora_files import add_adapter, merge_into_network, merge_into_teacher
 from support.parallel import choose_dtype, compile_blocks, freeze_named, own_device, shard
 from support.prompts import check_vocabulary
 from support.schedulers import (
@@ -248,11 +248,15 @@ class Teacher:
     def network(self, checkpoint=None):
         """The denoiser, or the student in a checkpoint's folder, from its files, float32. UserError for
         damaged ones."""
-        place = (checkpoint, "student") if checkpoint else (self.folder, self.denoiser_name)
-        variant = None if checkpoint else self.variant
-        net = load_network(type(self.denoiser), *place, torch.float32, variant)
-        net = net.float()  # again, since diffusers leaves CogVideoX's table of positions in float64
-        return net if checkpoint else merge_into_network(self, net)
+        if checkpoint and os.path.isdir(os.path.join(checkpoint, "student")):
+            return self._read_network(checkpoint, "student")
+        net = self._read_network(self.folder, self.denoiser_name, self.variant)
+        merge_into_network(self, net)
+        return add_adapter(net, checkpoint) if checkpoint else net  # of a --lora run
+
+    def _read_network(self, folder, name, variant=None):
+        net = load_network(type(self.denoiser), folder, name, torch.float32, variant)
+        return net.float()  # again, since diffusers leaves CogVideoX's table of positions in float64
 
     def trainable(self, args, adapter, folder=None):
         """A network of the denoiser's architecture whose float32 weights train: the denoiser's own, or
@@ -673,10 +677,7 @@ class Student:
         self.guidance = guidance or teacher.student_guidance
         self.first_time = first_time or 1.0
         if self.first_time < 1 and (parametrisation == "velocity" or teacher.prediction == "flow"):
-            raise UserError(
-                "--first-time is for students that predict noise or v: "
-                "on a straight path x_t has the size of pure noise at t = T alone"
-            )
+            raise UserError("--first-time: on a straight path x_t has the size of pure noise at t = T alone")
         self.times = teacher.student_times(steps, self.first_time * T)
 
     def diffuse(self, x_0, eps, t):

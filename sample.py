@@ -147,7 +147,7 @@ def export_student_lora(args, teacher, table):
     def load_networks():
         return teacher.network(args.student), teacher.network()
 
-    said = export_lora(student, args.student, meta, args.export_lora, args.rank, load_networks)
+    said = export_lora(student, args.student, args.export_lora, args.rank, load_networks)
     folder, name = os.path.split(args.export_lora)
     lines = write_lora_lines(student, args.export_lora, is_card=True)
     card = write_card(student, meta, name.removesuffix(".safetensors"), lines, table, lora=said)

@@ -27,6 +27,10 @@ META = {  # what is read of meta.json
 }
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a pipeline looks for in a folder
 CONTENT = {"student", "state", "meta.json", LORA_FILE, "scheduler"}
+PARTS = {
+    "student": ("student/", LORA_FILE),
+    "state": ("state/",),
+}  # how their files' paths begin
 STEP = re.compile(r"step_\d+")  # a checkpoint's folder
 
 
@@ -141,7 +145,7 @@ def open_checkpoint(folder, part=None):
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             return None, f"its {name} is missing"
-        if part and name.startswith(f"{part}/") and compute_checksum(path) != checksum:
+        if part and name.startswith(PARTS[part]) and compute_checksum(path) != checksum:
             return None, f"its {name} is damaged"
     return meta, None
 

@@ -7,7 +7,7 @@ import shutil
 from support.card import PLACE
 from support.checkpoints import LORA_FILE
 from support.errors import UserError
-from support.files import compute_checksum, make_folder, short_name, write_atomically, write_text
+from support.files import make_folder, short_name, write_atomically, write_text
 from support.hub import is_hub_id
 from support.loading import describe_teacher
 from support.lora_files import check_pipeline, save_layers, split_change
@@ -46,7 +46,7 @@ def check_lora_file(path):
             raise UserError(f"{found} is there already; give --export-lora a file in another folder")
 
 
-def export_lora(student, checkpoint, meta, path, rank, load_networks):
+def export_lora(student, checkpoint, path, rank, load_networks):
     """Writes the student (common.Student) of a checkpoint's folder as a LoRA file to `path`, and to
     scheduler/ beside it its scheduler -> in words, how near it is.
 
@@ -61,8 +61,6 @@ def export_lora(student, checkpoint, meta, path, rank, load_networks):
             raise UserError(
                 "--rank is for students whose every weight trained: this one's adapter has its own"
             )
-        if compute_checksum(adapter) != meta["files"].get(LORA_FILE):
-            raise UserError(f"{adapter} is damaged: give another checkpoint")
         make_folder(folder)
         with write_atomically(path) as temporary:
             shutil.copyfile(adapter, temporary)

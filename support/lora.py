@@ -10,7 +10,7 @@ from torch import nn
 
 from support.errors import UserError, require
 from support.files import read_tensors
-from support.parallel import find_linear_layers, gather, is_main
+from support.parallel import find_linear_layers
 
 
 class Adapted(nn.Module):
@@ -79,21 +79,6 @@ class Adapted(nn.Module):
                 return function(*args)
 
         return torch.utils.checkpoint.checkpoint(run_again, *args, use_reentrant=False)
-
-    def merge(self):
-        """The state dictionary of a plain network with the same outputs, on the main rank."""
-        state = {}
-        for n, weight in self.backbone.state_dict().items():
-            if "lora_" not in n:
-                state[n.replace(".base_layer", "")] = gather(weight)
-        if not is_main():
-            return state
-        # on the CPU: in float32 it would not fit beside the backbone
-        state = {n: weight.cpu() for n, weight in state.items()}
-        for n, layer in self.layers.items():
-            delta = layer.get_delta_weight(self.name).cpu()
-            state[f"{n}.weight"] = state[f"{n}.weight"].float() + delta
-        return state
 
     def read_layers(self):
         """{name as peft has it: weight} of the adapter alone, float32, on the CPU."""

@@ -7,7 +7,7 @@ import os
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from support.checkpoints import LORA_FILE
@@ -43,14 +43,29 @@ def save_layers(teacher, layers, folder, name=LORA_FILE):
     type(teacher.pipe).save_lora_weights(folder, weight_name=name, **parts)
 
 
-def save_lora_beside(student, layers, folder):
-    """Adds to a checkpoint's folder the adapter of a student (common.Student) as a LoRA file, and its
-    scheduler, where diffusers has them."""
-    if not takes_lora(student.teacher):
-        return
-    save_layers(student.teacher, layers, folder)
+def save_adapter(student, layers, folder):
+    """Writes the adapter of a student (common.Student) to a checkpoint's folder: as a LoRA file, with its
+    scheduler beside it where diffusers has one; where the pipeline reads none in the same form."""
+    teacher = student.teacher
+    if not takes_lora(teacher):
+        names = {f"{teacher.denoiser_name}.{name}": weight for name, weight in layers.items()}
+        return save_file(names, os.path.join(folder, LORA_FILE))
+    save_layers(teacher, layers, folder)
     with contextlib.suppress(UserError):  # there is no such scheduler: then the file is all
         student.scheduler().save_pretrained(os.path.join(folder, "scheduler"))
+
+
+@torch.no_grad()
+def add_adapter(net, folder):
+    """Adds the adapter in a checkpoint's folder to the weights of its teacher's network -> the network."""
+    layers = {}
+    for name, weight in load_file(os.path.join(folder, LORA_FILE)).items():
+        layers[name.partition(".")[2]] = weight  # without the denoiser's name in the pipeline
+    for name, down in layers.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            net.get_parameter(f"{module}.weight").add_(layers[f"{module}.lora_B.weight"] @ down)
+    return net
 
 
 # ----------------------------------------------------------------------------------------------------------

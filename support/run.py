@@ -39,7 +39,7 @@ from support.files import (
 )
 from support.loading import describe_teacher
 from support.lora import Adapted
-from support.lora_files import save_lora_beside
+from support.lora_files import save_adapter
 from support.media import save_curves, save_grid, save_video
 from support.pairs import identify
 from support.parallel import average, gather, gather_zero1, is_main, lay_out, wait_for_all, world_size
@@ -361,14 +361,13 @@ class Run:
         with write_atomically(folder) if is_main() else contextlib.nullcontext() as temporary:
             weights = self._write_state(temporary)
             with self.method.ema.use():
-                if isinstance(net, Adapted):
-                    weights = net.merge()
-                elif self.method.ema.average:
+                adapted = isinstance(net, Adapted)
+                if self.method.ema.average and not adapted:
                     weights = gather(net.state_dict())
-                if is_main():
+                if is_main() and adapted:
+                    save_adapter(self.student, net.read_layers(), temporary)
+                elif is_main():
                     save_network(self.teacher.denoiser, weights, os.path.join(temporary, "student"))
-                    if isinstance(net, Adapted):
-                        save_lora_beside(self.student, net.read_layers(), temporary)
             if is_main():
                 meta = {"step": step, **self.meta, "files": describe_files(temporary)}
                 if self.score is not None:

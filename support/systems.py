@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from support.checkpoints import PARTS
 from support.files import compute_checksum_of_json, read_sealed
 from support.rows import Rows
 
@@ -50,9 +51,8 @@ class System:
         if not self.student:
             return index | {"guidance": self.guidance, "negative_prompt": self.teacher.null_prompt}
         meta = read_sealed(os.path.join(self.checkpoint, "meta.json"))
-        checksums = {
-            name: checksum for name, checksum in meta["files"].items() if name.startswith("student/")
-        }
+        files = meta["files"]
+        checksums = {name: files[name] for name in files if name.startswith(PARTS["student"])}
         student = {
             "student": os.path.realpath(self.checkpoint),
             "parametrisation": self.student.parametrisation,

@@ -23,7 +23,7 @@ from support.arguments import parse_adm_arguments, parse_adp_arguments
 from support.checkpoints import describe_files, save_network
 from support.files import write_atomically, write_json, write_sealed
 from support.lora import Adapted
-from support.lora_files import save_lora_beside
+from support.lora_files import save_adapter
 from support.pairs import Pairs
 from support.parallel import start_processes
 from support.prompts import read_prompts
@@ -117,13 +117,14 @@ def make_method(stage, words):
 
 def save_checkpoint(folder, teacher, parametrisation="teacher", steps=1, state=None, layers=None, first=1.0):
     """A step folder as training leaves it -> its path. state: the student's, by default the teacher's;
-    layers: of its adapter; first: its first time. Where students are told their guidance, this one is told
-    2."""
-    state = state or teacher.network().state_dict()
-    save_network(teacher.denoiser, state, os.path.join(folder, "student"))
-    os.makedirs(os.path.join(folder, "state"), exist_ok=True)
+    layers: of its adapter, if it is one; first: its first time. Where students are told their guidance, this
+    one is told 2."""
+    os.makedirs(os.path.join(folder, "state"))
     if layers:
-        save_lora_beside(common.Student(teacher, parametrisation, steps), layers, folder)
+        save_adapter(common.Student(teacher, parametrisation, steps), layers, folder)
+    else:
+        state = state or teacher.network().state_dict()
+        save_network(teacher.denoiser, state, os.path.join(folder, "student"))
     meta = {"teacher": teacher.path, "fingerprint": teacher.fingerprint}
     meta |= {"resolution": teacher.resolution, "frames": teacher.frames}
     meta |= {"parametrisation": parametrisation, "steps": steps, "step": 1, "stage": "adm"}
@@ -140,7 +141,13 @@ def adapt(teacher, rank):
     torch.manual_seed(1)
     for weight in net.parameters():
         nn.init.normal_(weight, std=0.2)
-    return net.merge(), net.read_layers()
+    state = {}
+    for name, weight in teacher.denoiser.state_dict().items():
+        if "lora_" not in name:
+            state[name.replace(".base_layer", "")] = weight
+    for name, layer in net.layers.items():
+        state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight("student")
+    return state, net.read_layers()
 
 
 class Recorded(Rows):

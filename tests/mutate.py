@@ -205,7 +205,8 @@ TABLE = {
         (
             "D without the prompt for x_real",
             "                b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
-            "                b.maps_real = self.teacher.features(b.x_real, b.s, self.teacher.null(len(b.x_real)))",
+            "                b.maps_real = self.teacher.features("
+            "b.x_real, b.s, self.teacher.null(len(b.x_real)))",
         ),
         (
             "D's real sample is the fake one",
@@ -722,6 +723,8 @@ TABLE = {
         ("LoRA's adapters stay on", "self.backbone.switched_on[:] = before", "self.backbone"),
     ],
     "support/lora_files.py": [
+        ("an adapter added in half", '.lora_B.weight"] @ down)', '.lora_B.weight"] @ down / 2)'),
+        ("an adapter without the teacher's LoRA", "add_(layers[f", "copy_(layers[f"),
         ("a LoRA file's alpha", '"lora_alpha": rank', '"lora_alpha": 2 * rank'),
         (
             "a LoRA file's factors too large",

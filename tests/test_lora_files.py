@@ -16,6 +16,7 @@ import sample
 from support.checkpoints import LORA_FILE
 from support.errors import UserError
 from support.export import describe_split
+from support.files import read_json
 from support.lora import find_targets
 from support.lora_files import factorise, save_layers, split_change
 
@@ -89,6 +90,27 @@ def test_kohyas_form_of_an_sdxl_file_is_the_same_lora(tmp_path):
         torch.testing.assert_close(weight, state[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_checkpoint_of_an_adapter_is_its_whole_student(students):
+    """And holds no weight of the teacher's."""
+    adapter, whole = students
+    assert not os.path.exists(os.path.join(adapter, "student"))
+    teacher = common.load_teacher(read_json(os.path.join(adapter, "meta.json"))["teacher"], helpers.CPU)
+    weights = [common.load_student(path, teacher)[0].state_dict() for path in (adapter, whole)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_is_kept_where_the_pipeline_reads_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(StableDiffusionXLPipeline, "_lora_loadable_modules", [])
+    teacher = common.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), helpers.CPU)
+    state, layers = helpers.adapt(teacher, RANK)
+    checkpoint = helpers.save_checkpoint(tmp_path / "adapter", teacher, layers=layers)
+    student, *_ = common.load_student(checkpoint, teacher)
+    for name, weight in student.state_dict().items():
+        torch.testing.assert_close(weight, state[name], rtol=1e-5, atol=1e-6)
+
+
 # Refused ---------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +120,7 @@ def students(tmp_path_factory):
     root = tmp_path_factory.mktemp("students")
     teacher = common.load_teacher(helpers.make_teacher(root / "teacher", 0), helpers.CPU)
     state, layers = helpers.adapt(teacher, RANK)
-    adapter = helpers.save_checkpoint(root / "adapter", teacher, state=state, layers=layers)
+    adapter = helpers.save_checkpoint(root / "adapter", teacher, layers=layers)
     whole = helpers.save_checkpoint(root / "whole", teacher, state=state)
     return adapter, whole
 

@@ -128,17 +128,16 @@ def measure_activations(args, networks):
 
 def count_checkpoint(args, networks):
     """Bytes that a checkpoint takes on the disk: all that trains and its optimisers' states, and the student
-    once more, in float32, with --lora also as a LoRA file."""
+    once more, in float32; of a --lora run its adapter alone."""
     state = networks.teacher.denoiser.state_dict()
-    student = sum(weight.numel() for weight in state.values())
-    trained = count_adapter(args, networks.teacher) if args.lora else student
-    count = student + 3 * trained
+    trained = sum(weight.numel() for weight in state.values())
+    if args.lora:
+        trained = count_adapter(args, networks.teacher)
+    count = 4 * trained
     if networks.fake_score:
         count += 3 * trained
     if args.ema:
         count += trained
-    if args.lora:
-        count += trained  # the LoRA file
     if networks.heads:
         count += 3 * count_parameters(networks.heads)
     return 4 * count
