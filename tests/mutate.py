@@ -599,6 +599,7 @@ TABLE = {
         ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
     ],
     "support/checkpoints.py": [
+        ("an adapter's checksum is not compared", '("student/", LORA_FILE)', '("student/", "student")'),
         ("a fingerprint of some weights alone", "in net.parameters():", "in list(net.parameters())[::99]:"),
     ],
     "support/backbones.py": [
@@ -719,12 +720,11 @@ TABLE = {
         ("LoRA's scale", "lora_alpha=rank", "lora_alpha=2 * rank"),
         ("LoRA's adapter is off", "with self.switch_on([self.name]):", "with self.switch_on([]):"),
         ("LoRA's blocks again without it", "with self.switch_on(names):", "with self.switch_on([]):"),
-        ("LoRA's adapter subtracted", "float() + delta", "float() - delta"),
         ("LoRA's adapters stay on", "self.backbone.switched_on[:] = before", "self.backbone"),
     ],
     "support/lora_files.py": [
         ("an adapter added in half", '.lora_B.weight"] @ down)', '.lora_B.weight"] @ down / 2)'),
-        ("an adapter without the teacher's LoRA", "add_(layers[f", "copy_(layers[f"),
+        ("an adapter in the weights' place", "add_(layers[f", "copy_(layers[f"),
         ("a LoRA file's alpha", '"lora_alpha": rank', '"lora_alpha": 2 * rank'),
         (
             "a LoRA file's factors too large",
