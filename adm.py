@@ -48,7 +48,7 @@ class MicroBatch:
     x_fake: torch.Tensor = None  # latents at time s, detached
     x_real: torch.Tensor = None  # latents at time s
     maps_fake: list = None  # D's maps of x_fake, detached: [B, C_i, (F,) H_i, W_i] each
-    maps_real: list = None  # of x_real
+    maps_real: list = None  # of x_real, by secant_loss
 
 
 class ADM:
@@ -154,10 +154,11 @@ class ADM:
 
     def discriminator_loss(self, b):
         """Line 4: L(tau) = E relu(1 + D_tau(x_fake, t - dt, c)) + E relu(1 - D_tau(x_real, t - dt, c))."""
-        if b.maps_real is None:  # else line 3 has them
+        maps_real = b.maps_real
+        if maps_real is None:  # all but secant_loss leave them to this line
             with torch.no_grad():
-                b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)
-        D_real, D_fake = self.heads_train(b.maps_real, b.maps_fake)
+                maps_real = self.teacher.features(b.x_real, b.s, b.cond)
+        D_real, D_fake = self.heads_train(maps_real, b.maps_fake)
         self.log(D_gap=(D_real - D_fake).mean(), D_abs=torch.cat([D_real, D_fake]).abs().mean())
         r1 = self.penalty(b.x_real, D_real, b, self.args.r1)
         r2 = self.penalty(b.x_fake, D_fake, b, self.args.r2)
@@ -169,8 +170,7 @@ class ADM:
         if not weight:
             return 0
         with torch.no_grad():
-            noise = b.rows.normal_like(x)
-            x_near = x + self.args.r_noise * noise
+            x_near = x + self.args.r_noise * b.rows.normal_like(x)
             maps = self.teacher.features(x_near, b.s, b.cond)
         change = (D - self.heads_train(maps)).mean(1)
         slope = change.square().mean() / self.args.r_noise**2

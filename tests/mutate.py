@@ -204,21 +204,21 @@ TABLE = {
         ("D's labels swapped", "hinge_discriminator(D_real, D_fake)", "hinge_discriminator(D_fake, D_real)"),
         (
             "D without the prompt for x_real",
-            "                b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
-            "                b.maps_real = self.teacher.features("
+            " maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
+            " maps_real = self.teacher.features("
             "b.x_real, b.s, self.teacher.null(len(b.x_real)))",
         ),
         (
             "D's real sample is the fake one",
-            "                b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
-            "                b.maps_real = self.teacher.features(b.x_fake, b.s, b.cond)",
+            " maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
+            " maps_real = self.teacher.features(b.x_fake, b.s, b.cond)",
         ),
         ("D_gap flipped", "D_gap=(D_real - D_fake).mean()", "D_gap=(D_fake - D_real).mean()"),
         ("R1 with R2's weight", "D_real, b, self.args.r1)", "D_real, b, self.args.r2)"),
         ("R2 with R1's weight", "D_fake, b, self.args.r2)", "D_fake, b, self.args.r1)"),
         ("R2 near x_real", "self.penalty(b.x_fake, D_fake", "self.penalty(b.x_real, D_fake"),
         ("R1 and R2 subtracted", "D_fake) + r1 + r2", "D_fake) - r1 - r2"),
-        ("penalty's noise of size 1", "x + self.args.r_noise * noise", "x + noise"),
+        ("penalty's noise of size 1", "x + self.args.r_noise * b", "x + b"),
         (
             "penalty without the prompt",
             "self.teacher.features(x_near, b.s, b.cond)",

@@ -119,6 +119,17 @@ def test_the_secant_of_two_steps_that_are_the_same_is_none(adm_arguments):
     assert method.log.take()["norm_G"] == 0
 
 
+def test_maps_of_x_real_are_not_kept(adm_arguments):
+    """With --accumulate every micro-batch would have some."""
+    method = helpers.make_method(adm, [*adm_arguments, "--steps", "1"])
+    [b] = method.draw(0, 0)
+    method.generate(b)
+    method.generator_loss(b)
+    method.discriminator_loss(b)
+    assert b.maps_fake
+    assert b.maps_real is None
+
+
 def test_a_dynamic_shift_is_a_schedule_as_any_other(prompts_file):
     """The shapes teacher with its fixed shift of 3, and with the same sigmas as a dynamic shift at its 16
     tokens: ADM's losses are the same."""
