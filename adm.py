@@ -66,7 +66,7 @@ class ADM:
         self.student, folder = common.start_student(args.init, teacher, args.steps, args.first_time)
         self.G = teacher.trainable(args, "student", folder)
         self.f = teacher.trainable(args, "fake")
-        self.heads = teacher.make_heads(args.head_width) if args.loss != "dmd" else None
+        self.heads = teacher.make_heads(args.head_width) if args.loss in ("adm", "secant") else None
         self.ema = MovingAverage(self.G, args.ema)
         self.G_train, self.opt_G = prepare(self.G, args.lr, args)  # the same weights, in DDP, to learn
         self.f_train, self.opt_f = prepare(self.f, args.fake_lr, args)

@@ -118,6 +118,7 @@ non_negative = number(float, "at least 0", lambda value: 0 <= value < math.inf)
 above_zero = number(float, "above 0", lambda value: 0 < value < math.inf)
 share = number(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
 part = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
+part_or_none = number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     # paper silent: dt: what peers take; the two classes of the discriminator differ by about dt
     add("--dt", "length of the ODE step, in units of T", type=fraction, default="1/64")
     t_range = "lowest and highest time of the student's loss, in units of T; DMD2: 0.02 0.98"
-    add("--t-range", t_range, type=part, nargs=2, metavar=("LOW", "HIGH"), shown="dt and 1")
+    add("--t-range", t_range, type=part_or_none, nargs=2, metavar=("LOW", "HIGH"), shown="dt and 1")
     ttur = "updates of fake score and discriminator for one of the student"
     add("--ttur", ttur, type=positive, default=1)  # paper
     r1 = "weight of D's gradient penalty on real samples, times dt and the size of a latent"

@@ -27,10 +27,8 @@ META = {  # what is read of meta.json
 }
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what a pipeline looks for in a folder
 CONTENT = {"student", "state", "meta.json", LORA_FILE, "scheduler"}
-PARTS = {
-    "student": ("student/", LORA_FILE),
-    "state": ("state/",),
-}  # how their files' paths begin
+# how the paths of a part's files begin
+PARTS = {"student": ("student/", LORA_FILE), "state": ("state/",)}
 STEP = re.compile(r"step_\d+")  # a checkpoint's folder
 
 

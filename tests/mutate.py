@@ -205,8 +205,7 @@ TABLE = {
         (
             "D without the prompt for x_real",
             " maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
-            " maps_real = self.teacher.features("
-            "b.x_real, b.s, self.teacher.null(len(b.x_real)))",
+            " maps_real = self.teacher.features(b.x_real, b.s, self.teacher.null(len(b.x_real)))",
         ),
         (
             "D's real sample is the fake one",

@@ -114,7 +114,7 @@ class NaiveADM:
         self.args, self.teacher, self.prompts = args, adm.teacher, adm.prompts
         self.times, self.velocity = adm.student.times, adm.student.parametrisation == "velocity"
         self.G, self.f = Learner(adm.G, args.lr, args), Learner(adm.f, args.fake_lr, args)
-        self.D = Learner(adm.heads, args.head_lr, args) if args.loss != "dmd" else None
+        self.D = Learner(adm.heads, args.head_lr, args) if args.loss in ("adm", "secant") else None
 
     def student(self, x, t, cond):
         if self.velocity:
