@@ -1,6 +1,7 @@
 """The Gaussian mixture: its closed forms, its exact masses, its networks of several members, and its runs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,7 +200,8 @@ def test_table_has_means_and_deviations_and_no_empty_column():
 @pytest.mark.parametrize("loss, power", [("adm / alpha", -1), ("dmd * alpha", 1)])
 def test_gradient_of_a_sample_is_weighed_by_a_power_of_alpha(loss, power):
     method = mixture.MixtureADM.__new__(mixture.MixtureADM)
-    method.teacher, method.dt, method.power = make_teacher(2, 1), 10, mixture.POWERS[loss]
+    method.teacher, method.power = make_teacher(2, 1), mixture.POWERS[loss]
+    method.args = SimpleNamespace(t_range=(0.01, 1.0))
     rows = mixture.BatchRows(6, "test")
     b = adm.MicroBatch(rows, [""] * 6, k=0, x0_hat=torch.zeros(6, 2, requires_grad=True))
     _, t = method.diffuse_sample(b)

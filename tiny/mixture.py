@@ -18,7 +18,6 @@ Writes report.json, table.md, figure.png, curves.png and animation.gif to --out.
 import copy
 import datetime
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -49,6 +48,7 @@ from support.training import set_lr
 from tiny.gaussians import LIGHT, Mixture
 from tiny.members import Heads, Network, join
 from tiny.mixture_plots import save_animation, save_curves, save_figure
+from tools.processes import describe_machine
 from tools.tables import format_cell
 
 # A loss: the words of adm.py's command line that choose it. Another one is another line.
@@ -419,7 +419,7 @@ def main(argv=None):
         "command": shlex.join(["python", "tiny/mixture.py", *(sys.argv[1:] if argv is None else argv)]),
         "seed": args.seed,
         "commit": read_commit(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": describe_machine(),
         "date": datetime.date.today().isoformat(),
         "exact_masses": Mixture(2).exact_modes().tolist(),
         "rows": [],

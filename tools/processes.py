@@ -1,6 +1,7 @@
-"""Runs one of the project's scripts in a process of its own, and measures what it took."""
+"""Runs one of the project's scripts in a process of its own, and measures what it took; and on what."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -15,3 +16,13 @@ def run_script(words, log, threads, **environment):
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log)
     _, status, usage = os.wait4(process.pid, 0)
     return os.waitstatus_to_exitcode(status), usage
+
+
+def describe_machine():
+    """The number of cores, and what they are."""
+    model = platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{os.cpu_count()} x {model}"

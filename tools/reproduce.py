@@ -14,7 +14,6 @@ date and seconds of CPU. Repeated, the command goes on where it ended. The numbe
 import datetime
 import math
 import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -33,7 +32,7 @@ from support.checkpoints import find_checkpoint
 from support.errors import UserError, launch
 from support.files import ROOT, make_folder, read_json, read_json_lines, write_json
 from tools.plots import read_iterations, save_gauges, save_plot
-from tools.processes import run_script
+from tools.processes import describe_machine, run_script
 from tools.tables import write_tables
 
 SDXL = "--teacher assets/tiny-sdxl --seed {seed}"
@@ -288,16 +287,6 @@ def run_command(words, log):
     record["date"] = datetime.date.today().isoformat()
     record["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime)
     return record
-
-
-def describe_machine():
-    """The number of cores, and what they are."""
-    model = platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{os.cpu_count()} x {model}"
 
 
 def main():
