@@ -82,6 +82,7 @@ RUNS = {
     "projected-860": f"{LONG} --iterations 860 --lr 1e-4 --project",
     "projected-2860": f"{LONG} --iterations 2860 --lr 1e-4 --project",
     "secant-600": f"{TRIAL} --lr 1e-4 --loss secant",
+    "secant-600-plain": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0",
     "secant-1100": f"{LONG} --iterations 1100 --lr 1e-4 --loss secant",
     # what else ADM could be trained with
     "fast-600": f"{TRIAL} --lr 1e-4",
@@ -117,7 +118,7 @@ TABLES = {
     "variants": (
         (
             *("dmdx-600", "raven", "small-dt", "weak-penalty", "guided", "projected-600", "projected-ttur-2"),
-            *("dmd-600", "dmd-range"),
+            *("secant-600", "secant-600-plain", "dmd-600", "dmd-range"),
         ),
         EVALUATE,
     ),

@@ -45,6 +45,7 @@ LABELS = {
     "raven": "DMDX, RAVEN's settings",
     "dmd-range": "the DMD loss at t from 0.02 to 0.98 T",
     "small-dt": "DMDX, dt = T/64",
+    "secant-600-plain": "`--loss secant` without penalties",
     "weak-penalty": "DMDX, a tenth of the penalties",
     "guided": "DMDX, guidance 2.8 where the pairs have 1.75",
     "projected-ttur-2": "`--project`, two updates of f and D",
