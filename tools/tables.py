@@ -45,7 +45,6 @@ LABELS = {
     "raven": "DMDX, RAVEN's settings",
     "dmd-range": "the DMD loss at t from 0.02 to 0.98 T",
     "small-dt": "DMDX, dt = T/64",
-    "secant-600-plain": "`--loss secant` without penalties",
     "weak-penalty": "DMDX, a tenth of the penalties",
     "guided": "DMDX, guidance 2.8 where the pairs have 1.75",
     "projected-ttur-2": "`--project`, two updates of f and D",
@@ -56,6 +55,7 @@ METHODS = {  # of the runs whose names end with their iterations
     "fast": "DMDX at the DMD loss's rate",
     "projected": "ADM `--project`",
     "secant": "`--loss secant`",
+    "bare": "`--loss secant --r1 0 --r2 0`",
 }
 
 
