@@ -120,16 +120,17 @@ TABLES = {
     "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860", "bare-1300"), EVALUATE),
     "5000": (("adp", "dmd-5000", "dmdx-2860", "projected-2860"), EVALUATE),
     "variants": (
+        ("dmdx-600", "raven", "small-dt", "weak-penalty", "projected-600", "projected-ttur-2"),
+        EVALUATE,
+    ),
+    "choices": (
         (
-            *("dmdx-600", "raven", "small-dt", "weak-penalty", "guided", "projected-600", "projected-ttur-2"),
-            *("dmd-600", "dmd-range"),
+            *("A1", "A1-uniform", "B1", "B1-400", "B2", "B2-400"),
+            *("dmd-600", "dmd-range", "dmdx-600", "guided"),
         ),
         EVALUATE,
     ),
-    "pipeline": (
-        ("A1", "A1-uniform", "A3", "A4", "adp", "B1", "B1-400", "B2", "B2-400", "dmd", "dmdx"),
-        EVALUATE,
-    ),
+    "pipeline": (("A1", "A3", "A4", "adp", "B1", "B2", "dmd", "dmdx"), EVALUATE),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
     "health": (
         ("healthy", "slow-f", "slow-D", "fast-student", "no-penalty", "guidance-12"),
