@@ -62,8 +62,9 @@ def list_files(folder):
     return sorted(os.listdir(folder))
 
 
-def check_run(folder, tiny, denoiser="unet"):
-    """The run's files are there, its numbers are finite, and its student has left the teacher."""
+def check_run(folder, tiny, denoiser="unet", adapter=False):
+    """The run's files are there, its numbers are finite, and its student, whole or an adapter, has left the
+    teacher."""
     assert (folder / "latest").read_text() == "step_000002\n"
     step = "step_000002"
     for name in (f"samples/{step}.png", f"{step}/meta.json", f"{step}/state/G.pt"):
@@ -72,6 +73,11 @@ def check_run(folder, tiny, denoiser="unet"):
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert all(math.isfinite(value) for value in line.values())
+    if adapter:
+        student = load_file(folder / step / "pytorch_lora_weights.safetensors")
+        assert all(weight.isfinite().all() for weight in student.values())
+        assert any(weight.any() for name, weight in student.items() if "lora_B" in name)
+        return
     student = load_file(folder / step / "student" / WEIGHTS)
     teacher = load_file(tiny / "teacher" / denoiser / WEIGHTS)
     assert student.keys() == teacher.keys()
@@ -184,7 +190,7 @@ def test_every_stage_of_the_other_families(tmp_path, monkeypatch, name):
     call(f"adm.py {teacher} {prompts} --init {tmp_path}/adp --out {tmp_path}/one {SHORT}")
     call(f"adm.py {teacher} {prompts} --lora 4 --out {tmp_path}/many {SHORT}")
     for run_name, expected in runs.items():
-        check_run(tmp_path / run_name, tmp_path, family.denoiser)
+        check_run(tmp_path / run_name, tmp_path, family.denoiser, adapter=run_name == "many")
         meta = read_json(tmp_path / run_name / "step_000002/meta.json")
         assert (meta["parametrisation"], meta["steps"]) == expected
 

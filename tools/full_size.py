@@ -7,8 +7,8 @@ What the real classes do at their real sizes, a GPU apart: pictures of 256 pixel
 pixels, bf16, LoRA of rank 16, one sample a batch; ADM for three iterations, and ADP for one where the
 teacher draws pictures. Losses must be finite, and a gradient must reach the student, the fake score and the
 heads: else the exit code is 2. Prints the seconds of an iteration, and the process's peak memory, which has
-Python's packages and the merged student of the checkpoint in it, beside what `--plan` adds up for the
-training alone, without text encoders: the random teacher's are small.
+Python's packages in it, beside what `--plan` adds up for the training alone, without text encoders: the
+random teacher's are small.
 """
 
 import math
@@ -30,13 +30,13 @@ from tools.measure import choose_prompts
 from tools.plan import GB, Networks, add_up, count_activations, count_states
 from tools.processes import run_script
 
-FITTING = ("sd1.5", "sdxl", "sd3-medium", "wan2.1-1.3b", "cogvideox-2b")
+FITTING = ("sd1.5", "sdxl", "sd3-medium", "wan2.1-1.3b", "cogvideox-2b", "wan2.2-5b")
 WORDS = "--batch 1 --precision bf16 --lora 16"
 PICTURES = "--resolution 256"
 VIDEOS = "--resolution 128 --frames 9"  # at 256 an iteration of Wan's eight steps takes eight minutes
 PAIRS = "--count 2 --shard 2 --batch 1 --steps 1 --guidance 1 --precision bf16"
 # Freed tensors of so many bytes go back to the system; of themselves C's libraries would keep those of up to
-# 32 MB, gigabytes of SDXL's activations, while the merged student is written.
+# 32 MB, gigabytes of SDXL's activations.
 GIVEN_BACK = str(4 * 10**6)
 SAM = os.path.join(ROOT, "assets/tiny-sam.pth")
 
