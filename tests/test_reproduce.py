@@ -176,6 +176,11 @@ def test_a_table_has_the_means_and_the_spread_over_the_seeds(tmp_path):
     assert "2 x CPU; 2026-01-02; commit 0123456." in below
 
 
+def test_one_seed_has_no_spread():
+    entry = make_entry()
+    assert tables.describe(entry | {"runs": entry["runs"][:1]}).startswith("Seed 0 alone. 64 prompts,")
+
+
 def test_a_gain_stands_in_the_lines_of_those_that_are_compared(tmp_path):
     entry = make_entry()
     entry["runs"].insert(0, entry["runs"][0] | {"name": "adp"})

@@ -13,6 +13,8 @@ METHODS = {  # (name, colour, cost of an iteration by docs/benchmarks.md, the DM
     "dmdx": ("ADM, rate 3e-5", "C3", 1.75),
     "fast": ("ADM, rate 1e-4", "C1", 1.75),
     "projected": ("ADM --project, rate 1e-4", "C2", 1.75),
+    "secant": ("--loss secant", "C4", 1.73),
+    "bare": ("--loss secant, no penalties", "C5", 1.37),
 }
 TABLES = ("demo", "600", "1500", "5000")  # of docs/results.json, whose runs are comparable
 GAUGES = {

@@ -70,7 +70,7 @@ RUNS = {
     "dmdx": f"{DEMO} --lr 3e-5",
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
-    # ADM for 860 iterations, or 1300 without penalties and D's gradient, takes as long as the DMD loss for
+    # ADM for 860 iterations, or 1100 without penalties and D's gradient, takes as long as the DMD loss for
     # 1500; 2860: for 5000
     "dmd-150": f"{SHORT_RUN} --iterations 150 --lr 1e-4 --loss dmd",
     "dmd-600": f"{TRIAL} --lr 1e-4 --loss dmd",
@@ -84,7 +84,7 @@ RUNS = {
     "projected-2860": f"{LONG} --iterations 2860 --lr 1e-4 --project",
     "secant-600": f"{TRIAL} --lr 1e-4 --loss secant",
     "bare-600": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0",
-    "bare-1300": f"{LONG} --iterations 1300 --lr 1e-4 --loss secant --r1 0 --r2 0",
+    "bare-1100": f"{LONG} --iterations 1100 --lr 1e-4 --loss secant --r1 0 --r2 0",
     # what else ADM could be trained with
     "fast-600": f"{TRIAL} --lr 1e-4",
     "raven": f"{TRIAL} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98"
@@ -117,7 +117,7 @@ TABLES = {
         ("adp", "dmd-150", "dmd-600", "dmdx-600", "fast-600", "projected-600", "secant-600", "bare-600"),
         EVALUATE,
     ),
-    "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860", "bare-1300"), EVALUATE),
+    "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860", "bare-1100"), EVALUATE),
     "5000": (("adp", "dmd-5000", "dmdx-2860", "projected-2860"), EVALUATE),
     "variants": (
         ("dmdx-600", "raven", "small-dt", "weak-penalty", "projected-600", "projected-ttur-2"),
@@ -130,7 +130,7 @@ TABLES = {
         ),
         EVALUATE,
     ),
-    "pipeline": (("A1", "A3", "A4", "adp", "B1", "B2", "dmd", "dmdx"), EVALUATE),
+    "pipeline": (("A1-uniform", "A3", "A4", "adp", "B1-400", "B2-400", "dmd", "dmdx"), EVALUATE),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
     "health": (
         ("healthy", "slow-f", "slow-D", "fast-student", "no-penalty", "guidance-12"),

@@ -14,12 +14,12 @@ FILES = {"health": "training.md"}  # of a table that is not in results.md
 PAPER = {
     "pipeline": {
         "": ("paper: CLIP", "paper: MPS"),
-        "A1": ("27.44", "4.45"),
+        "A1-uniform": ("27.44", "4.45"),
         "A3": ("33.69", "9.96"),
         "A4": ("33.89", "10.08"),
         "adp": ("35.77", "10.66"),
-        "B1": ("32.50", "10.90"),
-        "B2": ("32.75", "8.90"),
+        "B1-400": ("32.50", "10.90"),
+        "B2-400": ("32.75", "8.90"),
         "dmd": ("34.51", "10.60"),
         "dmdx": ("35.26", "11.20"),
     },
@@ -36,10 +36,10 @@ LABELS = {
     "A3": "A3, more weight on pixels",
     "A4": "A4, no pixel discriminator",
     "adp": "ADP (A5)",
-    "B1": "B1, ADM without ADP",
-    "B1-400": "B1, its step from t = 0.4 T",
-    "B2": "B2, DMD loss without ADP",
-    "B2-400": "B2, its step from t = 0.4 T",
+    "B1": "B1, ADM without ADP, from T",
+    "B1-400": "B1, ADM without ADP, from 0.4 T",
+    "B2": "B2, DMD loss without ADP, from T",
+    "B2-400": "B2, DMD loss without ADP, from 0.4 T",
     "dmd": "ADP, then the DMD loss (B3)",
     "dmdx": "ADP, then ADM: DMDX (B4)",
     "raven": "DMDX, RAVEN's settings",
@@ -171,10 +171,13 @@ def describe(entry):
     low, high = zip(*(run["row"]["ci"]["accuracy"] for run in runs))
     widest = max(b - a for a, b in zip(low, high)) / 2
     samples = teacher["samples"] // teacher["prompts"]
-    text = (
-        f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over them. {teacher['prompts']} "
-        f"prompts, {samples} samples each; one seed's accuracy has an interval of at most {widest:.3f} on "
-        f"either side. {'; '.join(machines)}; {', '.join(dates)}; commit {', '.join(commits)}."
+    text = f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over them."
+    if len(seeds) == 1:
+        text = f"Seed {seeds[0]} alone."
+    text += (
+        f" {teacher['prompts']} prompts, {samples} samples each; one seed's accuracy has an interval of at "
+        f"most {widest:.3f} on either side. {'; '.join(machines)}; {', '.join(dates)}; commit "
+        f"{', '.join(commits)}."
     )
     if entry.get("gains"):
         text += (
