@@ -250,8 +250,7 @@ class Teacher:
         damaged ones."""
         if checkpoint and os.path.isdir(os.path.join(checkpoint, "student")):
             return self._read_network(checkpoint, "student")
-        net = self._read_network(self.folder, self.denoiser_name, self.variant)
-        merge_into_network(self, net)
+        net = merge_into_network(self, self._read_network(self.folder, self.denoiser_name, self.variant))
         return add_adapter(net, checkpoint) if checkpoint else net  # of a --lora run
 
     def _read_network(self, folder, name, variant=None):

@@ -245,10 +245,11 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add_training_arguments(parser)
     add_learning_rates(parser, ADM_RATES)
     args = parse_training_arguments(parser, argv, ADM_RATES)
-    low, high = args.t_range or (args.dt, 1.0)
-    if low >= high or high <= args.dt:
+    low, high = args.t_range or (0.0, 1.0)
+    low = max(low, args.dt)  # x_fake and x_real are dt below
+    if low >= high:
         parser.error(f"--t-range: HIGH must be above LOW and above --dt, not {high:g}")
-    args.t_range = max(low, args.dt), high  # x_fake and x_real are dt below
+    args.t_range = low, high
     return args
 
 

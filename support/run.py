@@ -76,10 +76,11 @@ class Run:
     samples/.
 
     `method` is an ADP or ADM. student/ is a plain diffusers model folder with the weights to sample with;
-    state/ has a file for each of PARTS, the same for any number of ranks and any --shard: all that training
-    goes on from. meta.json says what made them, with their checksums. `held_out` (metrics.held_out.HeldOut,
-    or None) scores the student: `best` names the checkpoint with the highest score. UserError if the folder
-    holds a run and --resume is not given, or a run of another kind, or something else, or if it is in use."""
+    with --lora a LoRA file stands in its place. state/ has a file for each of PARTS, the same for any number
+    of ranks and any --shard: all that training goes on from. meta.json says what made them, with their
+    checksums. `held_out` (metrics.held_out.HeldOut, or None) scores the student: `best` names the checkpoint
+    with the highest score. UserError if the folder holds a run and --resume is not given, or a run of another
+    kind, or something else, or if it is in use."""
 
     def __init__(self, stage, args, method, held_out=None):
         self.args = args
@@ -361,13 +362,14 @@ class Run:
         with write_atomically(folder) if is_main() else contextlib.nullcontext() as temporary:
             weights = self._write_state(temporary)
             with self.method.ema.use():
-                adapted = isinstance(net, Adapted)
-                if self.method.ema.average and not adapted:
-                    weights = gather(net.state_dict())
-                if is_main() and adapted:
-                    save_adapter(self.student, net.read_layers(), temporary)
-                elif is_main():
-                    save_network(self.teacher.denoiser, weights, os.path.join(temporary, "student"))
+                if isinstance(net, Adapted):
+                    if is_main():
+                        save_adapter(self.student, net.read_layers(), temporary)
+                else:
+                    if self.method.ema.average:
+                        weights = gather(net.state_dict())
+                    if is_main():
+                        save_network(self.teacher.denoiser, weights, os.path.join(temporary, "student"))
             if is_main():
                 meta = {"step": step, **self.meta, "files": describe_files(temporary)}
                 if self.score is not None:

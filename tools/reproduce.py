@@ -210,7 +210,7 @@ class Runs:
         resume = ["--resume"] if trains else []
         record = run_command([*words, *resume], self.folder(name, seed) + ".log")
         if trains:
-            _, meta = find_checkpoint(self.folder(name, seed), "student")
+            _, meta = find_checkpoint(self.folder(name, seed))
             if meta["step"] < read_iterations(words):  # after a signal a stage saves, and ends with 0
                 raise UserError(
                     f"{name}-{seed} was stopped at iteration {meta['step']}: start again to go on"
