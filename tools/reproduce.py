@@ -71,7 +71,7 @@ RUNS = {
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
     # ADM for 860 iterations, or 1100 without penalties and D's gradient, takes as long as the DMD loss for
-    # 1500; 2860: for 5000
+    # 1500; 2860 and 3650: for 5000
     "dmd-150": f"{SHORT_RUN} --iterations 150 --lr 1e-4 --loss dmd",
     "dmd-600": f"{TRIAL} --lr 1e-4 --loss dmd",
     "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
@@ -81,10 +81,10 @@ RUNS = {
     "dmdx-2860": f"{LONG} --iterations 2860 --lr 3e-5",
     "projected-600": f"{TRIAL} --lr 1e-4 --project",
     "projected-860": f"{LONG} --iterations 860 --lr 1e-4 --project",
-    "projected-2860": f"{LONG} --iterations 2860 --lr 1e-4 --project",
     "secant-600": f"{TRIAL} --lr 1e-4 --loss secant",
     "bare-600": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0",
     "bare-1100": f"{LONG} --iterations 1100 --lr 1e-4 --loss secant --r1 0 --r2 0",
+    "bare-3650": f"{LONG} --iterations 3650 --lr 1e-4 --loss secant --r1 0 --r2 0",
     # what else ADM could be trained with
     "fast-600": f"{TRIAL} --lr 1e-4",
     "raven": f"{TRIAL} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98"
@@ -93,7 +93,10 @@ RUNS = {
     "small-dt": f"{TRIAL} --lr 3e-5 --dt 1/64",
     "weak-penalty": f"{TRIAL} --lr 3e-5 --r1 0.003 --r2 0.003",
     "guided": f"{TRIAL} --lr 3e-5 --guidance 2.8",
+    # two updates of f (and D) for one of the student
+    "dmd-ttur-2": f"{TRIAL} --lr 1e-4 --loss dmd --ttur 2",
     "projected-ttur-2": f"{TRIAL} --lr 1e-4 --project --ttur 2",
+    "bare-ttur-2": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0 --ttur 2",
     # docs/training.md: one that is healthy, and what ails the others
     "healthy": f"{HEALTH} --lr 3e-5",
     "slow-f": f"{HEALTH} --lr 3e-5 --fake-lr 3e-6",
@@ -118,9 +121,13 @@ TABLES = {
         EVALUATE,
     ),
     "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860", "bare-1100"), EVALUATE),
-    "5000": (("adp", "dmd-5000", "dmdx-2860", "projected-2860"), EVALUATE),
-    "variants": (
-        ("dmdx-600", "raven", "small-dt", "weak-penalty", "projected-600", "projected-ttur-2"),
+    "5000": (("adp", "dmd-5000", "dmdx-2860", "bare-3650"), EVALUATE),
+    "variants": (("dmdx-600", "raven", "small-dt", "weak-penalty"), EVALUATE),
+    "twice": (
+        (
+            *("adp", "dmd-600", "dmd-ttur-2", "projected-600", "projected-ttur-2"),
+            *("bare-600", "bare-ttur-2"),
+        ),
         EVALUATE,
     ),
     "choices": (
