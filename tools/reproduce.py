@@ -90,6 +90,8 @@ RUNS = {
     "raven": f"{TRIAL} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98"
     " --t-range 0.02 0.98",
     "dmd-range": f"{TRIAL} --lr 1e-4 --loss dmd --t-range 0.02 0.98",
+    "dmd-noisy": f"{TRIAL} --lr 1e-4 --loss dmd --t-range 0.3 1",
+    "bare-noisy": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0 --t-range 0.3 1",
     "small-dt": f"{TRIAL} --lr 3e-5 --dt 1/64",
     "weak-penalty": f"{TRIAL} --lr 3e-5 --r1 0.003 --r2 0.003",
     "guided": f"{TRIAL} --lr 3e-5 --guidance 2.8",
