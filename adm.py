@@ -11,7 +11,7 @@ score, which follows the student G_theta. Algorithm 1 [method of class ADM], T =
 3. x_t again, t ~ U(dt, T]; x_fake, x_real: one ODE step from x_t to t - dt by f_psi and by guided F_phi.
    Update theta by L(theta) = -E D_tau(x_fake, t - dt, c) [generator_loss].
 4. Update tau by L(tau) = E relu(1 + D_tau(x_fake, t - dt, c))
-                        + E relu(1 - D_tau(x_real, t - dt, c)) [discriminator_loss].
+                        + E relu(1 - D_tau(x_real, t - dt, c)) + R1 + R2 (ours: penalty) [discriminator_loss].
 """
 
 import support.interrupt  # noqa: F401
@@ -40,7 +40,7 @@ class MicroBatch:
 
     rows: Rows  # a random generator for each sample: rows.uniform() is [B]
     prompts: list  # B strings
-    k: int  # t' = student.times[k]; 0 is T, pure noise
+    k: int  # t' = student.times[k]; at 0 x_t' is pure noise
     cond: dict = None  # c: {name: [B, ...]}
     x_t_prime: torch.Tensor = None  # latents, the student's input
     x0_hat: torch.Tensor = None  # latents, the student's sample
@@ -54,15 +54,13 @@ class MicroBatch:
 class ADM:
     """The networks of Algorithm 1, and a method for each of its lines."""
 
-    # --loss: its method, see docs/new-loss.md
-    student_losses = {"adm": "generator_loss", "secant": "secant_loss", "dmd": "dmd_loss"}
+    student_losses = {"adm": "generator_loss", "secant": "secant_loss", "dmd": "dmd_loss"}  # --loss: method
 
     def __init__(self, args, teacher, prompts):
         self.args = args
         self.teacher = teacher
         self.prompts = prompts
         self.log = Means()  # log(name=x) notes x for metrics.jsonl, and returns it
-        self.dt = args.dt * T
         self.student, folder = common.start_student(args.init, teacher, args.steps, args.first_time)
         self.G = teacher.trainable(args, "student", folder)
         self.f = teacher.trainable(args, "fake")
@@ -80,9 +78,12 @@ class ADM:
 
     def generate(self, b):
         """Line 1: x0_hat = G_theta(x_t', t', c), x_t' by backward simulation from pure noise."""
-        if b.x_t_prime is None:  # else diffuse_sample wants the same sample again, with a graph
-            b.cond = self.teacher.encode(b.prompts)
-            b.x_t_prime = self.student.simulate(self.G, b.rows, b.cond, b.k)
+        b.cond = self.teacher.encode(b.prompts)
+        b.x_t_prime = self.student.simulate(self.G, b.rows, b.cond, b.k)
+        self.denoise(b)
+
+    def denoise(self, b):
+        """The last step of line 1: x0_hat of x_t', with a graph to theta where gradients are enabled."""
         b.x0_hat = self.student.denoise(self.G_train, b.x_t_prime, b.k, b.cond)
 
     def fake_score_loss(self, b):
@@ -97,7 +98,7 @@ class ADM:
     def diffuse_sample(self, b):
         """Line 3: x_t = alpha_t x0_hat + sigma_t eps, t ~ U(dt, T] -> (x_t, t), differentiable in theta."""
         if torch.is_grad_enabled() and not b.x0_hat.requires_grad:
-            self.generate(b)  # --accumulate: line 1 kept no graph
+            self.denoise(b)  # --accumulate: line 1 kept no graph
         low, high = self.args.t_range  # dt / T and 1, if --t-range says no other
         t = (high - b.rows.uniform() * (high - low)) * T
         eps = b.rows.normal_like(b.x0_hat)  # paper silent: shared sample: line 2's, new t and eps
@@ -106,7 +107,7 @@ class ADM:
     def step_ode(self, b):
         """Line 3: x_fake and x_real, one ODE step from x_t to t - dt -> x_fake, differentiable in theta."""
         x_t, t = self.diffuse_sample(b)
-        b.s = t - self.dt
+        b.s = t - self.args.dt * T
         x0_fake, eps_fake = self.teacher.predict(self.f, x_t, t, b.cond)
         x_fake = self.teacher.step(x0_fake, eps_fake, b.s)
         with torch.no_grad():
@@ -147,13 +148,12 @@ class ADM:
 
     def dmd_direction(self, x0_hat, x0_fake, x0_real):
         """(x0_fake - x0_real) / mean |x0_hat - x0_real| of the row; half its square is the paper's Fig. 3."""
-        size = mean_of_rows((x0_hat - x0_real).abs())
-        direction = (x0_fake - x0_real) / size
+        direction = (x0_fake - x0_real) / mean_of_rows((x0_hat - x0_real).abs())
         self.log(dmd_loss=0.5 * direction.square().mean())
         return direction
 
     def discriminator_loss(self, b):
-        """Line 4: L(tau) = E relu(1 + D_tau(x_fake, t - dt, c)) + E relu(1 - D_tau(x_real, t - dt, c))."""
+        """Line 4: L(tau) = E relu(1 + D_tau(x_fake, t - dt, c)) + E relu(1 - D_tau(x_real, ..)) + R1 + R2."""
         maps_real = b.maps_real
         if maps_real is None:  # all but secant_loss leave them to this line
             with torch.no_grad():
@@ -192,7 +192,7 @@ def iterate(adm, step, minimise):
             with freeze(adm.f, adm.heads):  # only theta learns from line 3
                 adm.log(norm_G=minimise(student_loss, batch, adm.G_train, adm.opt_G, args.clip))
             adm.ema.step()
-        else:
+        elif adm.heads:
             with torch.no_grad():  # for what line 4 needs of it
                 for b in batch:
                     student_loss(b)

@@ -56,7 +56,7 @@ TABLE = {
             "features(b.x_fake, b.s, b.cond)\n            D_real",
         ),
         # the networks
-        ("dt in T's units", "self.dt = args.dt * T", "self.dt = args.dt"),
+        ("dt in T's units", "self.args.dt * T", "self.args.dt"),
         (
             "f starts from the student",
             'teacher.trainable(args, "fake")',
@@ -119,8 +119,8 @@ TABLE = {
             "self.teacher.diffuse(b.x0_hat, eps, t), t",
             "self.teacher.diffuse(b.x0_hat.detach(), eps, t), t",
         ),
-        ("s = t", "b.s = t - self.dt", "b.s = t"),
-        ("a step to t + dt", "b.s = t - self.dt", "b.s = (t + self.dt).clamp(max=T)"),
+        ("s = t", "b.s = t - self.args.dt * T", "b.s = t"),
+        ("a step to t + dt", "t - self.args.dt * T", "(t + self.args.dt * T).clamp(max=T)"),
         (
             "x_fake by G",
             "x0_fake, eps_fake = self.teacher.predict(self.f,",
@@ -233,6 +233,7 @@ TABLE = {
         ("G learns in the first update", "update == args.ttur - 1", "update == 0"),
         ("G learns in every update", "update == args.ttur - 1", "update <= args.ttur"),
         ("warm-up too long", "step >= args.warmup", "step > args.warmup"),
+        ("the baseline asks the teacher in vain", "elif adm.heads:", "else:"),
         ("f learns from line 3", "freeze(adm.f, adm.heads)", "freeze(adm.heads)"),
         ("D learns from line 3", "freeze(adm.f, adm.heads)", "freeze(adm.f)"),
         ("f's optimiser is G's", "adm.f_train, adm.opt_f,", "adm.f_train, adm.opt_G,"),

@@ -18,7 +18,7 @@ import common
 import helpers
 from support.parallel import freeze
 from support.rows import Rows, draw_rows
-from support.training import fill_training_arguments
+from support.training import fill_training_arguments, minimise
 
 ROOT = Path(helpers.ROOT)
 CPU = torch.device("cpu")
@@ -250,6 +250,16 @@ def test_all_updates_of_an_iteration_are_logged(adm_arguments):
         assert len(set(values)) == 3
         assert means[name].item() == pytest.approx(sum(values) / 3)
     assert method.log.take() == {}
+
+
+def test_the_baseline_asks_the_teacher_in_the_students_updates_alone(adm_arguments, monkeypatch):
+    """Without D nothing else wants the two scores, so that --ttur costs the baseline f's updates, no more."""
+    method = helpers.make_method(adm, [*adm_arguments, "--loss", "dmd", "--ttur", "3"])
+    asked = []
+    guided = method.teacher.guided
+    monkeypatch.setattr(method.teacher, "guided", lambda *args: asked.append(1) or guided(*args))
+    adm.iterate(method, 0, minimise)
+    assert len(asked) == 1
 
 
 def test_cosine_is_of_ds_gradient_with_the_way_to_x_real(adm_arguments):

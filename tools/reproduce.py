@@ -93,6 +93,7 @@ RUNS = {
     "dmd-noisy": f"{TRIAL} --lr 1e-4 --loss dmd --t-range 0.3 1",
     "bare-noisy": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0 --t-range 0.3 1",
     "small-dt": f"{TRIAL} --lr 3e-5 --dt 1/64",
+    "default-penalty": f"{TRIAL} --lr 3e-5 --dt 1/64 --r1 0.004 --r2 0.004",
     "weak-penalty": f"{TRIAL} --lr 3e-5 --r1 0.003 --r2 0.003",
     "guided": f"{TRIAL} --lr 3e-5 --guidance 2.8",
     # two updates of f (and D) for one of the student
@@ -124,7 +125,13 @@ TABLES = {
     ),
     "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860", "bare-1100"), EVALUATE),
     "5000": (("adp", "dmd-5000", "dmdx-2860", "bare-3650"), EVALUATE),
-    "variants": (("dmdx-600", "raven", "small-dt", "weak-penalty"), EVALUATE),
+    "variants": (
+        (
+            *("dmdx-600", "raven", "small-dt", "default-penalty", "weak-penalty"),
+            *("dmd-600", "dmd-noisy", "bare-600", "bare-noisy"),
+        ),
+        EVALUATE,
+    ),
     "twice": (
         (
             *("adp", "dmd-600", "dmd-ttur-2", "projected-600", "projected-ttur-2"),
