@@ -26,7 +26,6 @@ from common import T, hinge_discriminator, hinge_generator, weigh
 from metrics.held_out import make_held_out
 from support.arguments import parse_adp_arguments
 from support.errors import launch
-from support.files import short_name
 from support.pairs import Pairs
 from support.parallel import freeze, start_processes
 from support.rows import Rows, draw_rows
@@ -141,7 +140,7 @@ def main(argv=None):
     if args.plan:
         return print_plan(args, ADP, iterate)
     teacher = common.load_training_teacher(args, start_processes(args.seed))
-    pairs = Pairs(args.pairs or f"pairs/{short_name(args.teacher)}", teacher)
+    pairs = Pairs(args.pairs, teacher)
     if args.warmup is None:
         args.warmup = 0 if teacher.prediction == "flow" else 500
     adp = ADP(args, teacher, pairs)

@@ -22,6 +22,7 @@ from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
 from support.hub import TEACHERS, is_hub_id
+from support.inputs import check_inputs
 from support.loading import load_network, load_pipeline, name_both, shorten
 from support.lora import make_adapted
 from support.lora_files import add_adapter, merge_into_network, merge_into_teacher
@@ -646,6 +647,7 @@ def load_teacher_of_students(args, students):
 
 def load_training_teacher(args, device):
     """load_teacher_from's, made ready to train with. UserError for what the stage cannot do with it."""
+    check_inputs(args)
     teacher = load_teacher_from(args, device)
     if teacher.embeds_guidance:
         keep_student_guidance(args)

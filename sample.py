@@ -73,6 +73,12 @@ def parse_arguments(argv):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
     if args.prompt_column and not args.prompts:
         raise UserError("--prompt-column says where the prompts of --prompts FILE are: give that, too")
+    is_teachers = args.steps is not None or args.guidance is not None or args.negative_prompt is not None
+    if is_teachers and args.student and not args.side_by_side:
+        raise UserError(
+            "--steps, --guidance and --negative-prompt are the teacher's, and a student has its own steps: "
+            "leave them out, or add --side-by-side"
+        )
     if args.side_by_side and not args.student:
         raise UserError("--side-by-side compares a --student with its teacher")
     for prompt in args.prompt or ():
@@ -162,7 +168,7 @@ def read_table(path):
     report = read_json(path)
     try:
         return format_table(report["rows"], report["paper"])
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f"--report {path} is no report.json of evaluate.py") from error
 
 

@@ -10,9 +10,9 @@ from metrics.rows import HIDDEN, take_mean
 from metrics.scorer import join_columns
 from metrics.scorers import SCORERS, check_metric
 from support.files import compute_checksum_of_json
+from support.inputs import read_held_out_prompts
 from support.media import to_image
 from support.parallel import add_up, rank, world_size
-from support.prompts import read_prompts
 from support.systems import System
 
 
@@ -33,7 +33,7 @@ class HeldOut:
         teacher = method.teacher
         self.ema = method.ema
         self.batch = args.batch
-        self.prompts = read_prompts(args.eval_prompts)
+        self.prompts = read_held_out_prompts(args)
         self.seeds = range(args.eval_seeds)
         self.system = System(teacher, method.student, method.G)
         teacher.check(self.prompts)

@@ -4,10 +4,10 @@ import argparse
 import functools
 import math
 import re
-import sys
 from fractions import Fraction
 
-from support.escapes import make_printable
+from support.errors import leave, note
+from support.files import short_name
 from support.outputs import check_folder
 from support.parallel import is_main
 from support.prompts import COLUMNS, PROMPTS, is_encodable
@@ -47,9 +47,7 @@ class Parser(argparse.ArgumentParser):
         return ", ".join([*words, "others their own"])
 
     def error(self, message):
-        if is_main():
-            print(f"{self.prog}: {make_printable(message)}", file=sys.stderr)
-        raise SystemExit(2)
+        leave(message, 2, wait=not is_main())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ def fraction(text):
     """ "0.125" or "1/8" -> 0.125, strictly between 0 and 1."""
     try:
         value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         value = None
     if value is None or not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
@@ -117,7 +115,7 @@ head_width = number(int, "a multiple of 32", lambda value: value > 0 and value %
 non_negative = number(float, "at least 0", lambda value: 0 <= value < math.inf)
 above_zero = number(float, "above 0", lambda value: 0 < value < math.inf)
 share = number(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
-part = number(float, "above 0 and at most 1", lambda value: 0 < value <= 1)
+student_time = number(float, "from 0.001 to 1", lambda value: 0.001 <= value <= 1)  # T = 1000 timesteps
 part_or_none = number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
 
 
@@ -221,7 +219,7 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     shown = f"those of --init, else the paper's: {parser.default_of('student_steps')}"
     add("--steps", "steps of the student", type=sampler_steps, shown=shown)
     first = "the student's first time, in units of T, where it predicts noise or v; DMD2's one step: 0.4"
-    add("--first-time", first, type=part, shown="that of --init, else 1")
+    add("--first-time", first, type=student_time, shown="that of --init, else 1")
     add("--loss", "what moves the student", choices=list(losses), default="adm")
     # paper silent: guidance: DMD2's 8 for SDXL, the pipelines' own defaults for the others
     shown = parser.default_of("adm_guidance")
@@ -244,7 +242,11 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add("--warmup", warmup, type=whole, default=0)
     add_training_arguments(parser)
     add_learning_rates(parser, ADM_RATES)
-    args = parse_training_arguments(parser, argv, ADM_RATES)
+    args = parse_training_arguments(parser, argv, ADM_RATES, "adm")
+    if args.project and args.loss != "adm":
+        parser.error("--project is for --loss adm: no other has a gradient of D to project")
+    if args.warmup >= args.iterations:
+        note("--warmup covers all iterations, so that the student never learns")
     low, high = args.t_range or (0.0, 1.0)
     low = max(low, args.dt)  # x_fake and x_real are dt below
     if low >= high:
@@ -277,7 +279,12 @@ def parse_adp_arguments(doc, argv, teachers, families):
     add("--mse", mse, type=non_negative, default=0.0)
     add_training_arguments(parser)
     add_learning_rates(parser, ADP_RATES)
-    return parse_training_arguments(parser, argv, ADP_RATES)
+    args = parse_training_arguments(parser, argv, ADP_RATES, "adp")
+    args.pairs = args.pairs or f"pairs/{short_name(args.teacher)}"
+    only_warms_up = args.warmup is not None and args.warmup >= args.iterations
+    if not (args.lambda_latent or args.lambda_pixel or args.mse or only_warms_up):
+        parser.error("after the warm-up nothing moves the student: give a --lambda or --mse above 0")
+    return args
 
 
 def add_learning_rates(parser, rates):
@@ -287,11 +294,23 @@ def add_learning_rates(parser, rates):
         add(name, f"learning rate of {what}", type=non_negative, shown=shown)
 
 
-def parse_training_arguments(parser, argv, rates):
-    """The arguments, with the learning rates' defaults where the command line has none."""
+def parse_training_arguments(parser, argv, rates, stage):
+    """The arguments, with the stage's own defaults where the command line has none."""
     args = parser.parse_args(argv)
     if args.eval_every and not args.eval_prompts:
         parser.error("--eval-every scores the student on prompts of its own: give --eval-prompts FILE")
+    if args.eval_prompts and not args.eval_every:
+        note("--eval-prompts are not scored without --eval-every")
+    if args.lora and args.compile:
+        parser.error("--compile is for networks that train whole; --lora has none")
+    if args.lora_targets and not args.lora:
+        parser.error("--lora-targets says what --lora adapts: give --lora RANK, too")
+    if args.gpu_gb and not args.plan:
+        parser.error("--gpu-gb is what --plan compares with: give that, too")
+    args.gpu_gb = args.gpu_gb or 80
+    args.out = args.out or f"runs/{stage}-{short_name(args.teacher)}"
+    if not args.plan:
+        check_folder(args.out)
     for name, (_, full, lora) in rates.items():
         key = name.removeprefix("--").replace("-", "_")
         if getattr(args, key) is None:
@@ -343,7 +362,7 @@ def add_training_arguments(parser):
     )
     add("--plan", plan, type=positive, nargs="?", const=8)
     gpu_gb = "memory of a GPU that --plan compares with, in 1e9 bytes"
-    add("--gpu-gb", gpu_gb, type=above_zero, default=80)
+    add("--gpu-gb", gpu_gb, type=above_zero, shown="80")
 
     add = parser.group("run")
     add("--out", "the run's folder", type=new_folder, shown="runs/STAGE-TEACHER")
@@ -360,6 +379,8 @@ def add_training_arguments(parser):
     every = "iterations between two scores of the student on --eval-prompts, whose best checkpoint is kept"
     add("--eval-every", every, type=whole, default=0, shown="0, never")
     add("--eval-prompts", f"those that no student trains on: {PROMPTS_HELP}")
+    column = "the column or key of --eval-prompts that has them"
+    add("--eval-prompt-column", column, metavar="NAME", shown=", ".join(COLUMNS))
     metric = "which of evaluate.py's metrics; oracle is for the tiny teachers"
     add("--eval-metric", metric, choices=EVAL_METRICS, default="oracle")
     add("--eval-seeds", "samples of each of them", type=positive, default=4)

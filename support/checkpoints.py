@@ -160,13 +160,17 @@ def describe_files(folder):
 
 
 def restore_optimizer(optimizer, state):
-    """Loads a whole state_dict into an optimiser whose states may be laid out over the ranks."""
+    """Loads a whole state_dict into an optimiser whose states may be laid out over the ranks. Its settings,
+    as the betas, stay those that it was made with."""
+    settings = [dict(group) for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
         for name, value in values.items():
             if value.ndim:
                 values[name] = lay_out(value, parameters[i])
     optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.state.clear()  # a second copy of this rank's share
         for p, values in optimizer.optim.state.items():

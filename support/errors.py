@@ -68,6 +68,8 @@ def explain(error):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: lower --batch, or see what --plan says of --shard and --lora"
+    if "invalid device ordinal" in str(error):
+        return "there are fewer GPUs on this machine than processes: lower --nproc_per_node"
     if isinstance(error, BrokenPipeError):
         return "the output was closed before the end"
     if isinstance(error, OSError) and error.strerror:

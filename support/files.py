@@ -53,6 +53,7 @@ def write_atomically(path):
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".writing-{HOST}-{os.getpid()}-{name}")
     try:
+        remove(temporary)  # of a process that was killed and had this one's number
         yield temporary
         for file in list_files(temporary):
             os.chmod(file, 0o666 & ~UMASK)  # some libraries make files that nobody else can read
@@ -106,14 +107,14 @@ def flush(path):
 
 def remove_leftovers(folder, of_all=False):
     """Removes what killed processes of this machine were writing in a folder, and with `of_all`, for who
-    alone may write there, those of other machines; nothing else."""
+    alone may write there, what any process was; nothing else."""
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         match = LEFTOVER.fullmatch(name)
         if not match:
             continue
         host, process = match.groups()
-        is_dead = of_all if host != HOST else not is_alive(int(process))
-        if is_dead:
+        is_dead = host == HOST and not is_alive(int(process))
+        if of_all or is_dead:  # a container that starts again has the same host and process numbers
             remove(os.path.join(folder, name))
 
 

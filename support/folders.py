@@ -15,6 +15,7 @@ def check_index(folder, index, has_results):
     """UserError where a folder's index.json differs from `index`, {name: value}, or where there is no
     readable one beside results."""
     path = os.path.join(folder, "index.json")
+    was_there = os.path.lexists(path)  # before it is read: another rank may write it now
     old = read_sealed(path)
     if isinstance(old, dict):
         difference = describe_difference(old, index)
@@ -22,7 +23,7 @@ def check_index(folder, index, has_results):
             raise UserError(
                 f"{folder} holds results of other settings: {difference}; give another --out, or delete it"
             )
-    elif has_results or os.path.lexists(path):
+    elif has_results or was_there:
         raise UserError(
             f"nobody knows of what the results in {folder} are: its index.json is missing or damaged; "
             "give another --out, or delete it"

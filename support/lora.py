@@ -1,15 +1,15 @@
 """LoRA: several networks that are one frozen backbone, each with its own adapter switched on (--lora)."""
 
 import contextlib
-import os
 import re
 import warnings
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from support.errors import UserError, require
-from support.files import read_tensors
+from support.lora_files import read_adapter
 from support.parallel import find_linear_layers
 
 
@@ -80,6 +80,16 @@ class Adapted(nn.Module):
 
         return torch.utils.checkpoint.checkpoint(run_again, *args, use_reentrant=False)
 
+    def load_layers(self, layers):
+        """Takes over the weights of read_layers of another adapter. ValueError where that is of other layers
+        or another rank."""
+        own, other = ({n: w.shape for n, w in found.items()} for found in (self.read_layers(), layers))
+        if own != other:
+            raise ValueError("an adapter of other layers, or of another rank")
+        for n, layer in self.layers.items():
+            layer.lora_A[self.name].weight.data.copy_(layers[f"{n}.lora_A.weight"])
+            layer.lora_B[self.name].weight.data.copy_(layers[f"{n}.lora_B.weight"])
+
     def read_layers(self):
         """{name as peft has it: weight} of the adapter alone, float32, on the CPU."""
         layers = {}
@@ -111,13 +121,11 @@ def find_targets(net, endings=None):
 def make_adapted(backbone, name, args, folder=None):
     """The backbone with an adapter of this name, zero or that of the student in the checkpoint `folder`.
     UserError where that student is of another kind."""
-    if args.compile:
-        raise UserError("--compile is for networks that train whole; --lora has none")
     net = Adapted(backbone, name, args.lora, args.lora_targets)
     if folder:
         try:
-            net.load_state_dict(read_tensors(os.path.join(folder, "state", "G.pt")))
-        except (RuntimeError, OSError, ValueError) as error:
+            net.load_layers(read_adapter(folder))
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
                 f"--lora {args.lora} starts from the teacher, or from a student of the same --lora and "
                 f"--lora-targets; {folder} is none"

@@ -55,12 +55,17 @@ def save_adapter(student, layers, folder):
         student.scheduler().save_pretrained(os.path.join(folder, "scheduler"))
 
 
+def read_adapter(folder):
+    """The adapter in a checkpoint's folder, {peft's name in the denoiser: weight}."""
+    tensors = load_file(os.path.join(folder, LORA_FILE))
+    # there each has the denoiser's name in the pipeline before it
+    return {name.partition(".")[2]: weight for name, weight in tensors.items()}
+
+
 @torch.no_grad()
 def add_adapter(net, folder):
     """Adds the adapter in a checkpoint's folder to the weights of its teacher's network -> the network."""
-    layers = {}
-    for name, weight in load_file(os.path.join(folder, LORA_FILE)).items():
-        layers[name.partition(".")[2]] = weight  # without the denoiser's name in the pipeline
+    layers = read_adapter(folder)
     for name, down in layers.items():
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")

@@ -23,14 +23,7 @@ class Pairs:
     UserError where the folder is not there, not complete, damaged, or of another teacher."""
 
     def __init__(self, folder, teacher=None):
-        path = os.path.join(folder, "index.json")
-        if not os.path.exists(path):
-            raise UserError(
-                f"there are no ODE pairs in {folder!r}: run collect_ode.py --teacher ... --out {folder} first"
-            )
-        self.index = read_sealed(path)
-        if self.index is None or not set(self.index) >= INDEX:
-            raise UserError(f"{path} is damaged, or was edited: collect the pairs again, with another --out")
+        self.index = read_index(folder)
         if teacher:
             self._check(folder, teacher)
         identity = identify(self.index)
@@ -69,6 +62,20 @@ class Pairs:
         x_T = torch.stack([self.read(i, "x_T").float() for i in numbers])
         x_0 = torch.stack([self.read(i, "x_0").float() for i in numbers])
         return x_T, x_0, self.prompts(numbers)
+
+
+def read_index(folder):
+    """The index of a folder of pairs: a dictionary with INDEX. UserError where there is none, or a damaged
+    one."""
+    path = os.path.join(folder, "index.json")
+    if not os.path.exists(path):
+        raise UserError(
+            f"there are no ODE pairs in {folder!r}: run collect_ode.py --teacher ... --out {folder} first"
+        )
+    index = read_sealed(path)
+    if index is None or not set(index) >= INDEX:
+        raise UserError(f"{path} is damaged, or was edited: collect the pairs again, with another --out")
+    return index
 
 
 def shard_path(folder, k):

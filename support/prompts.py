@@ -21,13 +21,13 @@ MARKS = {
 }
 
 
-def read_prompts(path, column=None):
+def read_prompts(path, column=None, option="--prompt-column"):
     """The prompts of a file -> list of str, each of one line: its inner line breaks become spaces.
 
     The suffix says what it is: .csv, .tsv, .jsonl, .json (a list) or .parquet; any other is text with a
-    prompt a line. column: the column or key that has the prompts, else the one that is in COLUMNS. Empty
-    prompts are left out, with a note but for empty lines of text. UserError, which names the file, for what
-    cannot be read or is no prompt."""
+    prompt a line. column: the column or key that has the prompts, else the one that is in COLUMNS; `option`
+    chooses it. Empty prompts are left out, with a note but for empty lines of text. UserError, which names
+    the file, for what cannot be read or is no prompt."""
     suffix = os.path.splitext(path)[1].lower()
     read = READERS.get(suffix, read_lines)
     try:
@@ -39,7 +39,8 @@ def read_prompts(path, column=None):
         advice = "save it as UTF-8, or unpack it"
         raise UserError(f"the prompt file {path} is not {error.encoding.upper()} text: {advice}") from error
     except ValueError as error:
-        raise UserError(f"the prompt file {path} {first_line(error)}") from error
+        sentence = first_line(error).replace("--prompt-column", option)
+        raise UserError(f"the prompt file {path} {sentence}") from error
     if not prompts:
         raise UserError(f"the prompt file {path} has no prompts; write one a line")
     if empty and read is not read_lines:

@@ -21,6 +21,7 @@ from support.checkpoints import (
     follow,
     is_ours,
     list_checkpoints,
+    open_checkpoint,
     restore_optimizer,
     save_network,
     write_pointer,
@@ -33,10 +34,10 @@ from support.files import (
     parse_line,
     remove,
     remove_leftovers,
-    short_name,
     write_atomically,
     write_sealed,
 )
+from support.inputs import check_that_no_run_is_there
 from support.loading import describe_teacher
 from support.lora import Adapted
 from support.lora_files import save_adapter
@@ -67,7 +68,7 @@ FREE = (
     "keep",
 )
 FREE += ("patience", "shard", "offload", "compile", "checkpointing")
-FREE += ("eval_every", "eval_prompts", "eval_metric", "eval_seeds", "weights_dir")
+FREE += ("eval_every", "eval_prompts", "eval_prompt_column", "eval_metric", "eval_seeds", "weights_dir")
 FREE += ("clip_model", "clip_weights", "clip_prefix", "hps_version", "lpips_net", "lpips_size")
 
 
@@ -89,7 +90,7 @@ class Run:
         self.student = method.student
         self.teacher = method.teacher
         self.parts = {name: getattr(method, name) for name in PARTS if getattr(method, name, None)}
-        self.folder = args.out or os.path.join("runs", f"{stage}-{short_name(args.teacher)}")
+        self.folder = args.out
         self.metrics = os.path.join(self.folder, "metrics.jsonl")
         self.updates = getattr(args, "ttur", 1)  # draws of an iteration
         self.start = 0
@@ -122,10 +123,7 @@ class Run:
             self.lock = stack.pop_all()  # `iterations` releases it
 
     def _open(self, stage):
-        if list_checkpoints(self.folder) and not self.args.resume:
-            raise UserError(
-                f"{self.folder} holds a run already: add --resume to go on with it, or give another --out"
-            )
+        check_that_no_run_is_there(self.args)  # again, now that nobody else can write there
         found = find_newest(self.folder, "state")
         if found:
             self._restore(*found)
@@ -240,7 +238,7 @@ class Run:
         before = {number: signal.signal(number, remember) for number in STOP}
         try:
             for step in range(self.start, self.args.iterations):
-                if self.args.offload and (step - self.start) % AHEAD == 0:
+                if self.args.offload and (step == self.start or step % AHEAD == 0):
                     self._encode_ahead(step)
                 yield step
                 if self.leaving:
@@ -254,8 +252,11 @@ class Run:
             raise KeyboardInterrupt
 
     def _encode_ahead(self, step):
+        """Encodes the prompts of the AHEAD iterations that `step` is one of: the same ones together after an
+        interruption, too, since an encoder's last bits depend on who is in its batch."""
+        first = step - step % AHEAD
         prompts = []
-        for later in range(step, min(step + AHEAD, self.args.iterations)):
+        for later in range(first, min(first + AHEAD, self.args.iterations)):
             for update in range(self.updates):
                 for b in self.method.draw(later, update):
                     prompts += b.prompts
@@ -380,7 +381,7 @@ class Run:
             self._point("latest", folder)
             if is_best:
                 self._point("best", folder)
-            self._prune()
+            self._prune(folder)
             with self._spare_the_run("curves.png"):
                 save_curves(self.metrics, os.path.join(self.folder, "curves.png"))
         with self.method.ema.use(), self._spare_the_run("the preview"):
@@ -425,15 +426,20 @@ class Run:
     def _point(self, name, folder):
         write_pointer(os.path.join(self.folder, name), folder)
 
-    def _prune(self):
-        """Removes all but the newest --keep checkpoints and the one that `best` names; none while updates are
-        left out, as the newest may be of no use."""
+    def _prune(self, newest):
+        """Removes all but the newest --keep whole checkpoints and the one that `best` names; none while
+        updates are left out, as the newest may be of no use. Those after `newest`, the one just written, were
+        passed over as damaged: they neither count nor go."""
         if self.streak:
             return
         best = follow(os.path.join(self.folder, "best"))
-        for older in list_checkpoints(self.folder)[self.args.keep :]:
-            if is_ours(older) and older != best:
-                remove(older)
+        folders = list_checkpoints(self.folder)
+        kept = 0
+        for folder in folders[folders.index(newest) :]:
+            if kept < self.args.keep:
+                kept += open_checkpoint(folder)[1] is None
+            elif is_ours(folder) and folder != best:
+                remove(folder)
 
 
 def describe_data(method):

@@ -182,7 +182,7 @@ class MovingAverage:
         if bool(state) != bool(self.average):
             raise ValueError("--ema is not what it was")
         if self.average:
-            self.average.load_state_dict(state)
+            self.average.load_state_dict({**state, "decay": self.average.decay})
             self.average.to(next(self.net.parameters()).device)
 
 

@@ -600,7 +600,13 @@ TABLE = {
     ],
     "support/checkpoints.py": [
         ("an adapter's checksum is not compared", '("student/", LORA_FILE)', '("student/", "student")'),
+        ("the optimisers' settings are the checkpoint's", "group.update(own)", "group.update({})"),
         ("a fingerprint of some weights alone", "in net.parameters():", "in list(net.parameters())[::99]:"),
+    ],
+    "support/run.py": [
+        ("what is damaged is kept in a whole one's place", "open_checkpoint(folder)[1] is None", "True"),
+        ("what was passed over counts", "folders[folders.index(newest) :]", "folders"),
+        ("prompts encoded in other groups", "first = step - step % AHEAD", "first = step"),
     ],
     "support/backbones.py": [
         (
@@ -655,6 +661,7 @@ TABLE = {
             'meta["arguments"].get("student_guidance")',
             "None",
         ),
+        ("the average's decay is the checkpoint's", '{**state, "decay": self.average.decay}', "state"),
         ("AdamW's betas", '"betas": args.betas', '"betas": (0.5, 0.9)'),
         ("AdamW's weight decay", '"weight_decay": args.weight_decay', '"weight_decay": 0'),
         (
@@ -720,6 +727,7 @@ TABLE = {
         ("LoRA's scale", "lora_alpha=rank", "lora_alpha=2 * rank"),
         ("LoRA's adapter is off", "with self.switch_on([self.name]):", "with self.switch_on([]):"),
         ("LoRA's blocks again without it", "with self.switch_on(names):", "with self.switch_on([]):"),
+        ("an adapter of other layers of the same shapes", "own != other", "len(own) != len(other)"),
         ("LoRA's adapters stay on", "self.backbone.switched_on[:] = before", "self.backbone"),
     ],
     "support/lora_files.py": [
@@ -768,7 +776,9 @@ def order_tests(mutation):
     if mutation and mutation.file.startswith("teachers/"):
         return ["tests/test_families.py", *OF_THE_STAGES, "test_smoke.py"]
     if mutation and mutation.file in ("support/lora_files.py", "support/checkpoints.py"):
-        return ["tests/test_lora_files.py", "tests/test_plain_diffusers.py"]
+        return ["tests/test_lora_files.py", "tests/test_resume.py", "tests/test_plain_diffusers.py"]
+    if mutation and mutation.file == "support/run.py":
+        return ["tests/test_resume.py"]
     return OF_THE_PARTS + OF_THE_STAGES + SLOW
 
 

@@ -43,6 +43,7 @@ def place(tmp_path_factory, teacher_folder, prompts_file, pairs_folder):
         (place / "zeros.txt").write_bytes(bytes(100))
         (place / "unknown.txt").write_text("a small red circle\na small pink hexagon\n")
         (place / "text.pth").write_text("not a checkpoint\n")
+        (place / "table.csv").write_text("description\na small red circle\n")
 
         shutil.copytree(pairs_folder, "pairs")
         shutil.copytree(pairs_folder, "pairs-damaged")
@@ -164,11 +165,35 @@ CASES = (
     (f"{WITH_PROMPTS} --lr -1", "argument --lr: must be at least 0"),
     (f"{WITH_PROMPTS} --lr nan", "argument --lr: must be at least 0"),
     (f"{WITH_PROMPTS} --dt 0", "--dt: must be between 0 and 1, not 0"),
-    (f"{WITH_PROMPTS} --first-time 0", "--first-time: must be above 0 and at most 1, not 0"),
+    (f"{WITH_PROMPTS} --dt 1e400", "--dt: must be between 0 and 1, not 1e400"),
+    (f"{WITH_PROMPTS} --first-time 0.0004", "--first-time: must be from 0.001 to 1, not 0.0004"),
     (f"{WITH_PROMPTS} --t-range 0.6 0.5", "--t-range: HIGH must be above LOW and above --dt, not 0.5"),
     (
         f"{WITH_PROMPTS} --dt 1/8 --t-range 0.02 0.1",
         "--t-range: HIGH must be above LOW and above --dt, not 0.1",
+    ),
+    # options that would do nothing
+    (f"{WITH_PROMPTS} --loss dmd --project", "--project is for --loss adm"),
+    (f"{WITH_PROMPTS} --lora-targets to_q", "--lora-targets says what --lora adapts"),
+    (f"{WITH_PROMPTS} --lora 2 --compile", "--compile is for networks that train whole"),
+    (f"{WITH_PROMPTS} --gpu-gb 24", "--gpu-gb is what --plan compares with"),
+    (f"{LATENT} --pairs pairs --lambda-latent 0", "after the warm-up nothing moves the student"),
+    (
+        f"{SAMPLE} --student run --prompt circle --steps 2",
+        "leave them out, or add --side-by-side",
+    ),
+    # what is looked at before a teacher is: there is none
+    ("adm.py --teacher none --prompts prompts.txt --init nowhere", "there is no checkpoint 'nowhere'"),
+    ("adm.py --teacher none --prompts prompts.txt --out run", "run holds a run already"),
+    ("adm.py --teacher none --prompts prompts.txt --out text.pth", "text.pth is no folder"),
+    ("adp.py --teacher none --pairs nowhere", "there are no ODE pairs in 'nowhere'"),
+    (
+        "adp.py --teacher none --pairs pairs --eval-every 1 --eval-prompts nowhere.txt",
+        "the prompt file nowhere.txt cannot be read",
+    ),
+    (
+        "adp.py --teacher none --pairs pairs --eval-every 1 --eval-prompts table.csv",
+        "choose one with --eval-prompt-column NAME",
     ),
 )
 
@@ -233,6 +258,7 @@ ENDS = (
     (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 2, "runs/a: No space left on device"),
     (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 2, "runs/a: Permission denied"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2, "the GPU's memory is full: lower --batch"),
+    (RuntimeError("CUDA error: invalid device ordinal"), 2, "there are fewer GPUs on this machine"),
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "the output was closed before the end"),
     (
         RuntimeError("[pair.cc] Connection closed by peer [::1]:5"),
@@ -261,6 +287,18 @@ def test_ends_of_any_rank_are_a_sentence(monkeypatch, capfd, error, code, senten
         launch(end_with(error))
     check(end.value.code, capfd.readouterr().err, "adm.py", sentence, code)
     assert bool(waited) == (rank == "1" or "connection" in sentence)
+
+
+def test_a_wrong_option_is_said_by_the_main_rank_even_if_it_is_late(monkeypatch, capfd):
+    """torchrun ends all ranks when one does."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("sys.argv", ["adm.py", "--teacher", "none", "--batch", "0"])
+    with pytest.raises(SystemExit) as end:
+        launch(adm.main)
+    check(end.value.code, capfd.readouterr().err, "adm.py", "argument --batch: must be at least 1")
+    assert waited and waited[0] > 1
 
 
 def test_a_defect_keeps_its_traceback():

@@ -14,6 +14,7 @@ import sample
 from metrics.images import Images, wait_for_scores
 from metrics.scores import read_scores, save_scores
 from metrics.systems import find_images, plan_images
+from support import folders
 from support.checkpoints import describe_files
 from support.errors import UserError
 from support.files import read_sealed, write_sealed
@@ -330,6 +331,16 @@ def test_damaged_scores_are_made_again(drawn, tmp_path):
     assert images.score("number", scorer, PROMPTS, 0) != paths
     assert scorer.calls == 3
     assert json.loads((tmp_path / "x/index.json").read_text())["prompts"] == PROMPTS
+
+
+def test_an_index_that_another_rank_writes_meanwhile_is_no_damaged_one(tmp_path, monkeypatch):
+    def write_later(path):
+        with open(path, "w") as file:
+            file.write("{}")
+
+    monkeypatch.setattr(folders, "read_sealed", write_later)
+    folders.check_index(str(tmp_path), {"steps": 1}, has_results=False)
+    assert os.listdir(tmp_path) == ["index.json"]
 
 
 def test_no_rank_has_results_before_the_index(tmp_path, monkeypatch):

@@ -111,6 +111,29 @@ def test_an_adapter_is_kept_where_the_pipeline_reads_none(tmp_path, monkeypatch)
         torch.testing.assert_close(weight, state[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_goes_on_from_the_adapter_that_is_drawn_with(students, prompts_file, tmp_path):
+    """Layer by layer; and from none of other layers, be they of the same shapes, or of another rank."""
+    adapter, _ = students
+    teacher = read_json(os.path.join(adapter, "meta.json"))["teacher"]
+    words = f"--teacher {teacher} --prompts {prompts_file} --loss dmd --iterations 1 --lr 0".split()
+    words = [*helpers.QUICK, *words]
+
+    def run(name, options):
+        adm.main([*words, "--out", str(tmp_path / name), *options.split()])
+        return load_file(tmp_path / name / "step_000001" / LORA_FILE)
+
+    before = load_file(os.path.join(adapter, LORA_FILE))
+    torch.testing.assert_close(run("all", f"--init {adapter} --lora {RANK}"), before, rtol=0, atol=0)
+    run("part", f"--lora {RANK} --lora-targets attn1.to_q")
+    for start, options in (
+        (adapter, "--lora 2"),
+        (adapter, f"--lora {RANK} --lora-targets attn1.to_q"),
+        (tmp_path / "part", f"--lora {RANK} --lora-targets attn1.to_k"),
+    ):
+        with pytest.raises(UserError, match="of the same --lora and --lora-targets"):
+            run("other", f"--init {start} {options}")
+
+
 # Refused ---------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from support import run as runs
 from support.checkpoints import find_checkpoint
 from support.errors import UserError
 from support.files import remove
+from support.offload import Offload
 
 
 class Interrupted(Exception):
@@ -227,6 +228,42 @@ def test_resuming_with_other_settings_says_so(finished, dmd, tmp_path, capfd):
     assert "the data were" in errors
 
 
+def test_other_settings_of_the_optimisers_and_the_average_are_taken(adm_arguments, tmp_path):
+    """As the note says."""
+    run = tmp_path / "run"
+    words = [*adm_arguments, "--loss", "dmd", "--out", str(run)]
+    adm.main([*words, "--ema", "0.9", "--iterations", "1"])
+    other = "--ema 0.5 --betas 0.5 0.7 --weight-decay 0.25 --iterations 2 --resume"
+    adm.main([*words, *other.split()])
+    state = helpers.read_state(run / "step_000002")
+    for name in ("opt_G", "opt_f"):
+        (group,) = state[name]["param_groups"]
+        assert (tuple(group["betas"]), group["weight_decay"]) == ((0.5, 0.7), 0.25)
+        assert all(values["step"] == 2 for values in state[name]["state"].values())
+    assert state["ema"]["decay"] == 0.5
+
+
+def test_prompts_are_encoded_in_the_same_groups_after_an_interruption(adm_arguments, tmp_path, monkeypatch):
+    """With --offload: an encoder's last bits depend on what else is in its batch."""
+    groups = []
+    encode = Offload.encode_ahead
+    monkeypatch.setattr(runs, "AHEAD", 4)
+    monkeypatch.setattr(
+        Offload, "encode_ahead", lambda own, prompts: groups.append(prompts) or encode(own, prompts)
+    )
+    run = tmp_path / "run"
+    words = [*adm_arguments, "--loss", "dmd", "--out", str(run), "--offload"]
+    words += ["--iterations", "6", "--save-every", "3"]
+    adm.main(words)
+    whole = list(groups)
+    assert len(whole) == 2
+    assert len(whole[0]) == 2 * len(whole[1])
+    groups.clear()
+    remove(run / "step_000006")
+    adm.main([*words, "--resume"])
+    assert groups == whole
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Whose folder it is
 # ----------------------------------------------------------------------------------------------------------
@@ -252,7 +289,11 @@ def test_only_what_was_left_by_dead_processes_is_removed(adm_arguments, tmp_path
         (run / name).write_text("mine")
     process = subprocess.Popen(["true"])
     process.wait()
-    left = (f".writing-{files.HOST}-{process.pid}-step_000001", ".writing-another-1-curves.png")
+    left = (
+        f".writing-{files.HOST}-{process.pid}-step_000001",
+        f".writing-{files.HOST}-{os.getpid()}-step_000001",  # of a container that has started again
+        ".writing-another-1-curves.png",
+    )
     for name in left:
         (run / name).mkdir()
     (run / "samples" / left[0]).write_text("half")
@@ -348,15 +389,34 @@ def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path):
 
 
 def test_only_the_newest_checkpoints_are_kept(adm_arguments, tmp_path):
-    """By number, not as text; a folder with other things in it is no checkpoint of ours."""
+    """By number, not as text. A folder with other things in it is no checkpoint of ours, and a later one,
+    which was passed over as damaged, does not count."""
     run = tmp_path / "run"
     for name in ("step_000000", "step_1000000"):
         (run / name).mkdir(parents=True)
     (run / "step_000000/notes.txt").write_text("mine")
-    words = "--loss dmd --iterations 4 --save-every 1 --keep 3 --resume"
+    words = "--loss dmd --iterations 4 --save-every 1 --keep 2 --resume"
     adm.main([*adm_arguments, "--out", str(run), *words.split()])
     kept = sorted(name for name in os.listdir(run) if name.startswith("step_"))
     assert kept == ["step_000000", "step_000003", "step_000004", "step_1000000"]
+
+
+def test_no_damaged_checkpoint_is_kept_in_a_whole_ones_place(finished, dmd, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+
+    def go_on(words):
+        adm.main(dmd(run, f"--resume --save-every 1 {words}"))
+        return sorted(name for name in os.listdir(run) if name.startswith("step_"))
+
+    os.rename(run / "step_000002", run / "step_000003")
+    with open(run / "step_000003/state/G.pt", "r+b") as file:
+        file.write(b"\0" * 99)
+    assert go_on("--keep 1 --iterations 2") == ["step_000002", "step_000003"]  # the later one was passed over
+    assert go_on("--keep 1 --iterations 3") == ["step_000003"]
+    assert go_on("--keep 3 --iterations 5") == ["step_000003", "step_000004", "step_000005"]
+    remove(run / "step_000005/meta.json")
+    words = "--save-every 2 --keep 2 --iterations 6"
+    assert go_on(words) == ["step_000004", "step_000005", "step_000006"]
 
 
 def test_runs_that_are_not_finite_end_and_keep_their_checkpoints(finished, dmd, tmp_path):

@@ -91,7 +91,6 @@ RUNS = {
     " --t-range 0.02 0.98",
     "dmd-range": f"{TRIAL} --lr 1e-4 --loss dmd --t-range 0.02 0.98",
     "dmd-noisy": f"{TRIAL} --lr 1e-4 --loss dmd --t-range 0.3 1",
-    "bare-noisy": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0 --t-range 0.3 1",
     "small-dt": f"{TRIAL} --lr 3e-5 --dt 1/64",
     "default-penalty": f"{TRIAL} --lr 3e-5 --dt 1/64 --r1 0.004 --r2 0.004",
     "weak-penalty": f"{TRIAL} --lr 3e-5 --r1 0.003 --r2 0.003",
@@ -128,7 +127,7 @@ TABLES = {
     "variants": (
         (
             *("dmdx-600", "raven", "small-dt", "default-penalty", "weak-penalty"),
-            *("dmd-600", "dmd-noisy", "bare-600", "bare-noisy"),
+            *("dmd-600", "dmd-noisy"),
         ),
         EVALUATE,
     ),
