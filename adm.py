@@ -181,7 +181,7 @@ def iterate(adm, step, minimise):
     """--ttur updates of f_psi and D_tau, then one of G_theta. minimise: support.training's, or tools' own."""
     args = adm.args
     student_loss = getattr(adm, adm.student_losses[args.loss])
-    for update in range(args.ttur):
+    for update in range(args.ttur):  # paper silent: ttur: each update has samples of its own
         student_learns = step >= args.warmup and update == args.ttur - 1
         batch = adm.draw(step, update)
         with torch.set_grad_enabled(student_learns and len(batch) == 1):  # else line 3 does it again

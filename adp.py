@@ -11,7 +11,8 @@ discriminator D_tau2 (SAM's image encoder with heads). One iteration [method of 
    x~_0 = x_t - (t/T) G_theta(x_t, t, c) [predict]. All t train, though only t = T is sampled.
    In the warm-up update theta by E |G_theta(x_t, t, c) - (x_T - x_0)|^2 alone [velocity_loss].
 2. t' ~ U[0, T]; x~_t' is x~_0, noised to t' as the teacher does. Update theta by
-   L(theta) = -E [lambda_1 D_tau1(x~_t', t', c) + lambda_2 D_tau2(x~_0)] [generator_loss].
+   L(theta) = -E [lambda_1 D_tau1(x~_t', t', c) + lambda_2 D_tau2(x~_0)], and, ours, --mse (0) times the
+   error of the warm-up [generator_loss].
 3. Update tau by the hinge loss of x~_0 and of the pairs' x_0, noised anew to t' [discriminator_loss].
 """
 
@@ -81,7 +82,7 @@ class ADP:
     def predict(self, b):
         """1. -> x~_0, and the squared error of the velocity."""
         b.cond = self.teacher.encode(b.prompts)
-        x_T, x_0, _ = self.pairs.batch(b.numbers)
+        x_T, x_0 = self.pairs.batch(b.numbers)
         x_T, b.x_0 = x_T.to(self.teacher.device), x_0.to(self.teacher.device)
         t = (1 - b.rows.uniform() ** self.args.time_power) * T
         x_t = self.student.diffuse(b.x_0, x_T, t)
@@ -97,7 +98,7 @@ class ADP:
         return error
 
     def generator_loss(self, b):
-        """2. L(theta) = -E [lambda_1 D_tau1(x~_t', t', c) + lambda_2 D_tau2(x~_0)], + mse error."""
+        """2. L(theta) = -E [lambda_1 D_tau1(x~_t', t', c) + lambda_2 D_tau2(x~_0)] (+ --mse error)."""
         x0_tilde, error = self.predict(b)
         b.t_prime = b.rows.uniform() * T
         maps_fake = self.maps(x0_tilde, b)

@@ -720,7 +720,7 @@ class Student:
     def simulate(self, net, rows, cond, k):
         """Backward simulation: run the student from pure noise through its first k times -> x at
         self.times[k], [B, ...]."""
-        x = rows.normal(*self.teacher.latent_shape)
+        x = rows.normal(*self.teacher.latent_shape)  # paper silent: backward simulation: as DMD2's
         for i in range(k):
             x0_hat = self.denoise(net, x, i, cond)
             x = self.diffuse(x0_hat, rows.normal(*self.teacher.latent_shape), self.time(i + 1, x))

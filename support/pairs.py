@@ -58,10 +58,10 @@ class Pairs:
         return [self.index["prompts"][self.read(i, "prompt")] for i in numbers]
 
     def batch(self, numbers):
-        """Numbers of n pairs -> (x_T [n, ...], x_0 [n, ...], list of prompts)."""
+        """Numbers of n pairs -> (x_T [n, ...], x_0 [n, ...])."""
         x_T = torch.stack([self.read(i, "x_T").float() for i in numbers])
         x_0 = torch.stack([self.read(i, "x_0").float() for i in numbers])
-        return x_T, x_0, self.prompts(numbers)
+        return x_T, x_0
 
 
 def read_index(folder):

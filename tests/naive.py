@@ -1,7 +1,8 @@
 """Algorithm 1 and ADP once more, as plainly as they can be written: what adm.py and adp.py must equal.
 
-Nothing is reused between updates, every formula is written out. Of the project only the networks themselves
-(`teacher.call`, `teacher.encode`, the heads), the pixel backbone and the random numbers' order are taken."""
+Nothing is reused between updates, every formula is written out. Of the project are the networks themselves
+(`teacher.call`, `encode`, `null`, `decode`, `taps`, `prediction`, heads and pixel backbone), the times of the
+student, and the order of the random numbers."""
 
 import copy
 import math
@@ -248,7 +249,9 @@ class NaiveADP:
         parts = draw_rows(args, teacher.device, "adp", step)
         loss_G = 0
         for rows in parts:
-            x_T, rows.x_0, prompts = self.pairs.batch(rows.integers(len(self.pairs)))
+            numbers = rows.integers(len(self.pairs))
+            x_T, rows.x_0 = self.pairs.batch(numbers)
+            prompts = self.pairs.prompts(numbers)
             rows.cond = teacher.encode(prompts)
             u = rows.uniform()
             t = (1 - (u if args.time_power == 1 else u * u * u)) * T

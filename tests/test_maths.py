@@ -380,7 +380,8 @@ def test_pairs_are_the_guided_samplers(teacher, teacher_folder, prompts_file, tm
     source = ["--teacher", teacher_folder, "--prompts", prompts_file, "--out", str(tmp_path)]
     helpers.collect(*source, *words.split())
     pairs = Pairs(str(tmp_path))
-    x_T, x_0, prompts = pairs.batch(range(5))
+    x_T, x_0 = pairs.batch(range(5))
+    prompts = pairs.prompts(range(5))
     rows = Rows(range(5), ("pairs", 4), CPU)
     chosen = rows.integers(20)
     noise = rows.normal(*teacher.latent_shape)

@@ -379,7 +379,7 @@ def test_students_are_not_judged_on_the_noise_of_the_pairs(teacher, prompts_file
     from support.pairs import Pairs
 
     for i in range(4):
-        x_T, _, _ = Pairs(pairs_folder).batch([i])
+        x_T, _ = Pairs(pairs_folder).batch([i])
         sample = Rows([i], ("sample", 0), CPU).normal(*teacher.latent_shape)
         a, b = x_T.flatten(), sample.flatten()
         for shift in range(-3, 4):

@@ -10,6 +10,7 @@ import pytest
 
 import helpers
 from support.errors import UserError
+from support.files import read_json
 from tools import plots, reproduce, tables
 
 PLACES = ("pairs", "init", "out", "resume")
@@ -159,7 +160,7 @@ def make_entry():
         record = {"seed": seed, "date": "2026-01-02", "commit": "0123456789", "machine": "2 x CPU"}
         record["command"] = f"adm.py --iterations 450 --seed {seed}"
         runs.append({"name": "dmdx", **record, "cpu_seconds": 90, "row": make_row(accuracy, 0.1 * seed)})
-    teacher = make_row(0.97, 0.0) | {"nfe": 50, "prompts": 64, "samples": 4096}
+    teacher = make_row(0.97, 0.03) | {"nfe": 50, "prompts": 64, "samples": 4096}
     return {"teacher": teacher, "runs": runs}
 
 
@@ -167,7 +168,7 @@ def test_a_table_has_the_means_and_the_spread_over_the_seeds(tmp_path):
     lines = tables.write_tables(str(tmp_path), {"demo": make_entry()})["results.md"].splitlines()
     lines = lines[lines.index("<!-- table demo -->") :]
     assert lines[1] == "| student | NFE | accuracy | tv | tv of size | CPU minutes |"
-    assert lines[3] == "| teacher | 50 | 0.970 | 0.000 | 0.00 |  |"
+    assert lines[3] == "| teacher | 50 | 0.970 | 0 |  |  |"
     label = tables.LABELS["dmdx"]
     assert lines[4] == f"| {label} | 1 | 0.750 ± 0.071 | 0.050 ± 0.071 | 0.05 | 1.5 |"
     below = " ".join(lines[6:8])
@@ -227,6 +228,19 @@ def test_the_documented_tables_are_those_of_the_json(tmp_path):
     for file, text in tables.write_tables(str(tmp_path), results).items():
         with open(os.path.join(docs, file)) as documented:
             assert documented.read() == text
+
+
+def test_the_documented_tables_are_of_the_commands_that_are_there_now():
+    results = read_json(os.path.join(helpers.ROOT, "docs/results.json"))
+    runs = reproduce.Runs("runs/reproduce", False)
+    for table, entry in results.items():
+        names, command = reproduce.TABLES[table]
+        assert list(tables.group_runs(entry)) == list(names), table
+        for run in entry["runs"]:
+            now = parse_training(runs.command(run["name"], run["seed"]))
+            assert parse_training(shlex.split(run["command"])) == now
+        words = shlex.split(entry["command"])
+        assert words[: words.index("--student")] == runs.complete(command), table
 
 
 def test_the_plot_is_drawn(tmp_path):

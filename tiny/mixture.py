@@ -142,7 +142,7 @@ class Pairs:
         return [""] * len(numbers)
 
     def batch(self, numbers):
-        return self.x_T[numbers], self.x_0[numbers], self.prompts(numbers)
+        return self.x_T[numbers], self.x_0[numbers]
 
 
 class BatchRows(Rows):

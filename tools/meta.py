@@ -150,9 +150,9 @@ class DataOnMeta:
         return [""] * len(numbers)
 
     def batch(self, numbers):
-        """Numbers of n pairs -> (x_T [n, ...], x_0 [n, ...], list of prompts)."""
+        """Numbers of n pairs -> (x_T [n, ...], x_0 [n, ...])."""
         x_T, x_0 = (torch.empty(len(numbers), *self.latent_shape, device=META) for _ in range(2))
-        return x_T, x_0, self.prompts(numbers)
+        return x_T, x_0
 
 
 # ----------------------------------------------------------------------------------------------------------

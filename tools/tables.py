@@ -47,7 +47,18 @@ LABELS = {
     "small-dt": "DMDX, dt = T/64",
     "weak-penalty": "DMDX, a tenth of the penalties",
     "guided": "DMDX, guidance 2.8 where the pairs have 1.75",
+    "default-penalty": "DMDX, the default dt and penalties",
+    "dmd-noisy": "the DMD loss at t from 0.3 T to T",
+    "dmd-ttur-2": "the DMD loss, two updates of f",
     "projected-ttur-2": "`--project`, two updates of f and D",
+    "bare-ttur-2": "`--loss secant --r1 0 --r2 0`, two updates of f and D",
+    "ttur-4": "DMDX, four updates of f and D",
+    "ttur-8": "DMDX, eight updates of f and D",
+    "sd3-start": "the teacher's network in four steps",
+    "sd3-dmd": "the DMD loss, 600 iterations",
+    "sd3-adm": "ADM, 600 iterations",
+    "video-start": "the teacher's network in eight steps",
+    "video-adm": "ADM, 300 iterations",
 }
 METHODS = {  # of the runs whose names end with their iterations
     "dmd": "the DMD loss",
@@ -109,7 +120,11 @@ def format_table(table, entry):
         further.insert(0, "gain in accuracy")
     heads = ["student", "NFE", *columns, f"tv of {', '.join(attributes)}", "CPU minutes", *further]
     blank = [""] * len(further)
-    lines = [heads, ["teacher", *format_numbers([teacher], columns, attributes), "", *blank]]
+    teacher_cells = format_numbers([teacher], columns, attributes)
+    place = 1 + columns.index("tv")
+    teacher_cells[place] = "0"  # its own is to uniform, what the students' is to it
+    teacher_cells[-1] = ""
+    lines = [heads, ["teacher", *teacher_cells, "", *blank]]
     for name, runs in group_runs(entry).items():
         numbers = format_numbers([run["row"] for run in runs], columns, attributes)
         minutes = statistics.mean(run["cpu_seconds"] for run in runs) / 60
