@@ -47,7 +47,7 @@ from support.parallel import average, gather, gather_zero1, is_main, lay_out, wa
 from support.rows import Rows
 from support.training import peak_memory_mb
 
-PARTS = ("G", "f", "heads", "ema", "opt_G", "opt_f", "opt_heads")  # of ADP or ADM, where it has them: state/
+STATE = ("G", "f", "heads", "ema", "opt_G", "opt_f", "opt_heads")  # of ADP or ADM, where it has them: state/
 AHEAD = 64  # iterations whose prompts are encoded at once with --offload
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -77,7 +77,7 @@ class Run:
     samples/.
 
     `method` is an ADP or ADM. student/ is a plain diffusers model folder with the weights to sample with;
-    with --lora a LoRA file stands in its place. state/ has a file for each of PARTS, the same for any number
+    with --lora a LoRA file stands in its place. state/ has a file for each of STATE, the same for any number
     of ranks and any --shard: all that training goes on from. meta.json says what made them, with their
     checksums. `held_out` (metrics.held_out.HeldOut, or None) scores the student: `best` names the checkpoint
     with the highest score. UserError if the folder holds a run and --resume is not given, or a run of another
@@ -89,7 +89,7 @@ class Run:
         self.held_out = held_out
         self.student = method.student
         self.teacher = method.teacher
-        self.parts = {name: getattr(method, name) for name in PARTS if getattr(method, name, None)}
+        self.parts = {name: getattr(method, name) for name in STATE if getattr(method, name, None)}
         self.folder = args.out
         self.metrics = os.path.join(self.folder, "metrics.jsonl")
         self.updates = getattr(args, "ttur", 1)  # draws of an iteration
