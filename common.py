@@ -22,7 +22,7 @@ from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
 from support.hub import TEACHERS, is_hub_id
-from support.inputs import check_inputs
+from support.inputs import check_inputs, fill_from_students
 from support.loading import load_network, load_pipeline, name_both, shorten
 from support.lora import make_adapted
 from support.lora_files import add_adapter, merge_into_network, merge_into_teacher
@@ -173,9 +173,9 @@ class Teacher:
         return self.convert(self.raw(net, x_t, t, cond), x_t, t)
 
     def guided(self, x_t, t, cond, scale):
-        """(x0_hat, eps_hat) of the teacher with classifier-free guidance. One pass at scale 1, else two, as
-        one of twice the batch: count_passes says so."""
-        if scale == 1:
+        """(x0_hat, eps_hat) of the teacher with classifier-free guidance. One pass up to scale 1, where the
+        pipelines guide no more, else two, as one of twice the batch: count_passes says so."""
+        if scale <= 1:
             return self.predict(self.denoiser, x_t, t, cond)
         both = concatenate(cond, self.null(len(x_t)))
         x_twice = torch.cat([x_t, x_t])
@@ -189,7 +189,7 @@ class Teacher:
 
     def count_passes(self, scale):
         """The passes that `guided` makes at this scale."""
-        return 1 if scale == 1 else 2
+        return 1 if scale <= 1 else 2
 
     def tell_guidance(self, cond, scale):
         """The condition of a network that is told its guidance, this scale; others have none in it."""
@@ -346,6 +346,7 @@ class SDXL(Teacher):
     """Stable Diffusion XL: U-Net, two text encoders, pooled text and size embeddings; noise prediction."""
 
     denoiser_name = "unet"
+    null_prompt = None  # zeros, where "" is a prompt
     student_steps = 1  # paper
     sampler_steps = 25  # paper
     guidance = 5.0
@@ -398,10 +399,10 @@ class SDXL(Teacher):
         return {"encoder_hidden_states": text, "text_embeds": (pooled,), "time_ids": (6,)}
 
     def null(self, n):
-        """Zeros for the empty prompt where the pipeline's config says so, as SDXL's does."""
+        """Zeros where there is no negative prompt and the pipeline's config says so, as SDXL's does."""
         if not hasattr(self, "_null"):
-            self._null = self.encode([self.null_prompt])
-            if self.pipe.config.force_zeros_for_empty_prompt and not self.null_prompt:
+            self._null = self.encode([self.null_prompt or ""])
+            if self.pipe.config.force_zeros_for_empty_prompt and self.null_prompt is None:
                 for name in ("encoder_hidden_states", "text_embeds"):
                     self._null[name] = torch.zeros_like(self._null[name])
         return super().null(n)
@@ -624,6 +625,8 @@ def load_teacher_from(args, device):
     if args.teacher_lora:
         merge_into_teacher(teacher, args.teacher_lora)
     if getattr(args, "negative_prompt", None) is not None:  # adp.py has none
+        if teacher.embeds_guidance:
+            raise UserError("--negative-prompt is for teachers that are guided by a second pass; this is not")
         teacher.check([args.negative_prompt])
         teacher.null_prompt = args.negative_prompt
     args.batch = args.batch or teacher.batch
@@ -633,15 +636,7 @@ def load_teacher_from(args, device):
 def load_teacher_of_students(args, students):
     """The teacher of the command line, by default that of the first student (a folder), at its resolution and
     length."""
-    if not args.teacher and not students:
-        raise UserError("give a --student folder, a --teacher, or both")
-    meta = find_checkpoint(students[0])[1] if students else {}
-    if not args.teacher:
-        args.teacher = meta["teacher"]
-        args.variant = args.variant or meta.get("variant")
-        args.teacher_lora = args.teacher_lora or meta.get("teacher_lora")
-    args.resolution = args.resolution or meta.get("resolution")
-    args.frames = args.frames or meta.get("frames")
+    fill_from_students(args, students)
     return load_teacher_from(args, own_device())
 
 

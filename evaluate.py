@@ -35,7 +35,7 @@ from common import FAMILIES, TEACHERS
 from metrics.images import wait_for_files, wait_for_scores
 from metrics.paper import select_rows
 from metrics.report import check_outputs, write_report, write_scores
-from metrics.rows import describe_samples, format_table, make_row, round_values
+from metrics.rows import describe_samples, format_table, make_row, merge_rows, round_values
 from metrics.scorers import SCORERS, check_metric
 from metrics.systems import find_reference, name_systems, open_systems
 from metrics.vbench import check_vbench, read_prompts_of_table, run_vbench
@@ -106,6 +106,8 @@ def check_arguments(args, dimensions):
     if not has_reference:
         other = "only --metrics fid takes a folder of images, too"
         raise UserError(f"--reference {args.reference!r} is {systems}; {other}")
+    if "fid" in args.metrics and args.names == [args.reference]:
+        raise UserError("--metrics fid compares with other images: give --reference a folder of them")
     for name in args.side_by_side or ():
         if name not in args.names:
             raise UserError(f"--side-by-side {name!r} is {systems}")
@@ -178,7 +180,7 @@ def evaluate(args, prompts, dimensions, out):
         rows.append(round_values(row))
         write_scores(images, columns, prompts)
 
-    paper = select_rows(rows[0])
+    paper = select_rows(merge_rows(rows), args)
     interval = "± is half of a 95 % bootstrap interval over the prompts"
     text = f"{format_table(rows, paper)}\n\n{describe_samples(rows)}; {interval}.\n"
     for name, scorer in scorers.items():

@@ -51,6 +51,8 @@ class Fid(Scorer):
         return {"features": features.cpu().numpy()}
 
     def result(self, scores, reference):
+        if scores is reference:
+            return {"fid": None}
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         identity = torch.nn.Identity()  # what torchmetrics gets are features already
@@ -65,10 +67,11 @@ class Fid(Scorer):
 
     def note(self, rows):
         note = ""
-        for row in rows:
+        compared = [row for row in rows if "fid_images" in row]
+        for row in compared:
             own, reference = row["fid_images"]
             note += f"; {row['system']} of {own:,} and {reference:,} images"
-        if any(min(row["fid_images"]) < FEATURES for row in rows):
+        if any(min(row["fid_images"]) < FEATURES for row in compared):
             note += (
                 f"; fewer than {FEATURES:,} images do not fill the covariance of as many features: compare "
                 "with FIDs of as many images alone"

@@ -1,5 +1,7 @@
 """The paper's own numbers, to stand beside ours."""
 
+from support.arguments import CLIP, LPIPS
+
 # paper: tables 1, 2 and 6; table 6, LPIPS, is of the systems of table 1
 IMAGES = """
 system                  | table          | steps | nfe | clip    | pick    | hpsv2   | mps     | lpips
@@ -31,8 +33,14 @@ CogVideoX-5b     | table 3 |   100 | 200 | 81.226 |  81.785 |   78.987
 VBENCH_NOTE = "Of the paper's table 3 the rows with guidance and with longer training are missing here."
 
 
-def select_rows(measured):
-    """The paper's rows that have any of the metrics of our row `measured`, in the form of ours."""
+def select_rows(measured, args):
+    """The paper's rows that have any of the metrics of `measured`, a row of ours, in the form of ours. args:
+    of the scorers; numbers of another CLIP or another LPIPS are not compared."""
+    measured = dict(measured)
+    if (args.clip_model, args.clip_weights, args.clip_prefix) != CLIP:
+        measured.pop("clip", None)
+    if (args.lpips_net, args.lpips_size) != LPIPS:
+        measured.pop("lpips", None)
     rows = []
     for row, scores in read_table(IMAGES):
         known = {name: score for name, score in scores.items() if name in measured}

@@ -6,6 +6,7 @@ import textwrap
 import numpy as np
 import torch
 
+from metrics.rows import merge_rows
 from support.media import save_figure, save_labelled_grid
 
 MEANINGS = {
@@ -36,7 +37,7 @@ def save_bars(rows, paper, path):
     """A panel a metric: the systems with their 95 % confidence intervals, and the paper's rows, grey."""
     import matplotlib.figure
 
-    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    names = [name for name, value in merge_rows(rows).items() if isinstance(value, float)]
     names = [name for name in names if name != "seconds_per_image"]
     shown = [row for row in (*rows, *paper) if any(row.get(name) is not None for name in names)]
     columns = min(3, len(names))
@@ -75,11 +76,12 @@ def draw_bars(axes, rows, name):
 
 def save_differences(values, reference, path):
     """values {system: {metric: [P]}} -> for every other system a row of panels, one a metric: the histogram
-    over the prompts of what it differs by from the reference. No file where there is nothing to compare."""
+    over the prompts of what it differs by from the reference, for metrics that all have. No file where there
+    is nothing to compare."""
     import matplotlib.figure
 
     others = [system for system in values if system != reference]
-    names = list(values[reference])
+    names = [name for name in values[reference] if all(name in own for own in values.values())]
     if not others or not names:
         return
     size = (1 + 4 * len(names), 1 + 2.5 * len(others))

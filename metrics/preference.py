@@ -15,7 +15,8 @@ from support.parallel import own_device
 class Hpsv2(OpenClip):
     """Human Preference Score v2: 100 x cosine in a CLIP ViT-H-14.
 
-    v2.0 is the paper's order of magnitude; numbers of v2.1 are of another scale, in a column of their own."""
+    v2.0 is the paper's order of magnitude; numbers of v2.1 are of another scale, in a column of their own. As
+    its authors prepare them, images that are not square get black bars: nothing is cut off."""
 
     MODEL = "ViT-H-14"
     FILES = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
@@ -27,6 +28,22 @@ class Hpsv2(OpenClip):
         self.column = self.COLUMNS[args.hps_version]
         self.description = f"version {args.hps_version}: open_clip {self.MODEL}, xswu/HPSv2 {file}"
         self.load(self.MODEL, os.path.join(folder, file), args.weights_dir)
+
+    def prepare(self, image):
+        side = self.model.visual.image_size
+        return self.preprocess(fit_into_square(image, side[0] if isinstance(side, tuple) else side))
+
+
+def fit_into_square(image, side):
+    """A Pillow image -> the same in a black square of `side` pixels, as large as it fits."""
+    from PIL import Image
+
+    scale = side / max(image.size)
+    width, height = (round(length * scale) for length in image.size)
+    square = Image.new("RGB", (side, side))
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    square.paste(resized, ((side - width) // 2, (side - height) // 2))
+    return square
 
 
 class HubClip(Scorer):

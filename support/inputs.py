@@ -1,4 +1,4 @@
-"""What a training stage will read, tried before its teacher's weights are fetched and read."""
+"""What a command will read, tried before a teacher's weights are fetched and read."""
 
 from support.checkpoints import find_checkpoint, list_checkpoints
 from support.errors import UserError
@@ -15,6 +15,27 @@ def check_inputs(args):
         read_index(args.pairs)
     if args.eval_every:
         read_held_out_prompts(args)
+
+
+def fill_from_students(args, students):
+    """Fills in what the command line leaves out of the teacher, its resolution and length, from the students'
+    checkpoints (folders), the first one's teacher. UserError where they differ in size, as they are drawn
+    together, or where there is neither a student nor a teacher."""
+    if not args.teacher and not students:
+        raise UserError("give a --student folder, a --teacher, or both")
+    metas = [find_checkpoint(student)[1] for student in students]
+    first = metas[0] if metas else {}
+    if not args.teacher:
+        args.teacher = first["teacher"]
+        args.variant = args.variant or first.get("variant")
+        args.teacher_lora = args.teacher_lora or first.get("teacher_lora")
+    for name in ("resolution", "frames"):
+        sizes = [meta.get(name) for meta in metas]
+        if getattr(args, name) is None:
+            if any(size != sizes[0] for size in sizes):
+                known = ", ".join(map(str, sizes))
+                raise UserError(f"the students have another {name} each ({known}): choose with --{name}")
+            setattr(args, name, first.get(name))
 
 
 def check_that_no_run_is_there(args):

@@ -85,4 +85,4 @@ class QwenImage(PackedTeacher):
     def call_settings(self, scale):
         height, width = self.resolution
         own = {"true_cfg_scale": scale, "height": height, "width": width}
-        return own if scale == 1 else own | {"negative_prompt": self.null_prompt}
+        return own if scale <= 1 else own | {"negative_prompt": self.null_prompt}

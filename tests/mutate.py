@@ -440,7 +440,7 @@ TABLE = {
         # conditions, maps and pixels
         (
             "the null prompt is a word",
-            "self._null = self.encode([self.null_prompt])\n            if",
+            'self._null = self.encode([self.null_prompt or ""])\n            if',
             'self._null = self.encode(["a"])\n            if',
         ),
         (

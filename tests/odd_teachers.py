@@ -410,6 +410,7 @@ ODD = [
     refused("sdxl", UNET, "block_out_channels", "64", "which is of the wrong type"),
     refused("sdxl", UNET, "layers_per_block", None, "which is of the wrong type"),
     refused("sdxl", UNET, "a_new_field", 1, "a field of which nothing is known here"),
+    Odd("a field of another version, off", "sdxl", edit(UNET, a_new_field=False), RIGHT),
     Odd("no sample_size", "sdxl", edit(UNET, sample_size=None), "sample_size: null): give --resolution"),
     Odd("odd sample_size", "sdxl", edit(UNET, sample_size=9), "its own resolution 36x36"),
     Odd("sample_size of two sides", "sdxl", edit(UNET, sample_size=[8, 10]), RIGHT),

@@ -16,7 +16,7 @@ import adp
 import collect_ode
 import helpers
 import sample
-from support.errors import launch
+from support.errors import explain, launch
 
 MAIN = {
     "collect_ode.py": collect_ode.main,
@@ -287,6 +287,13 @@ def test_ends_of_any_rank_are_a_sentence(monkeypatch, capfd, error, code, senten
         launch(end_with(error))
     check(end.value.code, capfd.readouterr().err, "adm.py", sentence, code)
     assert bool(waited) == (rank == "1" or "connection" in sentence)
+
+
+@pytest.mark.parametrize("script", (*MAIN, "evaluate.py"))
+def test_a_full_gpu_is_told_options_that_the_script_has(monkeypatch, script):
+    monkeypatch.setattr("sys.argv", [script])
+    says = explain(torch.OutOfMemoryError("CUDA out of memory"))
+    assert ("--plan" in says) == (script in ("adp.py", "adm.py"))
 
 
 def test_a_wrong_option_is_said_by_the_main_rank_even_if_it_is_late(monkeypatch, capfd):

@@ -1,5 +1,6 @@
 """The command: its defaults and refusals, its files for any number of processes, its page."""
 
+import argparse
 import html.parser
 import json
 import os
@@ -15,7 +16,9 @@ import torch
 from forks import Command
 from PIL import Image
 
+import common
 import evaluate
+import helpers
 from metrics.images import Images
 from metrics.oracle import Oracle
 from metrics.page import save_page
@@ -24,6 +27,7 @@ from metrics.scorer import Scorer
 from metrics.systems import find_images
 from support import files
 from support.errors import UserError
+from support.inputs import fill_from_students
 from support.media import save_grid
 from support.systems import System
 from tiny import shapes, train
@@ -87,7 +91,8 @@ def test_a_missing_weight_is_named(tmp_path, monkeypatch, metric):
     Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    arguments = ["--images", f"x={tmp_path}", "--prompts", str(tmp_path / "prompts.txt")]
+    arguments = ["--images", f"x={tmp_path}", "--images", f"y={tmp_path}"]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt")]
     with pytest.raises(UserError) as error:
         evaluate.main([*arguments, "--metrics", metric, "--weights-dir", str(tmp_path / "weights")])
     message = str(error.value)
@@ -210,6 +215,10 @@ NOT_FOLDERS = [
     (["--images", "x=GOOD", "--reference", "y"], "--reference 'y' is none of the systems x"),
     (["--images", "x=GOOD", "--side-by-side", "x", "y"], "--side-by-side 'y'"),
     (["--images", "x=GOOD", "--metrics", "vbench", "--out", "/tmp"], "VBench_full_info.json"),
+    (["--images", "x=GOOD", "--metrics", "fid"], "give --reference a folder"),
+    # before a teacher is read: there is none
+    (["--teacher", "none", "--images", "x=/nowhere"], "no folder of images '/nowhere'"),
+    (["--teacher", "none", "--metrics", "lpips", "--seeds", "1"], "give --seeds 2 or more"),
     ([], "give a --teacher, a --student, --images"),
 ]
 
@@ -220,6 +229,22 @@ def test_wrong_folders(folders, arguments, sentence):
     words = [re.sub("GOOD|BAD", lambda match: places[match[0]], word) for word in arguments]
     with pytest.raises(UserError, match=re.escape(sentence)):
         evaluate.main(["--prompts", str(folders / "prompts.txt"), *words])
+
+
+def test_students_of_two_sizes_are_drawn_at_a_chosen_one(tmp_path):
+    teacher = common.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), torch.device("cpu"))
+    students = [helpers.save_checkpoint(tmp_path / "small", teacher)]
+    teacher.resolution = [64, 64]
+    students.append(helpers.save_checkpoint(tmp_path / "large", teacher))
+    args = argparse.Namespace(teacher=None, variant=None, teacher_lora=None, resolution=None, frames=None)
+    with pytest.raises(UserError, match="another resolution each .*64, 64.*: choose with --resolution"):
+        fill_from_students(args, students)
+    args.resolution = (32, 32)
+    fill_from_students(args, students)
+    assert (args.teacher, args.resolution) == (str(tmp_path / "teacher"), (32, 32))
+    args.resolution = None
+    fill_from_students(args, students[1:])
+    assert args.resolution == [64, 64]
 
 
 def test_a_wrong_number_of_images(folders):

@@ -16,9 +16,11 @@ from metrics.fid import Fid
 from metrics.lpips import Lpips
 from metrics.oracle import Oracle
 from metrics.paper import VIDEOS, read_table, select_rows
-from metrics.preference import Hpsv2, Mps, PickScore
+from metrics.plots import save_differences
+from metrics.preference import Hpsv2, Mps, PickScore, fit_into_square
 from metrics.rows import bootstrap_interval, format_table, take_mean
 from metrics.vbench import QUALITY, SEMANTIC, summarise
+from support.arguments import CLIP, LPIPS
 from support.errors import UserError
 from tiny import shapes, train
 
@@ -253,6 +255,17 @@ def test_hpsv2(thumbnail, tmp_path, monkeypatch, version, file, column):
     np.testing.assert_allclose(score(scorer, images)[column], expected, atol=1e-4)
 
 
+def test_hpsv2_cuts_nothing_off():
+    """Its authors' own preparation: the longer side to the model's size, black bars at the shorter ones."""
+    pixels = np.full((50, 100, 3), 255, np.uint8)
+    pixels[:, :10] = (255, 0, 0)  # which a square cut out of the middle has not
+    fitted = np.asarray(fit_into_square(Image.fromarray(pixels), 40))
+    assert fitted.shape == (40, 40, 3)
+    assert not fitted[:10].any() and not fitted[30:].any()
+    assert fitted[10:30, 39].min() == 255
+    assert tuple(fitted[20, 1]) == (255, 0, 0)
+
+
 def make_small_clip():
     from transformers import CLIPConfig, CLIPModel
 
@@ -454,7 +467,8 @@ def test_fid_is_the_closed_form():
     second = [{"features": second[:50]}, {"features": second[50:]}]
     expected = ((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()
     assert fid.result(first, second)["fid"] == pytest.approx(expected, rel=1e-6)
-    assert fid.result(first, first)["fid"] == pytest.approx(0, abs=1e-6)
+    assert fid.result(first, list(first))["fid"] == pytest.approx(0, abs=1e-6)
+    assert fid.result(first, first) == {"fid": None}  # the reference's own row has no number
 
 
 @pytest.fixture
@@ -508,17 +522,54 @@ def test_the_interval_is_the_analytic_one():
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.1 * half)
 
 
+OF_THE_PAPER = argparse.Namespace()
+OF_THE_PAPER.clip_model, OF_THE_PAPER.clip_weights, OF_THE_PAPER.clip_prefix = CLIP
+OF_THE_PAPER.lpips_net, OF_THE_PAPER.lpips_size = LPIPS
+
+
 def test_the_papers_rows_stand_beside():
     interval = {"clip": [34.5, 35.5]}
     rows = [{"system": "mine", "steps": 1, "nfe": 1, "clip": 35.0, "lpips": 0.7, "ci": interval}]
-    paper = select_rows(rows[0])
+    paper = select_rows(rows[0], OF_THE_PAPER)
     lines = format_table(rows, paper).splitlines()
     assert lines[0] == "| system | steps | nfe | clip | lpips |"
     assert lines[2] == "| mine | 1 | 1 | 35.000 ± 0.500 | 0.700 |"
     assert "| DMDX (paper, tables 1 and 6) | 1 | 1 | 35.256 | 0.716 |" in lines
     assert "| SD3-Medium ADM (paper, table 2) | 4 | 4 | 34.908 |  |" in lines
     assert len(paper) == 14
-    assert select_rows({"accuracy": 1.0, "lpips_random": 1.0}) == []
+    assert select_rows({"accuracy": 1.0, "lpips_random": 1.0}, OF_THE_PAPER) == []
+
+
+OTHERS = (("clip_model", "ViT-B-32"), ("clip_prefix", ""), ("lpips_size", 256), ("lpips_net", "vgg"))
+
+
+@pytest.mark.parametrize("name, value", OTHERS)
+def test_the_papers_numbers_do_not_stand_beside_those_of_another_model(name, value):
+    args = argparse.Namespace(**{**vars(OF_THE_PAPER), name: value})
+    measured = {"clip": 35.0, "lpips": 0.7}
+    metric = name.partition("_")[0]
+    other = {"clip": "lpips", "lpips": "clip"}[metric]
+    rows = select_rows(measured, args)
+    assert rows
+    assert all(metric not in row and other in row for row in rows)
+
+
+def test_a_table_has_the_columns_of_all_rows():
+    """A system with one sample a prompt has no variety, and may be the first."""
+    one = {"system": "one", "nfe": None, "accuracy": 0.5, "ci": {}}
+    many = {"system": "many", "nfe": 1, "accuracy": 0.75, "tv": 0.25, "tv_of": {"size": 0.25}, "ci": {}}
+    for rows in ([one, many], [many, one]):
+        lines = format_table(rows).splitlines()
+        assert lines[0] == "| system | nfe | accuracy | tv | tv_of size |"
+        assert "| one |  | 0.500 |  |  |" in lines
+        assert "| many | 1 | 0.750 | 0.250 | 0.25 |" in lines
+
+
+def test_differences_are_of_what_all_systems_have(tmp_path):
+    values = {"many": {"tv": np.ones(4), "accuracy": np.ones(4)}, "one": {"accuracy": np.zeros(4)}}
+    for reference in values:
+        save_differences(values, reference, str(tmp_path / "differences.png"))
+        assert (tmp_path / "differences.png").exists()
 
 
 def test_the_papers_vbench_totals_follow_from_their_parts():
@@ -543,7 +594,7 @@ def test_vbenchs_summary():
 def test_vbenchs_table_has_the_papers_rows():
     scores = {"total": 80.5, "quality": 81.0, "semantic": 78.5, "color": 0.9}
     rows = [{"system": "mine", "steps": 8, "nfe": 8, "vbench": scores}]
-    first, second = format_table(rows, select_rows(rows[0])).split("\n\n")[:2]
+    first, second = format_table(rows, select_rows(rows[0], OF_THE_PAPER)).split("\n\n")[:2]
     assert "paper" not in first
     lines = second.splitlines()
     assert lines[0].startswith("| VBench | mine | CogVideoX-2b ADM (paper, table 3) |")

@@ -116,6 +116,17 @@ def test_the_baseline_has_no_heads(capsys, teacher_folder):
     assert "an iteration makes 5 full and 0 partial forward passes; backward passes: f 1, G 1\n" in out
 
 
+def test_one_process_shares_nothing(capsys, teacher_folder):
+    """python adm.py --shard fsdp changes nothing, and so the plan of it does not either."""
+    said = []
+    for shard in ("ddp", "zero1", "fsdp"):
+        adm.main(["--teacher", teacher_folder, "--plan", "1", "--gpu-gb", "0.001", "--shard", shard])
+        said.append(capsys.readouterr())
+    assert said[0].out == said[1].out == said[2].out
+    assert "--shard" not in said[0].out.partition("does not fit")[2]
+    assert "one process has nobody to share with" in said[2].err
+
+
 def test_unknown_teachers(tmp_path):
     for name in ("someone/else", str(tmp_path)):
         with pytest.raises(UserError):

@@ -102,6 +102,14 @@ def test_what_a_signal_ended_is_not_complete(tmp_path, commands):
     assert runs.read("adp", 0) is None
 
 
+def test_runs_of_another_command_are_not_taken(tmp_path, commands):
+    """As those of --quick in the same folder."""
+    reproduce.Runs(str(tmp_path), True).make("pairs", 0)
+    with pytest.raises(UserError, match="pairs-0.json is of another command than .*give another --out"):
+        reproduce.Runs(str(tmp_path), False).make_all([("pairs", 0), ("adp", 0)], jobs=1)
+    assert len(commands) == 1
+
+
 def test_a_command_that_fails_is_named_with_its_output(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(UserError, match=r"-c 'exit\(\"no\"\)' failed: its output is in .*log"):

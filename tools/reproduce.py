@@ -217,8 +217,13 @@ class Runs:
         return [*words, "--out", self.folder(name, seed)]
 
     def read(self, name, seed):
-        """What is known of a run that is complete, else None."""
-        return read_json(self.folder(name, seed) + ".json")
+        """What is known of a run that is complete, else None. UserError where it was of another command."""
+        path = self.folder(name, seed) + ".json"
+        record = read_json(path)
+        wanted = shlex.join(self.command(name, seed))
+        if record and record["command"] != wanted:
+            raise UserError(f"{path} is of another command than {wanted!r}: give another --out")
+        return record
 
     def make(self, name, seed):
         """Runs one, or goes on with it. UserError where it fails, or is told to end before its time."""
@@ -320,10 +325,11 @@ def main():
     add("--quick", "a few iterations of everything", action="store_true")
     add("--report", "nothing: only the tables again", action="store_true")
     add("--jobs", "runs at a time, each on one core", type=positive, default=2)
-    add("--out", "folder for the runs", default="runs/reproduce")
+    add("--out", "folder for the runs", shown="runs/reproduce, or runs/reproduce-quick")
     args = parser.parse_args()
 
-    out = os.path.relpath(args.out, ROOT)
+    default = "runs/reproduce-quick" if args.quick else "runs/reproduce"
+    out = os.path.relpath(args.out, ROOT) if args.out else default
     os.chdir(ROOT)
     make_folder(out)
     docs = out if args.quick else "docs"
