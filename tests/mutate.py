@@ -438,6 +438,8 @@ TABLE = {
         ("student's times not from T", "[first - i * first // steps", "[first - (i + 0.5) * first // steps"),
         ("SD3's student's times", "[first * (1 - i / steps)", "[first * (1 - i / (steps + 1))"),
         # conditions, maps and pixels
+        ("guidance of 0 takes the prompt away", "if scale <= 1:", "if scale == 1:"),
+        ("an empty negative prompt is none", "and self.null_prompt is None", "and not self.null_prompt"),
         (
             "the null prompt is a word",
             'self._null = self.encode([self.null_prompt or ""])\n            if',
