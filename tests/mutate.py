@@ -188,7 +188,7 @@ TABLE = {
             "goal = b.x0_hat + self.dmd_direction",
         ),
         ("DMD's direction flipped", "direction = (x0_fake - x0_real)", "direction = (x0_real - x0_fake)"),
-        ("DMD's direction unscaled", "(x0_fake - x0_real) / size", "(x0_fake - x0_real)"),
+        ("DMD's direction unscaled", " / mean_of_rows((x0_hat - x0_real).abs())", ""),
         (
             "DMD's size is of x0_fake",
             "mean_of_rows((x0_hat - x0_real).abs())",
