@@ -262,7 +262,7 @@ TABLE = {
         ),
         ("latent heads are summed", "args.lambda_latent / n_latent", "args.lambda_latent"),
         ("pixel heads are summed", "args.lambda_pixel / max(1, n_pixel)", "args.lambda_pixel"),
-        ("pairs the wrong way round", "x_T, x_0, _ = self.pairs", "x_0, x_T, _ = self.pairs"),
+        ("pairs the wrong way round", "x_T, x_0 = self.pairs", "x_0, x_T = self.pairs"),
         (
             "ADP's times biased to data",
             "t = (1 - b.rows.uniform() ** self.args.time_power) * T",
