@@ -55,8 +55,9 @@ LABELS = {
     "ttur-4": "DMDX, four updates of f and D",
     "ttur-8": "DMDX, eight updates of f and D",
     "sd3-start": "the teacher's network in four steps",
-    "sd3-dmd": "the DMD loss, 600 iterations",
-    "sd3-adm": "ADM, 600 iterations",
+    "sd3-adm": "ADM, guidance 2",
+    "sd3-adm-mild": "ADM, guidance 1.5",
+    "sd3-dmd-mild": "the DMD loss, guidance 1.5",
     "video-start": "the teacher's network in eight steps",
     "video-adm": "ADM, 300 iterations",
 }
