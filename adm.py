@@ -113,7 +113,7 @@ class ADM:
         with torch.no_grad():
             x0_real, eps_real = self.teacher.guided(x_t, t, b.cond, self.args.guidance)
             b.x_real = self.teacher.step(x0_real, eps_real, b.s)
-            self.dmd_direction(b.x0_hat, x0_fake, x0_real)  # to log dmd_loss
+            self.dmd_direction(b.x0_hat, x0_fake, x0_real)  # to log dmd_loss and std
         b.x_fake = x_fake.detach()
         return x_fake
 
@@ -149,7 +149,7 @@ class ADM:
     def dmd_direction(self, x0_hat, x0_fake, x0_real):
         """(x0_fake - x0_real) / mean |x0_hat - x0_real| of the row; half its square is the paper's Fig. 3."""
         direction = (x0_fake - x0_real) / mean_of_rows((x0_hat - x0_real).abs())
-        self.log(dmd_loss=0.5 * direction.square().mean())
+        self.log(dmd_loss=0.5 * direction.square().mean(), std=x0_hat.std())
         return direction
 
     def discriminator_loss(self, b):

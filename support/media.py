@@ -138,6 +138,7 @@ TITLES = {
         "loss_D": "loss_D: the discriminator's hinge loss\n(+ penalties), 2 = D cannot tell",
         "loss_f": "loss_f: the fake score's denoising loss",
         "dmd_loss": "dmd_loss: half the squared DMD direction\n(ADM only logs it)",
+        "std": "std: standard deviation of the student's samples,\nrising on and on = saturation",
     },
     "Discriminator": {
         "cosine": "cosine between D's gradient and x_real - x_fake,\n1 = D points where the scores differ",

@@ -24,6 +24,7 @@ class StableDiffusion(SDXL):
     adm_guidance = 7.5
     batch = 8
     null = Teacher.null
+    null_prompt = Teacher.null_prompt
 
     @torch.no_grad()
     def _encode(self, prompts):

@@ -203,6 +203,15 @@ def test_adm_compares_one_step_of_both_scores(adm_arguments, monkeypatch):
             assert (near - x).std().item() == pytest.approx(0.1, rel=0.2)
 
 
+def test_the_spread_of_the_students_samples_is_logged(adm_arguments):
+    method = helpers.make_method(adm, [*adm_arguments, "--loss", "dmd"])
+    (b,) = method.draw(0, 0)
+    method.generate(b)
+    method.dmd_loss(b)
+    spread = (b.x0_hat - b.x0_hat.mean()).square().sum() / (b.x0_hat.numel() - 1)
+    assert method.log.take()["std"].item() == pytest.approx(spread.sqrt().item(), rel=1e-4)
+
+
 def test_dmd_loss_is_half_the_squared_direction(adm_arguments):
     for line in train(adm, helpers.make_method(adm, [*adm_arguments, "--loss", "dmd"])):
         assert line["loss_G"] == pytest.approx(line["dmd_loss"], rel=1e-4)

@@ -197,7 +197,7 @@ def test_panels_are_in_order_and_unknown_ones_last():
 
 def test_every_quantity_that_the_stages_log_has_a_title():
     logged = "loss_f norm_f dmd_loss cosine across loss_G norm_G loss_D D_abs D_gap norm_D seconds peak_mb"
-    logged += " mse D_real D_fake norm_heads"
+    logged += " std mse D_real D_fake norm_heads"
     for name in logged.split():
         assert media.choose_title(name, ["loss_D"]) != name
 

@@ -63,6 +63,11 @@ def test_runs_come_after_those_that_they_need():
     assert reproduce.list_needed("dmdx") == ["adp"]
 
 
+def test_every_run_is_of_a_table():
+    of_tables = {name for table in reproduce.TABLES for name, _ in reproduce.order_runs([table], [0])}
+    assert of_tables == set(reproduce.RUNS)
+
+
 @pytest.fixture
 def commands(monkeypatch):
     """Commands are noted, not run, and leave checkpoints of iteration 4 -> the list of their words."""
