@@ -89,6 +89,7 @@ RUNS = {
     "raven": f"{TRIAL} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98"
     " --t-range 0.02 0.98",
     "dmd-range": f"{TRIAL} --lr 1e-4 --loss dmd --t-range 0.02 0.98",
+    "dmd-fast-f": f"{TRIAL} --lr 1e-4 --loss dmd --fake-lr 1e-3",
     "dmd-noisy": f"{TRIAL} --lr 1e-4 --loss dmd --t-range 0.3 1",
     "small-dt": f"{TRIAL} --lr 3e-5 --dt 1/64",
     "default-penalty": f"{TRIAL} --lr 3e-5 --dt 1/64 --r1 0.004 --r2 0.004",
@@ -127,7 +128,7 @@ TABLES = {
     "variants": (
         (
             *("dmdx-600", "raven", "small-dt", "default-penalty", "weak-penalty"),
-            *("dmd-600", "dmd-noisy"),
+            *("dmd-600", "dmd-noisy", "dmd-fast-f", "dmd-ttur-2"),
         ),
         EVALUATE,
     ),

@@ -48,6 +48,7 @@ LABELS = {
     "weak-penalty": "DMDX, a tenth of the penalties",
     "guided": "DMDX, guidance 2.8 where the pairs have 1.75",
     "default-penalty": "DMDX, the default dt and penalties",
+    "dmd-fast-f": "the DMD loss, the fake score at 1e-3",
     "dmd-noisy": "the DMD loss at t from 0.3 T to T",
     "dmd-ttur-2": "the DMD loss, two updates of f",
     "projected-ttur-2": "`--project`, two updates of f and D",
