@@ -149,7 +149,7 @@ class ADM:
     def dmd_direction(self, x0_hat, x0_fake, x0_real):
         """(x0_fake - x0_real) / mean |x0_hat - x0_real| of the row; half its square is the paper's Fig. 3."""
         direction = (x0_fake - x0_real) / mean_of_rows((x0_hat - x0_real).abs())
-        self.log(dmd_loss=0.5 * direction.square().mean(), std=x0_hat.std())
+        self.log(dmd_loss=0.5 * direction.square().mean(), std=x0_hat.flatten(1).std(1).mean())
         return direction
 
     def discriminator_loss(self, b):

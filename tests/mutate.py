@@ -199,7 +199,7 @@ TABLE = {
             "0.5 * F.mse_loss(b.x0_hat, goal)",
             "F.mse_loss(b.x0_hat, goal)",
         ),
-        ("the spread of what is not the student's", "std=x0_hat.std()", "std=x0_real.std()"),
+        ("the spread of what is not the student's", "std=x0_hat.flatten", "std=x0_real.flatten"),
         ("DMD's logged loss without the half", "dmd_loss=0.5 * direction", "dmd_loss=direction"),
         # line 4
         ("D's labels swapped", "hinge_discriminator(D_real, D_fake)", "hinge_discriminator(D_fake, D_real)"),
