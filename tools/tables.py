@@ -58,7 +58,6 @@ LABELS = {
     "sd3-start": "the teacher's network in four steps",
     "sd3-adm": "ADM, guidance 2",
     "sd3-adm-mild": "ADM, guidance 1.5",
-    "sd3-dmd-mild": "the DMD loss, guidance 1.5",
     "video-start": "the teacher's network in eight steps",
     "video-adm": "ADM, 300 iterations",
 }
