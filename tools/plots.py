@@ -53,8 +53,8 @@ def save_plot(results, path):
     import matplotlib.figure
 
     groups = {}
-    for table in TABLES:
-        groups |= group_runs(results.get(table, {"runs": []}))
+    for table in TABLES:  # a run that is in several is the same, but for its seeds: the first has most
+        groups = group_runs(results.get(table, {"runs": []})) | groups
     if not groups:
         return
     figure = matplotlib.figure.Figure(figsize=(15, 6), layout="constrained")
