@@ -58,7 +58,6 @@ LABELS = {
     "sd3-start": "the teacher's network in four steps",
     "sd3-adm": "ADM, guidance 2",
     "sd3-adm-mild": "ADM, guidance 1.5",
-    "sd3-adm-fast-f": "ADM, guidance 2, the fake score at 1e-3",
     "video-start": "the teacher's network in eight steps",
     "video-adm": "ADM, 300 iterations",
 }
