@@ -20,7 +20,9 @@ import helpers
 import sample
 from support import configs
 from support.errors import UserError
+from support.files import write_sealed
 from support.media import save_video
+from support.pairs import INDEX
 from support.rows import Rows
 from support.systems import System
 from tiny import families, train
@@ -622,6 +624,7 @@ def test_other_sizes_than_the_default(folders):
 
 
 def test_the_pixel_discriminator_is_for_images(folders, tmp_path):
+    write_sealed(tmp_path / "index.json", dict.fromkeys(INDEX))
     words = ["--pairs", str(tmp_path), "--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="not video: give --lambda-pixel 0"):
         adp.main(["--teacher", folders["cogvideox"], *words])

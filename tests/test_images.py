@@ -337,7 +337,7 @@ def test_fid_of_one_image_is_refused(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     words = ["--images", f"x={tmp_path}/one", "--prompts", str(tmp_path / "prompts.txt")]
     with pytest.raises(UserError, match="--metrics fid wants more than one image; x has one"):
-        evaluate.main([*words, "--metrics", "fid"])
+        evaluate.main([*words, "--metrics", "fid", "--reference", f"{tmp_path}/one"])
 
 
 def test_how_many_samples_are_said():
@@ -424,7 +424,8 @@ def test_a_missing_package_is_named_before_anything_is_drawn(tmp_path, monkeypat
     weights = tmp_path / "weights/xswu/HPSv2"
     weights.mkdir(parents=True)
     (weights / "HPS_v2_compressed.pt").write_bytes(b"")
-    words = ["--images", f"x={tmp_path}", "--prompts", str(tmp_path / "prompts.txt"), "--metrics", metric]
+    words = ["--images", f"x={tmp_path}", "--images", f"y={tmp_path}", "--metrics", metric]
+    words += ["--prompts", str(tmp_path / "prompts.txt")]
     with pytest.raises(UserError, match=f"pip install {package.replace('open_clip', 'open_clip_torch')}"):
         evaluate.main([*words, "--weights-dir", str(tmp_path / "weights"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

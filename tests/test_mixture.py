@@ -154,6 +154,7 @@ def test_the_stages_own_methods_train(monkeypatch, tmp_path):
 
         monkeypatch.setattr(stage, name, call)
 
+    monkeypatch.setattr(mixture, "ADM_WORDS", mixture.ADM_WORDS.replace("--warmup 50", "--warmup 1"))
     for stage, names in METHODS:
         for name in names:
             listen(stage, name)
