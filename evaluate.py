@@ -33,6 +33,7 @@ import time
 
 from common import FAMILIES, TEACHERS
 from metrics.images import wait_for_files, wait_for_scores
+from metrics.lpips import check_samples
 from metrics.paper import select_rows
 from metrics.report import check_outputs, write_report, write_scores
 from metrics.rows import describe_samples, format_table, make_row, merge_rows, round_values
@@ -108,6 +109,8 @@ def check_arguments(args, dimensions):
         raise UserError(f"--reference {args.reference!r} is {systems}; {other}")
     if "fid" in args.metrics and args.names == [args.reference]:
         raise UserError("--metrics fid compares with other images: give --reference a folder of them")
+    if "lpips" in args.metrics and (args.teacher or args.student):
+        check_samples(args.seeds)
     for name in args.side_by_side or ():
         if name not in args.names:
             raise UserError(f"--side-by-side {name!r} is {systems}")

@@ -13,6 +13,13 @@ from support.files import fetch
 from support.parallel import own_device
 
 
+def check_samples(count):
+    """UserError for too few samples a prompt."""
+    if count < 2:
+        wanted = "give --seeds 2 or more, in training --eval-seeds"
+        raise UserError(f"the metric lpips compares images of one prompt: {wanted}")
+
+
 class Lpips(Scorer):
     """Mean LPIPS distance over all pairs of the images of a prompt, resized with Lanczos, in [-1, 1] as the
     package lpips expects them.
@@ -45,9 +52,7 @@ class Lpips(Scorer):
 
     @classmethod
     def check(cls, images, video):
-        if len(images.files[0]) < 2:
-            wanted = "give --seeds 2 or more, in training --eval-seeds"
-            raise UserError(f"the metric lpips compares images of one prompt: {wanted}")
+        check_samples(len(images.files[0]))
 
     def build(self, net, lpips):
         """The network with random weights, always the same; channels have LPIPS's weights or equal ones."""

@@ -38,8 +38,6 @@ def open_systems(args, prompts, out):
     seeds = range(args.seed, args.seed + args.seeds)
     systems, teacher = {}, None
     given = {name: find_images(name, out, folder, prompts) for name, folder in args.images.items()}
-    if "lpips" in args.metrics and args.seeds < 2 and len(given) < len(args.names):
-        raise UserError("the metric lpips compares images of one prompt: give --seeds 2 or more")
     # found once, as a run that goes on may have other ones soon
     checkpoints = {name: find_checkpoint(folder)[0] for name, folder in args.student.items()}
     if args.teacher or args.student:

@@ -316,9 +316,10 @@ def parse_training_arguments(parser, argv, rates, stage):
     if args.plan == 1 and args.shard != "ddp":
         note(f"one process has nobody to share with: --shard {args.shard} makes no difference")
         args.shard = "ddp"
-    args.out = args.out or f"runs/{stage}-{short_name(args.teacher)}"
-    if not args.plan:
-        check_folder(args.out)
+    if not args.out:  # one that is given was tried by its type
+        args.out = f"runs/{stage}-{short_name(args.teacher)}"
+        if not args.plan:
+            check_folder(args.out)
     for name, (_, full, lora) in rates.items():
         key = name.removeprefix("--").replace("-", "_")
         if getattr(args, key) is None:

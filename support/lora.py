@@ -83,20 +83,25 @@ class Adapted(nn.Module):
     def load_layers(self, layers):
         """Takes over the weights of read_layers of another adapter. ValueError where that is of other layers
         or another rank."""
-        own, other = ({n: w.shape for n, w in found.items()} for found in (self.read_layers(), layers))
-        if own != other:
-            raise ValueError("an adapter of other layers, or of another rank")
-        for n, layer in self.layers.items():
-            layer.lora_A[self.name].weight.data.copy_(layers[f"{n}.lora_A.weight"])
-            layer.lora_B[self.name].weight.data.copy_(layers[f"{n}.lora_B.weight"])
+        weights = self._list_weights()
+        if weights.keys() != layers.keys():
+            raise ValueError("an adapter of other layers")
+        for n, weight in weights.items():
+            if weight.shape != layers[n].shape:
+                raise ValueError("an adapter of another rank")
+            weight.data.copy_(layers[n])
 
     def read_layers(self):
         """{name as peft has it: weight} of the adapter alone, float32, on the CPU."""
-        layers = {}
+        return {n: weight.detach().cpu() for n, weight in self._list_weights().items()}
+
+    def _list_weights(self):
+        """{name as peft has it: parameter} of the adapter alone."""
+        weights = {}
         for n, layer in self.layers.items():
-            layers[f"{n}.lora_A.weight"] = layer.lora_A[self.name].weight.detach().cpu()
-            layers[f"{n}.lora_B.weight"] = layer.lora_B[self.name].weight.detach().cpu()
-        return layers
+            weights[f"{n}.lora_A.weight"] = layer.lora_A[self.name].weight
+            weights[f"{n}.lora_B.weight"] = layer.lora_B[self.name].weight
+        return weights
 
 
 def find_targets(net, endings=None):

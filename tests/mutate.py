@@ -730,7 +730,7 @@ TABLE = {
         ("LoRA's scale", "lora_alpha=rank", "lora_alpha=2 * rank"),
         ("LoRA's adapter is off", "with self.switch_on([self.name]):", "with self.switch_on([]):"),
         ("LoRA's blocks again without it", "with self.switch_on(names):", "with self.switch_on([]):"),
-        ("an adapter of other layers of the same shapes", "own != other", "len(own) != len(other)"),
+        ("an adapter of other layers", "if weights.keys() != layers.keys():", "if not layers:"),
         ("LoRA's adapters stay on", "self.backbone.switched_on[:] = before", "self.backbone"),
     ],
     "support/lora_files.py": [

@@ -220,8 +220,9 @@ def list_smaller_options(args):
             options.append((f"--batch {batch} --accumulate {accumulate}", values))
     if not args.offload:
         options.append(("--offload", {"offload": True}))
-    for shard in SHARDS[SHARDS.index(args.shard) + 1 :] if args.plan > 1 else ():
-        options.append((f"--shard {shard}", {"shard": shard}))
+    if args.plan > 1:  # one process has nobody to share with
+        for shard in SHARDS[SHARDS.index(args.shard) + 1 :]:
+            options.append((f"--shard {shard}", {"shard": shard}))
     if not args.lora:
         options.append(("--lora 64", {"lora": 64}))
     return options
