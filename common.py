@@ -38,7 +38,7 @@ from support.schedulers import (
 )
 from support.taps import choose_four, read_taps
 from support.tensors import broadcast, concatenate
-from support.training import fill_training_arguments, keep_student_guidance, set_up_for_training
+from support.training import fill_training_arguments, set_up_for_training
 
 T = 1000.0
 
@@ -644,8 +644,6 @@ def load_training_teacher(args, device):
     """load_teacher_from's, made ready to train with. UserError for what the stage cannot do with it."""
     check_inputs(args)
     teacher = load_teacher_from(args, device)
-    if teacher.embeds_guidance:
-        keep_student_guidance(args)
     fill_training_arguments(args, teacher)
     teacher.student_guidance = args.student_guidance or teacher.student_guidance
     set_up_for_training(teacher, args)

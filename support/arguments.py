@@ -18,6 +18,7 @@ EVAL_METRICS = ("oracle", "clip", "pick", "hpsv2", "mps", "lpips")
 # first versions
 CLIP = ("ViT-g-14", "laion2b_s12b_b42k", "A photo depicts ")
 LPIPS = ("alex", 512)
+GPU_GB = 80  # of the cards that most have
 PROMPTS_HELP = "a prompt a line; or a .csv, .tsv, .jsonl, .json or .parquet file"
 
 
@@ -312,7 +313,7 @@ def parse_training_arguments(parser, argv, rates, stage):
         parser.error("--lora-targets says what --lora adapts: give --lora RANK, too")
     if args.gpu_gb and not args.plan:
         parser.error("--gpu-gb is what --plan compares with: give that, too")
-    args.gpu_gb = args.gpu_gb or 80
+    args.gpu_gb = args.gpu_gb or GPU_GB
     if args.plan == 1 and args.shard != "ddp":
         note(f"one process has nobody to share with: --shard {args.shard} makes no difference")
         args.shard = "ddp"
@@ -371,7 +372,7 @@ def add_training_arguments(parser):
     )
     add("--plan", plan, type=positive, nargs="?", const=8)
     gpu_gb = "memory of a GPU that --plan compares with, in 1e9 bytes"
-    add("--gpu-gb", gpu_gb, type=above_zero, shown="80")
+    add("--gpu-gb", gpu_gb, type=above_zero, shown=GPU_GB)
 
     add = parser.group("run")
     add("--out", "the run's folder", type=new_folder, shown="runs/STAGE-TEACHER")

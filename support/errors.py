@@ -14,6 +14,9 @@ from support.escapes import make_printable
 from support.parallel import is_main
 
 INTERRUPTED = 130  # the exit code of Ctrl-C
+SEE_PLAN = ", or see what --plan says of --shard and --lora"
+# what a command can do beside a smaller batch where a GPU's memory is full
+MEMORY_ADVICE = {"adp.py": SEE_PLAN, "adm.py": SEE_PLAN, "evaluate.py": ", or give fewer systems or metrics"}
 
 
 class UserError(Exception):
@@ -67,9 +70,8 @@ def explain(error):
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        trains = os.path.basename(sys.argv[0]) in ("adp.py", "adm.py")
-        advice = "see what --plan says of --shard and --lora" if trains else "give fewer systems or metrics"
-        return f"the GPU's memory is full: lower --batch, or {advice}"
+        command = os.path.basename(sys.argv[0])
+        return f"the GPU's memory is full: lower --batch{MEMORY_ADVICE.get(command, '')}"
     if "invalid device ordinal" in str(error):
         return "there are fewer GPUs on this machine than processes: lower --nproc_per_node"
     if isinstance(error, BrokenPipeError):

@@ -42,17 +42,19 @@ def fill_training_arguments(args, family):
     args.batch = args.batch or family.batch
     if getattr(args, "guidance", 0) is None:
         args.guidance = family.adm_guidance
-    if args.student_guidance is None and family.embeds_guidance:
-        args.student_guidance = getattr(args, "guidance", family.guidance)
-    if args.student_guidance is not None and not family.embeds_guidance:
+    if family.embeds_guidance:
+        default = getattr(args, "guidance", family.guidance)
+        args.student_guidance = args.student_guidance or recall_student_guidance(args) or default
+    elif args.student_guidance:
         raise UserError("--student-guidance is for teachers that are told their guidance, as FLUX.1-dev")
 
 
-def keep_student_guidance(args):
-    """Without --student-guidance the student of --init, if there is one, is told what it was told before."""
-    if args.student_guidance is None and getattr(args, "init", None):
-        _, meta = find_checkpoint(args.init)
-        args.student_guidance = meta["arguments"].get("student_guidance")
+def recall_student_guidance(args):
+    """What the student of --init was told before; None where there is none."""
+    if not getattr(args, "init", None):
+        return None
+    _, meta = find_checkpoint(args.init)
+    return meta["arguments"].get("student_guidance")
 
 
 def can_checkpoint(net):

@@ -109,11 +109,19 @@ RUNS = {
     "sd3-start": f"{SD3} --guidance 2 --iterations 1 --warmup 1",
     "sd3-adm": f"{SD3} --guidance 2 --iterations 600 --lr 1.5e-5",
     "sd3-adm-mild": f"{SD3} --guidance 1.5 --iterations 600 --lr 1.5e-5",
+    "sd3-dmd": f"{SD3} --guidance 2 --iterations 600 --lr 5e-5 --loss dmd",
+    "sd3-adm-low-noise": f"{SD3} --guidance 2 --iterations 600 --lr 1.5e-5 --t-range 0.125 0.5",
+    "sd3-dmd-low-noise": f"{SD3} --guidance 2 --iterations 600 --lr 5e-5 --loss dmd --t-range 0 0.5",
+    "sd3-adm-unguided": f"{SD3} --guidance 1 --iterations 600 --lr 1.5e-5",
+    "sd3-dmd-unguided": f"{SD3} --guidance 1 --iterations 600 --lr 5e-5 --loss dmd",
     "video-start": f"{VIDEO} --guidance 2 --iterations 1 --warmup 1",
     "video-adm": f"{VIDEO} --guidance 2 --iterations 300 --lr 2e-5",
 }
 EVALUATE = "evaluate.py --teacher assets/tiny-sdxl --guidance 1.75 --steps 12"
 EVALUATE += " --prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics oracle"
+# this teacher and that of videos take the paper's steps, and so long that they draw a quarter as much
+EVALUATE_SD3 = "evaluate.py --teacher assets/tiny-sd3 --guidance 2 --steps 25"
+EVALUATE_SD3 += " --prompts prompts/shapes_eval.txt --seeds 16 --batch 64 --metrics oracle"
 SMALL_LPIPS = "--lpips-net random --lpips-size 64"
 # the runs of a table, and the command that measures them
 TABLES = {
@@ -151,12 +159,12 @@ TABLES = {
         ("healthy", "slow-f", "slow-D", "fast-student", "no-penalty", "guidance-12"),
         EVALUATE,
     ),
-    "sd3": (
-        ("sd3-start", "sd3-adm", "sd3-adm-mild"),
-        # this teacher and the next take the paper's steps, and so long that they draw a quarter as much
-        "evaluate.py --teacher assets/tiny-sd3 --guidance 2 --steps 25"
-        " --prompts prompts/shapes_eval.txt --seeds 16 --batch 64 --metrics oracle",
+    "sd3": (("sd3-start", "sd3-adm", "sd3-adm-mild"), EVALUATE_SD3),
+    "sd3-low-noise": (
+        ("sd3-start", "sd3-dmd", "sd3-dmd-low-noise", "sd3-adm-low-noise"),
+        EVALUATE_SD3,
     ),
+    "sd3-unguided": (("sd3-start", "sd3-adm-unguided", "sd3-dmd-unguided"), f"{EVALUATE_SD3} --guidance 1"),
     "video": (
         ("video-start", "video-adm"),
         "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --steps 100"

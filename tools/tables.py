@@ -58,6 +58,11 @@ LABELS = {
     "sd3-start": "the teacher's network in four steps",
     "sd3-adm": "ADM, guidance 2",
     "sd3-adm-mild": "ADM, guidance 1.5",
+    "sd3-dmd": "the DMD loss, guidance 2",
+    "sd3-adm-low-noise": "ADM, guidance 2, at t up to T/2",
+    "sd3-dmd-low-noise": "the DMD loss, guidance 2, at t up to T/2",
+    "sd3-adm-unguided": "ADM, no guidance",
+    "sd3-dmd-unguided": "the DMD loss, no guidance",
     "video-start": "the teacher's network in eight steps",
     "video-adm": "ADM, 300 iterations",
 }
@@ -121,11 +126,7 @@ def format_table(table, entry):
         further.insert(0, "gain in accuracy")
     heads = ["student", "NFE", *columns, f"tv of {', '.join(attributes)}", "CPU minutes", *further]
     blank = [""] * len(further)
-    teacher_cells = format_numbers([teacher], columns, attributes)
-    place = 1 + columns.index("tv")
-    teacher_cells[place] = "0"  # its own is to uniform, what the students' is to it
-    teacher_cells[-1] = ""
-    lines = [heads, ["teacher", *teacher_cells, "", *blank]]
+    lines = [heads, ["teacher", *format_teacher(teacher, columns), "", *blank]]
     for name, runs in group_runs(entry).items():
         numbers = format_numbers([run["row"] for run in runs], columns, attributes)
         minutes = statistics.mean(run["cpu_seconds"] for run in runs) / 60
@@ -153,6 +154,15 @@ def format_numbers(rows, columns, attributes):
     for name in attributes:
         variation.append(f"{statistics.mean(row['tv_of'][name] for row in rows):.2f}")
     return [*cells, " ".join(variation)]
+
+
+def format_teacher(row, columns):
+    """The teacher's row of a report -> the cells of its line. What students lack of its variety it lacks 0
+    of: its own variation in the report is to uniform."""
+    cells = [str(row["nfe"])]
+    for name in columns:
+        cells.append("0" if name == "tv" else format_cell([row[name]]))
+    return [*cells, ""]
 
 
 def format_gain(gain):
