@@ -37,7 +37,7 @@ demo: setup
 	mkdir -p $(DEMO)
 	date +%s > $(DEMO)/since
 	$(TORCHRUN) collect_ode.py $(TINY) --prompts prompts/shapes_train.txt --out $(DEMO)/pairs \
-		--count 6144 --steps 12 --shard 256 --batch 64 --guidance 1.75
+		--count 6144 --steps 12 --shard-size 256 --batch 64 --guidance 1.75
 	$(TORCHRUN) adp.py $(TINY) --pairs $(DEMO)/pairs --pixel-backbone assets/tiny-sam.pth --out $(DEMO)/adp \
 		$(SHORT) --batch 32 --iterations 1700 --warmup 1600 --warmup-lr 1.2e-3 --mse 1 \
 		--lr 2e-4 --decay 0.1 --head-lr 1e-3 --save-every 1700

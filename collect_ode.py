@@ -36,7 +36,7 @@ def parse_arguments(argv):
     add("--count", "number of pairs; each takes a random prompt", type=positive, default=4096)
     add = parser.group("run")
     add("--out", "folder for the shards", type=new_folder, shown="pairs/TEACHER")
-    add("--shard", "pairs in a file", type=positive, default=512)
+    add("--shard-size", "pairs in a file", type=positive, default=512)
     add("--seed", "seed of noise and prompts", type=seed_number, default=0)
     return parser.parse_args(argv)
 
@@ -60,7 +60,7 @@ def main(argv=None):
         "resolution": teacher.resolution,
         "latent_shape": list(teacher.latent_shape),
         "count": args.count,
-        "shard": args.shard,
+        "shard": args.shard_size,
         "prompts": prompts,
     }
     teacher.check(prompts)
@@ -79,7 +79,7 @@ def collect_missing(args, teacher, prompts, index, out):
     if is_main():
         write_sealed(path, index)
     identity = identify(index)
-    own = range(math.ceil(args.count / args.shard))[rank() :: world_size()]
+    own = range(math.ceil(args.count / args.shard_size))[rank() :: world_size()]
     missing = [k for k in own if find_problem(shard_path(out, k), identity)]
     total = sum(len(pairs_of_shard(args, k)) for k in missing)
     with tqdm(total=total, disable=not is_main(), unit="pair", desc="ODE pairs") as bar:
@@ -90,7 +90,7 @@ def collect_missing(args, teacher, prompts, index, out):
 
 def pairs_of_shard(args, k):
     """The numbers of the pairs in shard k."""
-    return range(k * args.shard, min((k + 1) * args.shard, args.count))
+    return range(k * args.shard_size, min((k + 1) * args.shard_size, args.count))
 
 
 def collect(args, teacher, prompts, numbers, bar):

@@ -103,7 +103,8 @@ def train_student(tiny, folder, processes):
     """Pairs, ADP, and ADM from there, of one step -> what every command begins with."""
     teacher = f"--teacher {tiny}/teacher"
     prompts = f"--prompts {ROOT}/prompts/shapes_train.txt"
-    run(f"collect_ode.py {teacher} {prompts} --out {folder}/pairs --count 8 --shard 4 --steps 2", processes)
+    words = f"--out {folder}/pairs --count 8 --shard-size 4 --steps 2"
+    run(f"collect_ode.py {teacher} {prompts} {words}", processes)
     assert list_files(folder / "pairs") == ["00000.safetensors", "00001.safetensors", "index.json"]
     source = f"--pairs {folder}/pairs --pixel-backbone {tiny}/sam.pth"
     run(f"adp.py {teacher} {source} --warmup 1 --out {folder}/adp {SHORT}", processes)

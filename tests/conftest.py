@@ -52,7 +52,7 @@ def prompts_file(tmp_path_factory):
 def pairs_folder(tmp_path_factory, teacher_folder, prompts_file):
     folder = str(tmp_path_factory.mktemp("pairs") / "pairs")
     source = ["--teacher", teacher_folder, "--prompts", prompts_file]
-    helpers.collect(*source, "--out", folder, "--count", "12", "--shard", "5", "--steps", "2")
+    helpers.collect(*source, "--out", folder, "--count", "12", "--shard-size", "5", "--steps", "2")
     return folder
 
 

@@ -86,7 +86,7 @@ class World:
             ]
             source += ["--head-width", "32", "--lr", "1e-4", "--head-lr", "1e-4"]
         own = {
-            "collect_ode": lambda: f"--count 12 --shard 3 --steps 2 --batch 3 --prompts {self.prompts}",
+            "collect_ode": lambda: f"--count 12 --shard-size 3 --steps 2 --batch 3 --prompts {self.prompts}",
             "adp": lambda: f"--pairs {self.pairs} --pixel-backbone {self.sam} --warmup 2",
             "adm": lambda: f"--prompts {self.prompts} --steps 2 --fake-lr 1e-4 --ema 0.9",
             "sample": lambda: f"--student {self.run} --prompts {self.prompts} --seeds 0 1",

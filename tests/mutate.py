@@ -366,7 +366,7 @@ TABLE = {
             "teacher.encode(prompts[: len(prompt)])",
         ),
         ("x_T written as x_0", '"x_0": x_0, "prompt"', '"x_0": x_T, "prompt"'),
-        ("shards overlap", "range(k * args.shard, min(", "range(k * args.shard // 2, min("),
+        ("shards overlap", "range(k * args.shard_size, min(", "range(k * args.shard_size // 2, min("),
     ],
     "common.py": [
         # the schedule

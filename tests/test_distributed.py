@@ -353,7 +353,7 @@ SHARDS = [f"{k:05d}.safetensors" for k in range(5)]
 
 @pytest.fixture
 def collect_arguments(teacher_folder, prompts_file):
-    words = "--count 9 --shard 2 --steps 2 --batch 2"
+    words = "--count 9 --shard-size 2 --steps 2 --batch 2"
     return ["--teacher", teacher_folder, "--prompts", prompts_file, *words.split()]
 
 

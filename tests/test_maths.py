@@ -378,7 +378,7 @@ def test_ranks_and_micro_batches_share_the_rows_of_the_global_batch(monkeypatch)
 
 def test_pairs_are_the_guided_samplers(teacher, teacher_folder, prompts_file, tmp_path):
     """Pair i depends on the seed and i alone: its prompt, its noise, and what the sampler makes of it."""
-    words = "--count 5 --shard 3 --batch 2 --steps 2 --guidance 3 --seed 4"
+    words = "--count 5 --shard-size 3 --batch 2 --steps 2 --guidance 3 --seed 4"
     source = ["--teacher", teacher_folder, "--prompts", prompts_file, "--out", str(tmp_path)]
     helpers.collect(*source, *words.split())
     pairs = Pairs(str(tmp_path))

@@ -34,7 +34,7 @@ FITTING = ("sd1.5", "sdxl", "sd3-medium", "wan2.1-1.3b", "cogvideox-2b", "wan2.2
 WORDS = "--batch 1 --precision bf16 --lora 16"
 PICTURES = "--resolution 256"
 VIDEOS = "--resolution 128 --frames 9"  # at 256 an iteration of Wan's eight steps takes eight minutes
-PAIRS = "--count 2 --shard 2 --batch 1 --steps 1 --guidance 1 --precision bf16"
+PAIRS = "--count 2 --shard-size 2 --batch 1 --steps 1 --guidance 1 --precision bf16"
 # Freed tensors of so many bytes go back to the system; of themselves C's libraries would keep those of up to
 # 32 MB, gigabytes of SDXL's activations.
 GIVEN_BACK = str(4 * 10**6)

@@ -266,7 +266,7 @@ def list_arguments(stage, options, iterations, teacher, folder):
     pairs = os.path.join(folder, "pairs")
     number = str(2 * options.batch)
     collect = ["--teacher", teacher, "--prompts", prompts, "--out", pairs]
-    collect_ode.main([*collect, "--count", number, "--shard", number, "--steps", "2"])
+    collect_ode.main([*collect, "--count", number, "--shard-size", number, "--steps", "2"])
     if options.pixel_backbone:
         arguments += ["--pixel-backbone", options.pixel_backbone]
     else:

@@ -54,8 +54,8 @@ VIDEO = f"adm.py --teacher assets/tiny-cogvideox --prompts prompts/motion_train.
 
 # {name} is the folder of another run of the same seed, which comes first
 RUNS = {
-    "pairs": f"collect_ode.py {SDXL} --prompts prompts/shapes_train.txt --count 6144 --steps 12 --shard 256"
-    " --batch 64 --guidance 1.75",
+    "pairs": f"collect_ode.py {SDXL} --prompts prompts/shapes_train.txt --count 6144 --steps 12"
+    " --shard-size 256 --batch 64 --guidance 1.75",
     "adp": f"{ADP} {WITH_SAM}",
     # the paper's names of its ablations
     "A1": f"{ADP} --lambda-pixel 0 --warmup 1700",
@@ -173,7 +173,7 @@ TABLES = {
 }
 # with --quick behind every command: argparse takes the last
 QUICK = {
-    "collect_ode.py": "--count 64 --shard 32 --batch 32 --steps 2",
+    "collect_ode.py": "--count 64 --shard-size 32 --batch 32 --steps 2",
     "adp.py": "--iterations 4 --warmup 2 --batch 4",
     "adm.py": "--iterations 2 --warmup 1 --batch 2",
     "evaluate.py": "--seeds 2",
