@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, wanted, allowed):
-    """An argument's type: a number of this kind (int or float) that is as wanted."""
+    """An argument's type: a number of this kind (int, float or ratio) that is as wanted."""
 
     def parse(text):
         value = kind(text)
@@ -82,15 +82,12 @@ def resolution(text):
     return int(match[1]), int(match[2] or match[1])
 
 
-def fraction(text):
-    """ "0.125" or "1/8" -> 0.125, strictly between 0 and 1."""
+def ratio(text):
+    """ "0.125" or "1/8" -> 0.125."""
     try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        value = None
-    if value is None or not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return value
+        return float(Fraction(text))
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ValueError(text) from error
 
 
 def variant_name(text):
@@ -120,8 +117,10 @@ head_width = number(int, "a multiple of 32", lambda value: value > 0 and value %
 non_negative = number(float, "at least 0", lambda value: 0 <= value < math.inf)
 above_zero = number(float, "above 0", lambda value: 0 < value < math.inf)
 share = number(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
-student_time = number(float, "from 0.001 to 1", lambda value: 0.001 <= value <= 1)  # T = 1000 timesteps
-part_or_none = number(float, "from 0 to 1", lambda value: 0 <= value <= 1)
+# in units of T
+step_length = number(ratio, "between 0 and 1", lambda value: 0 < value < 1)
+score_time = number(ratio, "from 0 to 1", lambda value: 0 <= value <= 1)
+student_time = number(ratio, "from 0.001 to 1", lambda value: 0.001 <= value <= 1)  # T = 1000 timesteps
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -232,9 +231,9 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add("--guidance", "the teacher's classifier-free guidance scale", type=non_negative, shown=shown)
     add_negative_prompt(parser, "method")
     # paper silent: dt: what peers take; the two classes of the discriminator differ by about dt
-    add("--dt", "length of the ODE step, in units of T", type=fraction, default="1/64")
+    add("--dt", "length of the ODE step, in units of T", type=step_length, default="1/64")
     t_range = "lowest and highest time of the student's loss, in units of T; DMD2: 0.02 0.98"
-    add("--t-range", t_range, type=part_or_none, nargs=2, metavar=("LOW", "HIGH"), shown="dt and 1")
+    add("--t-range", t_range, type=score_time, nargs=2, metavar=("LOW", "HIGH"), shown="dt and 1")
     ttur = "updates of fake score and discriminator for one of the student"
     add("--ttur", ttur, type=positive, default=1)  # paper
     r1 = "weight of D's gradient penalty on real samples, times dt and the size of a latent"
