@@ -112,7 +112,6 @@ RUNS = {
     "sd3-dmd": f"{SD3} --guidance 2 --iterations 300 --lr 5e-5 --loss dmd",
     "sd3-dmd-low-noise": f"{SD3} --guidance 2 --iterations 300 --lr 5e-5 --loss dmd --t-range 0 0.5",
     "sd3-adm-low-noise": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --t-range 0.125 0.5",
-    "sd3-dmd-unguided": f"{SD3} --guidance 1 --iterations 300 --lr 5e-5 --loss dmd",
     "sd3-adm-unguided": f"{SD3} --guidance 1 --iterations 300 --lr 3e-5",
     "video-start": f"{VIDEO} --guidance 2 --iterations 1 --warmup 1",
     "video-adm": f"{VIDEO} --guidance 2 --iterations 300 --lr 2e-5",
@@ -164,7 +163,7 @@ TABLES = {
         ("sd3-start", "sd3-dmd", "sd3-dmd-low-noise", "sd3-adm-low-noise"),
         EVALUATE_SD3,
     ),
-    "sd3-unguided": (("sd3-start", "sd3-adm-unguided", "sd3-dmd-unguided"), f"{EVALUATE_SD3} --guidance 1"),
+    "sd3-unguided": (("sd3-start", "sd3-adm-unguided"), f"{EVALUATE_SD3} --guidance 1"),
     "video": (
         ("video-start", "video-adm"),
         "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --steps 100"

@@ -62,7 +62,6 @@ LABELS = {
     "sd3-adm-low-noise": "ADM, guidance 2, t up to T/2",
     "sd3-dmd-low-noise": "the DMD loss, guidance 2, t up to T/2",
     "sd3-adm-unguided": "ADM, no guidance",
-    "sd3-dmd-unguided": "the DMD loss, no guidance",
     "video-start": "the teacher's network in eight steps",
     "video-adm": "ADM, 300 iterations",
 }
