@@ -5,7 +5,7 @@
 
 Writes OUT/00000.safetensors ... (x_T, x_0 as [n, C, (F,) H, W], half precision; prompt numbers) and
 OUT/index.json, which says what they are. A pair depends on --seed and its number alone: any number of ranks
-writes the same files, and a repeated command skips the shards that are there."""
+writes the same files, and a repeated command skips the shards that are there, and begins others anew."""
 
 import support.interrupt  # noqa: F401
 import math
@@ -17,7 +17,7 @@ from tqdm import tqdm
 import common
 from support import arguments
 from support.arguments import new_folder, positive, seed_number
-from support.errors import UserError, launch
+from support.errors import UserError, launch, note
 from support.files import lock_folder, make_folder, read_sealed, short_name, write_sealed
 from support.folders import check_index
 from support.loading import describe_teacher, name_both
@@ -36,7 +36,7 @@ def parse_arguments(argv):
     add("--count", "number of pairs; each takes a random prompt", type=positive, default=4096)
     add = parser.group("run")
     add("--out", "folder for the shards", type=new_folder, shown="pairs/TEACHER")
-    add("--shard-size", "pairs in a file", type=positive, default=512)
+    add("--shard-size", "pairs in a file", type=positive, default=64)
     add("--seed", "seed of noise and prompts", type=seed_number, default=0)
     return parser.parse_args(argv)
 
@@ -79,7 +79,11 @@ def collect_missing(args, teacher, prompts, index, out):
     if is_main():
         write_sealed(path, index)
     identity = identify(index)
-    own = range(math.ceil(args.count / args.shard_size))[rank() :: world_size()]
+    shards = range(math.ceil(args.count / args.shard_size))
+    if len(shards) < world_size():
+        idle = world_size() - len(shards)
+        note(f"{len(shards)} shards leave {idle} of the processes without work: lower --shard-size")
+    own = shards[rank() :: world_size()]
     missing = [k for k in own if find_problem(shard_path(out, k), identity)]
     total = sum(len(pairs_of_shard(args, k)) for k in missing)
     with tqdm(total=total, disable=not is_main(), unit="pair", desc="ODE pairs") as bar:

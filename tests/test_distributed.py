@@ -368,6 +368,15 @@ def test_two_processes_collect_the_same_pairs(collect_arguments, tmp_path):
     assert set(found[0]) == {"index.json", *SHARDS}
 
 
+def test_processes_without_a_shard_are_told_of(collect_arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    helpers.collect(*collect_arguments, "--out", str(tmp_path / "few"))
+    assert "5 shards leave 3 of the processes without work" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    helpers.collect(*collect_arguments, "--out", str(tmp_path / "enough"))
+    assert "without work" not in capsys.readouterr().err
+
+
 def test_all_shards_are_made_when_one_process_is_late(collect_arguments, tmp_path, monkeypatch):
     """The second process looks for work after the first has finished all of its own."""
     monkeypatch.setenv("WORLD_SIZE", "2")
