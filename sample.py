@@ -12,6 +12,7 @@ depends on its prompt's number and its seed alone. Students sample with the step
 without guidance."""
 
 import support.interrupt  # noqa: F401
+import math
 import os
 import re
 
@@ -129,6 +130,8 @@ def main(argv=None):
 
 
 def load_system(args, teacher):
+    if not args.side_by_side:
+        teacher.denoiser.to("cpu")  # it draws nothing, and its place is the student's
     net, student, _ = common.load_student(args.student, teacher)
     return System(teacher, student, net, checkpoint=args.student)
 
@@ -191,7 +194,7 @@ def prepare_folder(args, systems, prompts):
 def draw(args, systems, prompts):
     """Draws every prompt with every seed, systems side by side, and a grid of the first ones."""
     teacher = systems[0].teacher
-    most = 8 if teacher.video else 64  # prompts in the grid
+    most = math.ceil((8 if teacher.video else 64) / len(args.seeds))  # prompts in the grid
     shown = {}
     with tqdm(total=len(prompts) * len(args.seeds), unit="sample") as bar:
         for first in range(0, len(prompts), args.batch):

@@ -69,6 +69,7 @@ class Images:
                 remove_leftovers(place)
             write_sealed(path, self.index)
         wait_for_files([path])
+        self.check()  # the main rank may have found another checkpoint of a run that goes on
 
     def draw(self, prompts, seeds, batch):
         """Draws what is missing of this rank's share -> mean seconds an image; None where nothing was."""

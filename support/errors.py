@@ -74,6 +74,11 @@ def explain(error):
         return f"the GPU's memory is full: lower --batch{MEMORY_ADVICE.get(command, '')}"
     if "invalid device ordinal" in str(error):
         return "there are fewer GPUs on this machine than processes: lower --nproc_per_node"
+    if "DataLoader worker" in str(error):
+        return (
+            "a process that decodes images was ended, most likely for its memory: give --workers 0, or the "
+            "machine more (a container: a larger /dev/shm)"
+        )
     if isinstance(error, BrokenPipeError):
         return "the output was closed before the end"
     if isinstance(error, OSError) and error.strerror:

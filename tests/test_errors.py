@@ -262,6 +262,7 @@ ENDS = (
     (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 2, "runs/a: Permission denied"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2, "the GPU's memory is full: lower --batch"),
     (RuntimeError("CUDA error: invalid device ordinal"), 2, "there are fewer GPUs on this machine"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), 2, "give --workers 0"),
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "the output was closed before the end"),
     (
         RuntimeError("[pair.cc] Connection closed by peer [::1]:5"),

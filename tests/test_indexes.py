@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import common
+import helpers
 import sample
 from metrics.images import Images, wait_for_scores
 from metrics.scores import read_scores, save_scores
@@ -360,3 +362,24 @@ def test_no_rank_has_results_before_the_index(tmp_path, monkeypatch):
     images.prepare_folder()
     assert len(waits) == 1
     assert (folder / "index.json").exists()
+
+
+def test_a_rank_that_found_another_checkpoint_than_the_main_one_stops(tmp_path, monkeypatch):
+    """Of a run that goes on, both look for the newest; their pictures must not lie in one folder."""
+    main, other = (Images("x", str(tmp_path), [["0.png"]], {"weights": weights}) for weights in ("a", "b"))
+    other.check()  # there is no index yet
+    main.prepare_folder()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="its weights is 'a', not 'b'"):
+        other.prepare_folder()
+
+
+@pytest.mark.parametrize("side_by_side, moves", ((False, ["cpu"]), (True, [])))
+def test_a_teacher_that_draws_nothing_makes_way_for_the_student(
+    teacher, tmp_path, monkeypatch, side_by_side, moves
+):
+    checkpoint = helpers.save_checkpoint(tmp_path / "student", teacher)
+    moved = []
+    monkeypatch.setattr(teacher.denoiser, "to", moved.append)
+    sample.load_system(SimpleNamespace(side_by_side=side_by_side, student=checkpoint), teacher)
+    assert moved == moves
