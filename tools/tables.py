@@ -43,7 +43,7 @@ LABELS = {
     "dmd": "ADP, then the DMD loss (B3)",
     "dmdx": "ADP, then ADM: DMDX (B4)",
     "raven": "DMDX, RAVEN's settings",
-    "dmd-range": "the DMD loss at t from 0.02 to 0.98 T",
+    "dmd-range": "the DMD loss at t up to 0.98 T",
     "small-dt": "DMDX, dt = T/64",
     "weak-penalty": "DMDX, a tenth of the penalties",
     "guided": "DMDX, guidance 2.8 where the pairs have 1.75",
