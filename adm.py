@@ -61,7 +61,7 @@ class ADM:
         self.teacher = teacher
         self.prompts = prompts
         self.log = Means()  # log(name=x) notes x for metrics.jsonl, and returns it
-        self.student, folder = common.start_student(args.init, teacher, args.steps, args.first_time)
+        self.student, folder = common.start_student(args, teacher)
         self.G = teacher.trainable(args, "student", folder)
         self.f = teacher.trainable(args, "fake")
         self.heads = teacher.make_heads(args.head_width) if args.loss in ("adm", "secant") else None

@@ -26,7 +26,7 @@ import common
 from common import T, hinge_discriminator, hinge_generator, weigh
 from metrics.held_out import make_held_out
 from support.arguments import parse_adp_arguments
-from support.errors import launch
+from support.errors import launch, note
 from support.pairs import Pairs
 from support.parallel import freeze, start_processes
 from support.rows import Rows, draw_rows
@@ -144,6 +144,8 @@ def main(argv=None):
     pairs = Pairs(args.pairs, teacher)
     if args.warmup is None:
         args.warmup = 0 if teacher.prediction == "flow" else 500
+    if args.warmup >= args.iterations:
+        note("--warmup covers all iterations, so that no discriminator moves the student")
     adp = ADP(args, teacher, pairs)
     run = Run("adp", args, adp, make_held_out(args, adp))
     for step in run.iterations():

@@ -22,7 +22,7 @@ from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
 from support.hub import TEACHERS, is_hub_id
-from support.inputs import check_inputs, fill_from_students
+from support.inputs import check_inputs, fill_from_students, find_start
 from support.loading import load_network, load_pipeline, name_both, shorten
 from support.lora import make_adapted
 from support.lora_files import add_adapter, merge_into_network, merge_into_teacher
@@ -339,7 +339,7 @@ class Teacher:
     @functools.cached_property
     def fingerprint(self):
         """Tells this teacher from any other, whatever the precision it was loaded in."""
-        return compute_fingerprint(self.denoiser, self.pipe.scheduler.config)
+        return compute_fingerprint(self.denoiser, self.pipe.scheduler)
 
 
 class SDXL(Teacher):
@@ -740,19 +740,27 @@ class Student:
         return make_velocity_scheduler()
 
 
-def start_student(init, teacher, steps=None, first_time=None):
-    """The student that training starts from -> (Student, folder of its weights). Without init the folder is
-    None: weights and parametrisation are the teacher's."""
-    if init is None:
-        return Student(teacher, "teacher", steps or teacher.student_steps, None, first_time), None
-    folder, student, _ = open_student(init, teacher, steps, first_time)
+def start_student(args, teacher):
+    """The student that training starts from -> (Student, folder of its weights). Without --init the folder
+    is None: weights and parametrisation are the teacher's."""
+    found = find_start(args, "student")
+    if found is None:
+        steps = args.steps or teacher.student_steps
+        return Student(teacher, "teacher", steps, None, args.first_time), None
+    folder, meta = found
+    student = read_student(folder, meta, teacher, args.steps, args.first_time)
     student.guidance = teacher.student_guidance  # --student-guidance, by default the checkpoint's own
     return student, folder
 
 
-def open_student(path, teacher, steps=None, first_time=None):
+def open_student(path, teacher):
     """A checkpoint -> (its folder, Student, meta). UserError for a student of another teacher."""
     folder, meta = find_checkpoint(path, "student")
+    return folder, read_student(folder, meta, teacher), meta
+
+
+def read_student(folder, meta, teacher, steps=None, first_time=None):
+    """The Student of a checkpoint, if it is one of this teacher's; of other steps and first_time if given."""
     if meta["fingerprint"] != teacher.fingerprint:
         source = name_both(meta["teacher"], meta.get("teacher_lora"))
         own = name_both(teacher.path, teacher.lora)
@@ -760,7 +768,7 @@ def open_student(path, teacher, steps=None, first_time=None):
     guidance = meta["arguments"].get("student_guidance")
     steps = steps or meta["steps"]
     first_time = first_time or meta.get("first_time")
-    return folder, Student(teacher, meta["parametrisation"], steps, guidance, first_time), meta
+    return Student(teacher, meta["parametrisation"], steps, guidance, first_time)
 
 
 def load_student(path, teacher):

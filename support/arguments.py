@@ -252,8 +252,10 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
         parser.error("--project is for --loss adm: no other has a gradient of D to project")
     if args.warmup >= args.iterations:
         note("--warmup covers all iterations, so that the student never learns")
-    low, high = args.t_range or (0.0, 1.0)
-    low = max(low, args.dt)  # x_fake and x_real are dt below
+    low, high = args.t_range or (args.dt, 1.0)
+    if low < args.dt:
+        note(f"the student's loss is at times from --dt, {args.dt:g} T, as x_fake and x_real are dt below")
+        low = args.dt
     if low >= high:
         parser.error(f"--t-range: HIGH must be above LOW and above --dt, not {high:g}")
     args.t_range = low, high

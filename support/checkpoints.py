@@ -9,6 +9,7 @@ import re
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from support.configs import list_fields
 from support.errors import UserError, note
 from support.files import compute_checksum, list_files, read_sealed, write_atomically
 from support.parallel import lay_out
@@ -32,12 +33,10 @@ PARTS = {"student": ("student/", LORA_FILE), "state": ("state/",)}
 STEP = re.compile(r"step_\d+")  # a checkpoint's folder
 
 
-def compute_fingerprint(net, scheduler_config):
-    """Tells this teacher from any other, whatever the precision it was loaded in: its configurations and some
-    numbers of every weight."""
-    configs = []
-    for config in (net.config, scheduler_config):
-        configs.append({name: value for name, value in dict(config).items() if not name.startswith("_")})
+def compute_fingerprint(net, scheduler):
+    """Tells this teacher from any other, whatever the precision it was loaded in and the version of
+    diffusers: its configurations and some numbers of every weight."""
+    configs = [list_settings(net), list_settings(scheduler)]
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
     samples = []
     for weight in net.parameters():
@@ -47,6 +46,22 @@ def compute_fingerprint(net, scheduler_config):
     bits = torch.cat(samples).view(torch.int16)
     digest.update(bits.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def list_settings(part):
+    """{field of a part's config: its value}, of those that are not the default: diffusers' versions add
+    fields, and a part is the same without them."""
+    settings = {}
+    for name, parameter in list_fields(type(part)).items():
+        value, default = (as_json(value) for value in (part.config.get(name), parameter.default))
+        if value != default:
+            settings[name] = value
+    return settings
+
+
+def as_json(value):
+    """A value as a JSON file keeps it, which has no tuples."""
+    return json.loads(json.dumps(value, default=str))
 
 
 # ----------------------------------------------------------------------------------------------------------

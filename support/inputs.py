@@ -1,6 +1,6 @@
 """What a command will read, tried before a teacher's weights are fetched and read."""
 
-from support.checkpoints import find_checkpoint, list_checkpoints
+from support.checkpoints import find_checkpoint, find_newest, list_checkpoints
 from support.errors import UserError
 from support.pairs import read_index
 from support.prompts import read_prompts
@@ -9,12 +9,20 @@ from support.prompts import read_prompts
 def check_inputs(args):
     """UserError where the run's folder, --init, --pairs or --eval-prompts would end the run later."""
     check_that_no_run_is_there(args)
-    if getattr(args, "init", None):
-        find_checkpoint(args.init)
+    find_start(args)
     if getattr(args, "pairs", None):
         read_index(args.pairs)
     if args.eval_every:
         read_held_out_prompts(args)
+
+
+def find_start(args, part=None):
+    """(step folder, meta) of the checkpoint that training starts from: the newest of a run that goes on, as
+    --init may be gone by then, else that of --init. None is the teacher. `part`: as find_checkpoint has
+    it."""
+    if not getattr(args, "init", None):
+        return None
+    return find_newest(args.out, part) or find_checkpoint(args.init, part)
 
 
 def fill_from_students(args, students):

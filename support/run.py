@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -94,6 +95,7 @@ class Run:
         self.metrics = os.path.join(self.folder, "metrics.jsonl")
         self.updates = getattr(args, "ttur", 1)  # draws of an iteration
         self.start = 0
+        self.logged = 0  # the iteration of the last line of metrics
         self.signal = None  # what asked this rank to stop
         self.leaving = False  # whether the ranks have agreed to
         self.left_out = 0  # updates since the last line of metrics whose gradients were not finite
@@ -149,6 +151,7 @@ class Run:
             dynamic_ncols=True,
         )
         self.clock = time.perf_counter()
+        self.logged = self.start
 
     def _check_that_nothing_foreign_is_there(self):
         """UserError where a new run would write over something that no run of this project wrote."""
@@ -214,9 +217,16 @@ class Run:
         values = {name: (meta[name], ours[name]) for name in IDENTITY}
         for name in IDENTITY_ARGUMENTS:
             values[name_option(name)] = (before.get(name), now.get(name))
+        values["--init"] = [path and os.path.abspath(path) for path in values["--init"]]
         for name, (old, new) in values.items():
             if old != new:
                 raise UserError(f"{folder} cannot be resumed: its {name} is {old}, not {new}")
+        for name in ("ema", "lambda_pixel"):  # they bring a part of the state with them
+            old, new = before.get(name), now.get(name)
+            if bool(old) != bool(new):
+                raise UserError(
+                    f"{folder} cannot be resumed: its {name_option(name)} is {old:g}, not {new:g}"
+                )
         for name, value in now.items():
             old = before.get(name)
             if name not in FREE and old != value:
@@ -274,8 +284,8 @@ class Run:
             return
         values = average(metrics)
         now = time.perf_counter()
-        seconds = (now - self.clock) / self.args.log_every
-        self.clock = now
+        seconds = (now - self.clock) / (step - self.logged)
+        self.clock, self.logged = now, step
         if not is_main():
             return
         line = {"step": step, **values, "left_out": self.left_out}
@@ -348,6 +358,8 @@ class Run:
         """Whether to save now: every --save-every, at the end, and on every rank when one was told to
         stop."""
         told = average({"told": float(self.signal is not None)})["told"]
+        if told and not self.leaving:
+            note("told to stop: the run ends with a checkpoint of this iteration")
         self.leaving = told > 0
         last = step == self.args.iterations
         return self.leaving or last or step % self.args.save_every == 0
@@ -357,6 +369,7 @@ class Run:
         sample, the main one writes. `latest`, and `best` if it is that, name the checkpoint only when it is
         there, and only then do others go. UserError where weights are not finite, and where the disk is
         full."""
+        began = time.perf_counter()
         self._check_finite(step)
         net = self.method.G
         folder = os.path.join(self.folder, f"step_{step:06d}")
@@ -386,9 +399,9 @@ class Run:
                 save_curves(self.metrics, os.path.join(self.folder, "curves.png"))
         with self.method.ema.use(), self._spare_the_run("the preview"):
             path = os.path.join(self.folder, "samples", f"step_{step:06d}")
-            save_preview(self.student, net, prompts, self.args.seed, path)
+            save_preview(self.student, net, prompts, self.args, path)
         wait_for_all()
-        self.clock = time.perf_counter()
+        self.clock += time.perf_counter() - began  # no iteration's
 
     def _check_finite(self, step):
         """UserError where a network's weights are not finite, before a good checkpoint goes for them."""
@@ -454,19 +467,21 @@ def name_option(name):
 
 
 @torch.no_grad()
-def save_preview(student, net, prompts, seed, path):
-    """Samples of fixed noise and of the first prompts: 16 images to path.png, or 4 videos to path.mp4 and
-    their frames to path.png. All ranks draw them, since shares of `net` are of no use alone; the main one
-    writes."""
+def save_preview(student, net, prompts, args, path):
+    """Samples of fixed noise and of the first prompts, --batch at a time: 16 images to path.png, or 4 videos
+    to path.mp4 and their frames to path.png. All ranks draw them, since shares of `net` are of no use alone;
+    the main one writes."""
     teacher = student.teacher
     count = 4 if teacher.video else 16
-    prompts = (prompts * count)[:count]
-    latents = student.sample(
-        net, Rows(range(count), ("preview", seed), teacher.device), teacher.encode(prompts)
-    )
+    prompts = list(itertools.islice(itertools.cycle(prompts), count))
+    latents = []
+    for first in range(0, count, args.batch):
+        some = prompts[first : first + args.batch]
+        rows = Rows(range(first, first + len(some)), ("preview", args.seed), teacher.device)
+        latents.append(student.sample(net, rows, teacher.encode(some)))
     if not is_main():
         return
-    pixels = teacher.decode(latents).clamp(-1, 1)
+    pixels = teacher.decode(torch.cat(latents)).clamp(-1, 1)
     save_grid(pixels, f"{path}.png")
     if teacher.video and importlib.util.find_spec("imageio_ffmpeg") and importlib.util.find_spec("imageio"):
         side_by_side = torch.cat(list(pixels), dim=-1)

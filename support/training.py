@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
-from support.checkpoints import find_checkpoint
 from support.errors import UserError
+from support.inputs import find_start
 from support.offload import Offload
 from support.parallel import shard, sync_gradients, wrap_ddp
 
@@ -50,11 +50,9 @@ def fill_training_arguments(args, family):
 
 
 def recall_student_guidance(args):
-    """What the student of --init was told before; None where there is none."""
-    if not getattr(args, "init", None):
-        return None
-    _, meta = find_checkpoint(args.init)
-    return meta["arguments"].get("student_guidance")
+    """What the student that training starts from was told before; None where there is none."""
+    found = find_start(args)
+    return found and found[1]["arguments"].get("student_guidance")
 
 
 def can_checkpoint(net):

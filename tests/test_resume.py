@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,8 +126,9 @@ def test_a_student_keeps_its_first_time(teacher, dmd, tmp_path):
     adm.main(dmd(tmp_path, "--first-time 0.4 --iterations 1"))
     _, student, _ = common.open_student(str(tmp_path), teacher)
     assert student.times == [400, 200]
-    assert common.start_student(str(tmp_path), teacher)[0].times == [400, 200]
-    assert common.start_student(str(tmp_path), teacher, 1, 1.0)[0].times == [1000]
+    for options, times in (("", [400, 200]), ("--steps 1 --first-time 1", [1000])):
+        method = helpers.make_method(adm, dmd(tmp_path / "next", f"--init {tmp_path} {options}"))
+        assert method.student.times == times
     with pytest.raises(UserError, match="cannot be resumed: its --first-time is 0.4, not None"):
         adm.main(dmd(tmp_path, "--iterations 2 --resume"))
 
@@ -194,13 +196,24 @@ def test_a_run_without_a_whole_checkpoint_starts_anew(finished, dmd, tmp_path):
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+def test_a_run_goes_on_without_the_checkpoint_that_it_started_from(finished, dmd, tmp_path):
+    """It becomes what it would have without an interruption, however --init is spelt."""
+    init = shutil.copytree(finished, tmp_path / "init")
+    adm.main(dmd(tmp_path / "whole", f"--init {init} --iterations 2"))
+    adm.main(dmd(tmp_path / "parts", f"--init {init} --iterations 1"))
+    remove(init)
+    adm.main(dmd(tmp_path / "parts", f"--init {init}/ --iterations 2 --resume"))
+    states = [helpers.read_state(tmp_path / run / "step_000002") for run in ("whole", "parts")]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 OTHER_RUNS = (
     ("--loss dmd --steps 4", "its steps is 2, not 4"),
     ("--steps 2", "its --loss is dmd, not adm"),
     ("--loss dmd --steps 2 --seed 1", "its --seed is 0, not 1"),
     ("--loss dmd --steps 2 --lora 2", "its --lora is 0, not 2"),
     ("--loss dmd --steps 2 --head-width 64", "its --head-width is 128, not 64"),
-    ("--loss dmd --steps 2 --ema 0.5", "with these settings"),
+    ("--loss dmd --steps 2 --ema 0.5", "its --ema is 0, not 0.5"),
 )
 
 
@@ -445,6 +458,28 @@ def test_weights_that_are_not_finite_are_not_saved(finished, dmd, tmp_path, monk
         adm.main(arguments)
     names = sorted(name for name in os.listdir(run) if "step_" in name)
     assert names == ["step_000001", "step_000002"]
+
+
+def test_previews_are_drawn_a_batch_at_a_time_and_are_the_same(teacher, tmp_path, monkeypatch):
+    drawn = []
+    sizes = []
+
+    def save_grid(images, path):
+        drawn.append(images)
+
+    def encode(prompts):
+        sizes.append(len(prompts))
+        return teacher_encode(prompts)
+
+    teacher_encode = teacher.encode
+    monkeypatch.setattr(runs, "save_grid", save_grid)
+    monkeypatch.setattr(teacher, "encode", encode)
+    student = common.Student(teacher, "teacher", 2)
+    for batch in (16, 5):
+        args = SimpleNamespace(batch=batch, seed=0)
+        runs.save_preview(student, teacher.denoiser, ["a circle", "a square"], args, str(tmp_path / "x"))
+    assert sizes == [16, 5, 5, 5, 1]
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-4)
 
 
 def test_a_full_disk_is_said_and_costs_nothing_that_was_written(finished, dmd, tmp_path, monkeypatch):

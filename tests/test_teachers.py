@@ -20,6 +20,7 @@ import helpers
 import sample
 from metrics import weights
 from support import configs, hub
+from support.checkpoints import list_settings
 from support.errors import UserError
 from tools import meta
 
@@ -355,3 +356,23 @@ def test_pixel_backbones_of_another_kind(tmp_path, sam_file):
             common.PixelBackbone(str(tmp_path / name), CPU, torch.float32)
     with pytest.raises(UserError, match="there is no SAM checkpoint at 'weights/sam.pth'"):
         common.PixelBackbone("weights/sam.pth", CPU, torch.float32)
+
+
+class Older:
+    """A part of a pipeline, as this version of diffusers has it."""
+
+    def __init__(self, shift=1.0, blocks=(1, 2)):
+        self.config = {"shift": shift, "blocks": list(blocks), "_class_name": "Older"}
+
+
+class Newer:
+    """The same of a version that knows a field more."""
+
+    def __init__(self, shift=1.0, blocks=(1, 2), novelty=True):
+        self.config = {"shift": shift, "blocks": list(blocks), "novelty": novelty, "_class_name": "Newer"}
+
+
+def test_a_fingerprint_outlives_a_new_field_of_diffusers():
+    assert list_settings(Older(3.0)) == list_settings(Newer(3.0)) == {"shift": 3.0}
+    assert list_settings(Newer(3.0, novelty=False)) == {"shift": 3.0, "novelty": False}
+    assert list_settings(Older(3.0, (1, 3))) == {"shift": 3.0, "blocks": [1, 3]}

@@ -287,7 +287,7 @@ def run_adm(teacher, loss, options, seed, iterations):
 
 def draw_samples(teacher, net, n):
     """n samples of each member of a student, always of the same noise, [S n, dim]."""
-    student, _ = common.start_student(None, teacher, steps=1)
+    student = common.Student(teacher, "teacher", steps=1)
     return student.sample(net, BatchRows(n * net.members, "mixture samples"), {})
 
 
