@@ -111,6 +111,8 @@ RUNS = {
     "sd3-adm-mild": f"{SD3} --guidance 1.5 --iterations 600 --lr 1.5e-5",
     "sd3-dmd": f"{SD3} --guidance 2 --iterations 300 --lr 5e-5 --loss dmd",
     "sd3-dmd-low-noise": f"{SD3} --guidance 2 --iterations 300 --lr 5e-5 --loss dmd --t-range 0 0.5",
+    "sd3-bare-low-noise": f"{SD3} --guidance 2 --iterations 300 --lr 5e-5 --loss secant --r1 0 --r2 0"
+    " --t-range 0.125 0.5",
     "sd3-adm-low-noise": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --t-range 0.125 0.5",
     "sd3-adm-unguided": f"{SD3} --guidance 1 --iterations 300 --lr 3e-5",
     "video-start": f"{VIDEO} --guidance 2 --iterations 1 --warmup 1",
@@ -159,11 +161,13 @@ TABLES = {
         EVALUATE,
     ),
     "sd3": (("sd3-start", "sd3-adm", "sd3-adm-mild"), EVALUATE_SD3),
-    "sd3-low-noise": (
-        ("sd3-start", "sd3-dmd", "sd3-dmd-low-noise", "sd3-adm-low-noise"),
+    "sd3-causes": (
+        (
+            *("sd3-start", "sd3-dmd", "sd3-dmd-low-noise", "sd3-bare-low-noise"),
+            *("sd3-adm-low-noise", "sd3-adm-unguided"),
+        ),
         EVALUATE_SD3,
     ),
-    "sd3-unguided": (("sd3-start", "sd3-adm-unguided"), f"{EVALUATE_SD3} --guidance 1"),
     "video": (
         ("video-start", "video-adm"),
         "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --steps 100"
