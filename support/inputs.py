@@ -22,7 +22,8 @@ def find_start(args, part=None):
     it."""
     if not getattr(args, "init", None):
         return None
-    return find_newest(args.out, part) or find_checkpoint(args.init, part)
+    own = find_newest(args.out, part) if args.resume else None
+    return own or find_checkpoint(args.init, part)
 
 
 def fill_from_students(args, students):

@@ -611,7 +611,7 @@ TABLE = {
         ("ranks that found two checkpoints", "self.check()  # the main", "pass  # the main"),
     ],
     "support/inputs.py": [
-        ("a run that goes on wants --init", "find_newest(args.out, part) or ", ""),
+        ("a run that goes on wants --init", "return own or find", "return find"),
     ],
     "support/run.py": [
         ("previews of one sample again and again", "range(first, first + len(some))", "range(len(some))"),
