@@ -760,7 +760,7 @@ def open_student(path, teacher):
 
 
 def read_student(folder, meta, teacher, steps=None, first_time=None):
-    """The Student of a checkpoint, if it is one of this teacher's; of other steps and first_time if given."""
+    """The Student of a checkpoint, of other steps and first_time if given. UserError for a foreign one."""
     if meta["fingerprint"] != teacher.fingerprint:
         source = name_both(meta["teacher"], meta.get("teacher_lora"))
         own = name_both(teacher.path, teacher.lora)

@@ -130,8 +130,9 @@ def main(argv=None):
 
 
 def load_system(args, teacher):
+    """The student, ready to draw. The teacher's network makes way for it, unless that draws, too."""
     if not args.side_by_side:
-        teacher.denoiser.to("cpu")  # it draws nothing, and its place is the student's
+        teacher.denoiser.to("cpu")
     net, student, _ = common.load_student(args.student, teacher)
     return System(teacher, student, net, checkpoint=args.student)
 
@@ -194,7 +195,8 @@ def prepare_folder(args, systems, prompts):
 def draw(args, systems, prompts):
     """Draws every prompt with every seed, systems side by side, and a grid of the first ones."""
     teacher = systems[0].teacher
-    most = math.ceil((8 if teacher.video else 64) / len(args.seeds))  # prompts in the grid
+    samples = 8 if teacher.video else 64  # in the grid
+    most = math.ceil(samples / len(args.seeds))  # prompts in the grid
     shown = {}
     with tqdm(total=len(prompts) * len(args.seeds), unit="sample") as bar:
         for first in range(0, len(prompts), args.batch):

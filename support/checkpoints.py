@@ -11,7 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from support.configs import list_fields
 from support.errors import UserError, note
-from support.files import compute_checksum, list_files, read_sealed, write_atomically
+from support.files import as_json, compute_checksum, list_files, read_sealed, write_atomically
 from support.parallel import lay_out
 
 META = {  # what is read of meta.json
@@ -37,7 +37,7 @@ def compute_fingerprint(net, scheduler):
     """Tells this teacher from any other, whatever the precision it was loaded in and the version of
     diffusers: its configurations and some numbers of every weight."""
     configs = [list_settings(net), list_settings(scheduler)]
-    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
     samples = []
     for weight in net.parameters():
         numbers = weight.detach().flatten()
@@ -57,11 +57,6 @@ def list_settings(part):
         if value != default:
             settings[name] = value
     return settings
-
-
-def as_json(value):
-    """A value as a JSON file keeps it, which has no tuples."""
-    return json.loads(json.dumps(value, default=str))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -193,6 +193,11 @@ def take_lock(path):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def as_json(value):
+    """A value as a JSON file keeps it, which has no tuples; what JSON cannot hold is text."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def read_json(path):
     """The file's value; None where it is not there or damaged."""
     try:

@@ -1,11 +1,10 @@
 """Folders of results, and whether what one holds is what is wanted."""
 
 import itertools
-import json
 import os
 
 from support.errors import UserError
-from support.files import read_sealed
+from support.files import as_json, read_sealed
 
 ABSENT = object()
 SAID = 3  # differences in a sentence
@@ -33,7 +32,7 @@ def check_index(folder, index, has_results):
 def describe_difference(old, new):
     """What differs between two indexes, {name: value} of what JSON can hold, in words with both values; ""
     where nothing does. An old one that is none has no values."""
-    old, new = json.loads(json.dumps([old, new]))  # no tuples
+    old, new = as_json(old), as_json(new)
     old = old if isinstance(old, dict) else {}
     found = []
     for name in {**old, **new}:

@@ -29,6 +29,7 @@ from support.checkpoints import (
 )
 from support.errors import UserError, first_line, note
 from support.files import (
+    as_json,
     compute_checksum_of_json,
     lock_folder,
     make_folder,
@@ -95,7 +96,6 @@ class Run:
         self.metrics = os.path.join(self.folder, "metrics.jsonl")
         self.updates = getattr(args, "ttur", 1)  # draws of an iteration
         self.start = 0
-        self.logged = 0  # the iteration of the last line of metrics
         self.signal = None  # what asked this rank to stop
         self.leaving = False  # whether the ranks have agreed to
         self.left_out = 0  # updates since the last line of metrics whose gradients were not finite
@@ -151,7 +151,7 @@ class Run:
             dynamic_ncols=True,
         )
         self.clock = time.perf_counter()
-        self.logged = self.start
+        self.logged = self.start  # the iteration of the last line of metrics
 
     def _check_that_nothing_foreign_is_there(self):
         """UserError where a new run would write over something that no run of this project wrote."""
@@ -212,7 +212,7 @@ class Run:
 
     def _compare(self, folder, meta):
         """UserError where the checkpoint is another run's; says what else differs."""
-        ours = json.loads(json.dumps(self.meta))
+        ours = as_json(self.meta)
         before, now = meta["arguments"], ours["arguments"]
         values = {name: (meta[name], ours[name]) for name in IDENTITY}
         for name in IDENTITY_ARGUMENTS:

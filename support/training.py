@@ -52,7 +52,10 @@ def fill_training_arguments(args, family):
 def recall_student_guidance(args):
     """What the student that training starts from was told before; None where there is none."""
     found = find_start(args)
-    return found and found[1]["arguments"].get("student_guidance")
+    if found is None:
+        return None
+    _, meta = found
+    return meta["arguments"].get("student_guidance")
 
 
 def can_checkpoint(net):

@@ -669,7 +669,7 @@ TABLE = {
         ),
         (
             "a student that goes on is told another guidance",
-            'found and found[1]["arguments"].get("student_guidance")',
+            'meta["arguments"].get("student_guidance")',
             "None",
         ),
         ("the average's decay is the checkpoint's", '{**state, "decay": self.average.decay}', "state"),
