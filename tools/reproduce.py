@@ -116,6 +116,8 @@ RUNS = {
     "sd3-adm-low-noise": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --t-range 0.125 0.5",
     "sd3-adm-unguided": f"{SD3} --guidance 1 --iterations 300 --lr 3e-5",
     "video-start": f"{VIDEO} --guidance 2 --iterations 1 --warmup 1",
+    "video-dmd": f"{VIDEO} --guidance 2 --iterations 300 --lr 5e-5 --loss dmd",
+    "video-bare": f"{VIDEO} --guidance 2 --iterations 300 --lr 5e-5 --loss secant --r1 0 --r2 0",
     "video-adm": f"{VIDEO} --guidance 2 --iterations 300 --lr 2e-5",
 }
 EVALUATE = "evaluate.py --teacher assets/tiny-sdxl --guidance 1.75 --steps 12"
@@ -169,7 +171,7 @@ TABLES = {
         EVALUATE_SD3,
     ),
     "video": (
-        ("video-start", "video-adm"),
+        ("video-start", "video-dmd", "video-bare", "video-adm"),
         "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --steps 100"
         " --prompts prompts/motion_eval.txt --seeds 16 --batch 32 --metrics oracle",
     ),
