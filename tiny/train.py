@@ -61,7 +61,7 @@ PROMPT_DROPOUT = 0.1  # probability of an empty prompt in training, for guidance
 
 
 def build_sdxl(latent_channels=4):
-    """A StableDiffusionXLPipeline of the size of a thumbnail: 32x32 images, latents [n, latent_channels, 8, 8]."""
+    """A StableDiffusionXLPipeline of the size of a thumbnail: 8x8 latents of 32x32 images."""
     tokenizer = build_tokenizer()
     tokenizer_2 = build_tokenizer()
     unet = UNet2DConditionModel(
@@ -749,7 +749,7 @@ def start_pipeline(args, family):
 
 
 def copy_fitting(source, pipe):
-    """Gives the networks of `pipe` those weights of the pipeline `source` that have the same name and shape."""
+    """Gives the networks of `pipe` what weights of `source`, a pipeline, have the same name and shape."""
     for name, module in pipe.components.items():
         if not isinstance(module, torch.nn.Module):
             continue
