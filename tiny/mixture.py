@@ -55,6 +55,7 @@ from tools.tables import format_cell
 LOSSES = {
     "adm": "--dt {dt} --r1 {weight} --r2 {weight}",
     "projected": "--dt {dt} --r1 {weight} --r2 {weight} --project",
+    "secant": "--dt {dt} --r1 0 --r2 0 --loss secant",
     "plain": "--dt {dt} --r1 0 --r2 0",
     "dmd": "--loss dmd",
     "adm / alpha": "--dt {dt} --r1 {weight} --r2 {weight}",
