@@ -63,9 +63,8 @@ LABELS = {
     "sd3-adm-low-noise": "ADM, guidance 2, t up to T/2",
     "sd3-dmd-low-noise": "the DMD loss, guidance 2, t up to T/2",
     "sd3-adm-unguided": "ADM, no guidance",
-    "sd3-adm-300": "ADM, 300 iterations",
-    "sd3-projected-300": "ADM `--project`",
-    "sd3-secant-300": "`--loss secant`",
+    "sd3-adm-300": "ADM, guidance 2, 300 iterations",
+    "sd3-projected-300": "ADM `--project`, guidance 2",
     "video-start": "the teacher's network in eight steps",
     "video-dmd": "the DMD loss",
     "video-bare": "`--loss secant --r1 0 --r2 0`",
@@ -144,7 +143,6 @@ def format_table(table, entry):
 
 def label_run(name):
     """A run's name -> what a table calls it."""
-    name = name.removeprefix("wide-")  # of a table of its own
     method, _, iterations = name.partition("-")
     if method in METHODS and iterations.isdecimal():
         return f"{METHODS[method]}, {int(iterations):,} iterations"
