@@ -205,10 +205,10 @@ def main(argv=None):
     if args.plan:
         return print_plan(args, ADM, iterate)
     prompts = read_training_prompts(args.prompts, args.prompt_column)
-    teacher = common.load_training_teacher(args, start_processes(args.seed))
-    teacher.check(prompts)
+    teacher = common.load_training_teacher(args, start_processes(args.seed), prompts)
+    held_out = make_held_out(args, teacher)  # refuses before the networks are read
     adm = ADM(args, teacher, prompts)
-    run = Run("adm", args, adm, make_held_out(args, adm))
+    run = Run("adm", args, adm, held_out)
     for step in run.iterations():
         set_lr(args, step, {adm.opt_G: args.lr, adm.opt_f: args.fake_lr, adm.opt_heads: args.head_lr})
         iterate(adm, step, minimise)

@@ -146,8 +146,9 @@ def main(argv=None):
         args.warmup = 0 if teacher.prediction == "flow" else 500
     if args.warmup >= args.iterations:
         note("--warmup covers all iterations, so that no discriminator moves the student")
+    held_out = make_held_out(args, teacher)
     adp = ADP(args, teacher, pairs)
-    run = Run("adp", args, adp, make_held_out(args, adp))
+    run = Run("adp", args, adp, held_out)
     for step in run.iterations():
         set_lr(args, step, {adp.opt_G: args.warmup_lr if step < args.warmup else args.lr})
         iterate(adp, step, minimise)

@@ -61,11 +61,24 @@ def main(argv=None):
         "latent_shape": list(teacher.latent_shape),
         "count": args.count,
         "shard": args.shard_size,
-        "prompts": prompts,
+        "prompts": list_used(args, prompts),
     }
-    teacher.check(prompts)
+    teacher.check(index["prompts"])
     with lock_folder(out):
         collect_missing(args, teacher, prompts, index, out)
+
+
+def draw(args, numbers, device):
+    """The random numbers of the pairs with these numbers; the first that they give chooses the prompt."""
+    return Rows(numbers, ("pairs", args.seed), device)
+
+
+def list_used(args, prompts):
+    """Those of the prompts that a pair has: a file may have millions more."""
+    drawn = set()
+    for number in range(args.count):
+        drawn.update(draw(args, [number], "cpu").choose(prompts))
+    return [prompt for prompt in dict.fromkeys(prompts) if prompt in drawn]
 
 
 def collect_missing(args, teacher, prompts, index, out):
@@ -79,6 +92,7 @@ def collect_missing(args, teacher, prompts, index, out):
     if is_main():
         write_sealed(path, index)
     identity = identify(index)
+    places = {prompt: place for place, prompt in enumerate(index["prompts"])}
     shards = range(math.ceil(args.count / args.shard_size))
     if len(shards) < world_size():
         idle = world_size() - len(shards)
@@ -88,7 +102,7 @@ def collect_missing(args, teacher, prompts, index, out):
     total = sum(len(pairs_of_shard(args, k)) for k in missing)
     with tqdm(total=total, disable=not is_main(), unit="pair", desc="ODE pairs") as bar:
         for k in missing:
-            tensors = collect(args, teacher, prompts, pairs_of_shard(args, k), bar)
+            tensors = collect(args, teacher, prompts, places, pairs_of_shard(args, k), bar)
             write_shard(shard_path(out, k), tensors, identity)
 
 
@@ -97,13 +111,14 @@ def pairs_of_shard(args, k):
     return range(k * args.shard_size, min((k + 1) * args.shard_size, args.count))
 
 
-def collect(args, teacher, prompts, numbers, bar):
-    """The tensors of the pairs with these numbers: x_T, x_0 [n, C, (F,) H, W], prompt [n]."""
+def collect(args, teacher, prompts, places, numbers, bar):
+    """The tensors of the pairs with these numbers: x_T, x_0 [n, C, (F,) H, W], prompt [n]. places: of the
+    prompts in the index, {prompt: its place}."""
     parts = []
     for first in range(0, len(numbers), args.batch):
-        rows = Rows(numbers[first : first + args.batch], ("pairs", args.seed), teacher.device)
-        prompt = rows.integers(len(prompts))
-        cond = teacher.encode([prompts[i] for i in prompt])
+        rows = draw(args, numbers[first : first + args.batch], teacher.device)
+        chosen = rows.choose(prompts)
+        cond = teacher.encode(chosen)
         x_T = rows.normal(*teacher.latent_shape)
         x_0 = teacher.sample(x_T, cond, args.steps, args.guidance)
         if not x_0.half().isfinite().all():
@@ -111,7 +126,8 @@ def collect(args, teacher, prompts, numbers, bar):
                 f"the teacher's samples are not finite at --guidance {args.guidance:g}: lower it, "
                 "or try --precision fp32"
             )
-        parts.append((x_T.half().cpu(), x_0.half().cpu(), torch.tensor(prompt)))
+        prompt = torch.tensor([places[text] for text in chosen])
+        parts.append((x_T.half().cpu(), x_0.half().cpu(), prompt))
         bar.update(len(prompt))
     x_T, x_0, prompt = map(torch.cat, zip(*parts))
     return {"x_T": x_T, "x_0": x_0, "prompt": prompt}

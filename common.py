@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from support import loading
 from support.backbones import PixelBackbone  # noqa: F401  one of the method's parts
 from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
 from support.hub import TEACHERS, is_hub_id
 from support.inputs import check_inputs, fill_from_students, find_start
-from support.loading import load_network, load_pipeline, name_both, shorten
 from support.lora import make_adapted
 from support.lora_files import add_adapter, merge_into_network, merge_into_teacher
 from support.parallel import choose_dtype, compile_blocks, freeze_named, own_device, shard
@@ -71,7 +71,8 @@ class Teacher:
     fps = None
 
     def __init__(self, pipe, path, device, dtype, resolution=None, frames=None):
-        """resolution: (height, width) in pixels, default the teacher's. UserError for what it cannot do."""
+        """Its networks stay where they are. resolution: (height, width) in pixels, default the teacher's.
+        UserError for what it cannot do."""
         self.pipe = pipe
         self.path = path
         self.folder = path  # where the weights are read again, if that is another
@@ -80,9 +81,8 @@ class Teacher:
         self.dtype = dtype
         self.denoiser = getattr(pipe, self.denoiser_name)
         self.offload = None  # support.offload.Offload, with --offload
-        for module in pipe.components.values():
-            if isinstance(module, nn.Module):
-                module.to(device).requires_grad_(False).eval()
+        for module in loading.list_networks(pipe).values():
+            module.requires_grad_(False).eval()
         factor, patch, default = self._geometry()
         self.resolution = list(resolution or read_size(path, default, factor))
         if any(side % (factor * patch) for side in self.resolution):
@@ -211,7 +211,7 @@ class Teacher:
         paper silent: student times: equidistant from T downwards, as DMD2's (999, 749, 499, 249 for four
         steps); whole numbers, since the network knows no others. DMD2's single step is from 399."""
         first = round(first)
-        return [first - i * first // steps for i in range(steps)]
+        return [first - (i * first) // steps for i in range(steps)]
 
     @torch.no_grad()
     def sample(self, x_T, cond, steps, scale):
@@ -255,7 +255,7 @@ class Teacher:
         return add_adapter(net, checkpoint) if checkpoint else net  # of a --lora run
 
     def _read_network(self, folder, name, variant=None):
-        net = load_network(type(self.denoiser), folder, name, torch.float32, variant)
+        net = loading.load_network(type(self.denoiser), folder, name, torch.float32, variant)
         return net.float()  # again, since diffusers leaves CogVideoX's table of positions in float64
 
     def trainable(self, args, adapter, folder=None):
@@ -584,9 +584,10 @@ def find_family(pipeline):
     return getattr(importlib.import_module(f"teachers.{module}"), name)
 
 
-def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None, variant=None):
-    """A known name, a pipeline folder or a hub id -> Teacher. UserError for what is no teacher of a known
-    family, or would not be computed as its own pipeline does. variant: of the weights' files."""
+def open_teacher(name, device, dtype=torch.float32, resolution=None, frames=None, variant=None):
+    """A known name, a pipeline folder or a hub id -> Teacher, whose networks are on the CPU. UserError for
+    what is no teacher of a known family, or would not be computed as its own pipeline does. variant: of the
+    weights' files."""
     path = TEACHERS.get(name, name)
     if not os.path.isdir(path) and not is_hub_id(path):
         names = ", ".join(TEACHERS)
@@ -594,34 +595,22 @@ def load_teacher(name, device, dtype=torch.float32, resolution=None, frames=None
             f"there is no teacher {name!r}: give --teacher one of {names}, a pipeline folder, or a hub id as "
             f"{TEACHERS['sdxl']}"
         )
-    pipe, folder = load_pipeline(name, path, dtype, variant)
+    pipe, folder = loading.load_pipeline(name, path, dtype, variant)
     teacher = find_family(type(pipe).__name__)(pipe, path, device, dtype, resolution, frames)
     teacher.folder = folder
     teacher.variant = variant
-    try_out(teacher)
     return teacher
 
 
-@torch.no_grad()
-def try_out(teacher):
-    """UserError for parts that do not fit together: one prediction of the empty prompt's picture."""
-    t = torch.full((1,), T, device=teacher.device)
-    try:
-        x = torch.zeros(1, *teacher.latent_shape, device=teacher.device)
-        raw = teacher.raw(teacher.denoiser, x, t, teacher.encode([""]))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of many kinds, as parts can misfit in many ways
-        reason = shorten(error)
-        raise UserError(f"the parts of the teacher {teacher.path} do not fit together: {reason}") from error
-    if raw.shape != x.shape or not raw.isfinite().all():
-        raise UserError(f"the teacher {teacher.path} cannot be used: its predictions are no finite latents")
+def load_teacher(*args, **options):
+    """open_teacher's, on its device, and tried out."""
+    return loading.place(open_teacher(*args, **options))
 
 
-def load_teacher_from(args, device):
-    """The teacher of these arguments; its family's batch where none is given."""
+def open_teacher_from(args, device):
+    """The teacher of these arguments, its networks on the CPU; its family's batch where none is given."""
     dtype = choose_dtype(args.precision, device)
-    teacher = load_teacher(args.teacher, device, dtype, args.resolution, args.frames, args.variant)
+    teacher = open_teacher(args.teacher, device, dtype, args.resolution, args.frames, args.variant)
     if args.teacher_lora:
         merge_into_teacher(teacher, args.teacher_lora)
     if getattr(args, "negative_prompt", None) is not None:  # adp.py has none
@@ -633,6 +622,11 @@ def load_teacher_from(args, device):
     return teacher
 
 
+def load_teacher_from(args, device):
+    """open_teacher_from's, on its device, and tried out."""
+    return loading.place(open_teacher_from(args, device))
+
+
 def load_teacher_of_students(args, students):
     """The teacher of the command line, by default that of the first student (a folder), at its resolution and
     length."""
@@ -640,13 +634,16 @@ def load_teacher_of_students(args, students):
     return load_teacher_from(args, own_device())
 
 
-def load_training_teacher(args, device):
-    """load_teacher_from's, made ready to train with. UserError for what the stage cannot do with it."""
+def load_training_teacher(args, device, prompts=()):
+    """open_teacher_from's, made ready to train with: a GPU gets what it will keep, no more. UserError for
+    what the stage cannot do with it, and for prompts that its tokenizer cannot express."""
     check_inputs(args)
-    teacher = load_teacher_from(args, device)
+    teacher = open_teacher_from(args, device)
+    teacher.check(prompts)
     fill_training_arguments(args, teacher)
     teacher.student_guidance = args.student_guidance or teacher.student_guidance
     set_up_for_training(teacher, args)
+    loading.try_out(teacher)
     return teacher
 
 
@@ -762,8 +759,8 @@ def open_student(path, teacher):
 def read_student(folder, meta, teacher, steps=None, first_time=None):
     """The Student of a checkpoint, of other steps and first_time if given. UserError for a foreign one."""
     if meta["fingerprint"] != teacher.fingerprint:
-        source = name_both(meta["teacher"], meta.get("teacher_lora"))
-        own = name_both(teacher.path, teacher.lora)
+        source = loading.name_both(meta["teacher"], meta.get("teacher_lora"))
+        own = loading.name_both(teacher.path, teacher.lora)
         raise UserError(f"the checkpoint {folder} was distilled from {source}, not from {own}")
     guidance = meta["arguments"].get("student_guidance")
     steps = steps or meta["steps"]
@@ -775,8 +772,8 @@ def load_student(path, teacher):
     """A checkpoint -> (network to sample with, in the teacher's precision, Student, meta). UserError for a
     student of another teacher."""
     folder, student, meta = open_student(path, teacher)
-    net = teacher.network(folder).requires_grad_(False).to(teacher.device, teacher.dtype)
-    return net, student, meta
+    net = loading.lower_precision(teacher.network(folder).requires_grad_(False), teacher.dtype)
+    return net.to(teacher.device), student, meta
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -16,29 +16,27 @@ from support.parallel import add_up, rank, world_size
 from support.systems import System
 
 
-def make_held_out(args, method):
+def make_held_out(args, teacher):
     """HeldOut for --eval-every, or None without it."""
-    return HeldOut(args, method) if args.eval_every else None
+    return HeldOut(args, teacher) if args.eval_every else None
 
 
 class HeldOut:
-    """Scores the student of a method (an ADP or ADM), its moving average if it has one, on the same prompts
-    and noise every time: those with which evaluate.py scores its checkpoints.
+    """Scores a student of this teacher on the same prompts and noise every time: those with which evaluate.py
+    scores its checkpoints.
 
     `identity` says what a score is of; scores compare where it is the same."""
 
-    def __init__(self, args, method):
+    def __init__(self, args, teacher):
         """UserError for prompts or a metric that the teacher cannot be scored with, and for a scorer's
         package or weights that are missing."""
-        teacher = method.teacher
-        self.ema = method.ema
         self.batch = args.batch
         self.prompts = read_held_out_prompts(args)
         self.seeds = range(args.eval_seeds)
-        self.system = System(teacher, method.student, method.G)
         teacher.check(self.prompts)
         files = [[None for _ in self.seeds] for _ in self.prompts]
-        check_metric(args.eval_metric, Images("the student", "", files, {}, self.system), teacher.video)
+        drawn = Images("the student", "", files, {}, System(teacher))  # of the size of the teacher's own
+        check_metric(args.eval_metric, drawn, teacher.video)
         self.scorer = SCORERS[args.eval_metric](args, self.prompts, teacher.video)
         self.identity = {
             "metric": args.eval_metric,
@@ -47,13 +45,15 @@ class HeldOut:
             "seeds": args.eval_seeds,
         }
 
-    def measure(self):
-        """-> {name: number}, the score first, the same on all ranks, which all call it."""
+    def measure(self, method):
+        """Scores the student of a method (an ADP or ADM), its moving average if it has one -> {name: number},
+        the score first, the same on all ranks, which all call it."""
+        system = System(method.teacher, method.student, method.G)
         numbers = choose_share(len(self.prompts))
         parts = []
-        with self.ema.use(), decode_whole(self.system.teacher):
+        with method.ema.use(), decode_whole(method.teacher):
             for first in range(0, len(numbers), self.batch):
-                parts.append(self._score(numbers[first : first + self.batch]))
+                parts.append(self._score(system, numbers[first : first + self.batch]))
         columns = {}
         for name, column in join_columns(parts).items():
             own = column.reshape(len(numbers), len(self.seeds))
@@ -61,11 +61,11 @@ class HeldOut:
         scores = [columns]
         return select_numbers(self.scorer.result(scores, scores))
 
-    def _score(self, numbers):
+    def _score(self, system, numbers):
         """The scorer's columns of the prompts with these numbers."""
         prompts = [self.prompts[i] for i in numbers]
         prepared = []
-        for samples in self.system.images(prompts, numbers, self.seeds):  # [K, 3, (F,) H, W]
+        for samples in system.images(prompts, numbers, self.seeds):  # [K, 3, (F,) H, W]
             images = [to_image(sample.flatten(1, -2)) for sample in samples]  # frames below one another
             prepared.append(torch.stack([self.scorer.prepare(image) for image in images]))
         return self.scorer.score(torch.stack(prepared), prompts)

@@ -9,7 +9,7 @@ from fractions import Fraction
 from support.errors import leave, note
 from support.files import short_name
 from support.outputs import check_folder
-from support.parallel import is_main
+from support.parallel import is_main, world_size
 from support.prompts import COLUMNS, PROMPTS, is_encodable
 
 # of evaluate.py those that need nothing but a student's images; fid and vbench want thousands of them, too
@@ -315,8 +315,11 @@ def parse_training_arguments(parser, argv, rates, stage):
     if args.gpu_gb and not args.plan:
         parser.error("--gpu-gb is what --plan compares with: give that, too")
     args.gpu_gb = args.gpu_gb or GPU_GB
-    if args.plan == 1 and args.shard != "ddp":
-        note(f"one process has nobody to share with: --shard {args.shard} makes no difference")
+    if (args.plan or world_size()) == 1 and args.shard != "ddp":
+        note(
+            f"one process has nobody to share with: --shard {args.shard} makes no difference; "
+            "torchrun --nproc_per_node=N starts several"
+        )
         args.shard = "ddp"
     if not args.out:  # one that is given was tried by its type
         args.out = f"runs/{stage}-{short_name(args.teacher)}"

@@ -236,6 +236,45 @@ def list_variants(folder):
     return sorted({match[1] for match in found if match})
 
 
+def list_networks(pipe):
+    """{name: network} of a pipeline's components."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def lower_precision(net, dtype):
+    """A float32 network in another precision, as from_pretrained would have read it: some parts of Wan's
+    stay in float32, and so does what no file has, tables of positions."""
+    kept = set(net._keep_in_fp32_modules or ())
+    for name, weight in net.state_dict(keep_vars=True).items():
+        if not kept.intersection(name.split(".")):
+            weight.data = weight.data.to(dtype)
+    return net
+
+
+def place(teacher):
+    """Moves a teacher's networks to its device, and tries it out -> the teacher."""
+    for module in list_networks(teacher.pipe).values():
+        module.to(teacher.device)
+    try_out(teacher)
+    return teacher
+
+
+@torch.no_grad()
+def try_out(teacher):
+    """UserError for parts that do not fit together: one prediction of the empty prompt's picture."""
+    t = torch.tensor(teacher.student_times(1), dtype=torch.float64, device=teacher.device)
+    try:
+        x = torch.zeros(1, *teacher.latent_shape, device=teacher.device)
+        raw = teacher.raw(teacher.denoiser, x, t, teacher.encode([""]))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many kinds, as parts can misfit in many ways
+        reason = shorten(error)
+        raise UserError(f"the parts of the teacher {teacher.path} do not fit together: {reason}") from error
+    if raw.shape != x.shape or not raw.isfinite().all():
+        raise UserError(f"the teacher {teacher.path} cannot be used: its predictions are no finite latents")
+
+
 def shorten(error):
     """The first sentence of an error's message, in one line."""
     line = " ".join(str(error).split()) or type(error).__name__

@@ -50,7 +50,7 @@ from support.rows import Rows
 from support.training import peak_memory_mb
 
 STATE = ("G", "f", "heads", "ema", "opt_G", "opt_f", "opt_heads")  # of ADP or ADM, where it has them: state/
-AHEAD = 64  # iterations whose prompts are encoded at once with --offload
+AHEAD = 256  # prompts of the next iterations that are encoded at once with --offload; Qwen-Image's take 1 GB
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # What a run is: with another value it is another run
@@ -95,6 +95,7 @@ class Run:
         self.folder = args.out
         self.metrics = os.path.join(self.folder, "metrics.jsonl")
         self.updates = getattr(args, "ttur", 1)  # draws of an iteration
+        self.ahead = max(1, AHEAD // (args.batch * args.accumulate * self.updates))  # iterations
         self.start = 0
         self.signal = None  # what asked this rank to stop
         self.leaving = False  # whether the ranks have agreed to
@@ -240,15 +241,19 @@ class Run:
 
         SIGTERM, SIGINT and SIGHUP end them, on all ranks together, after the present one and its
         checkpoint, so that a preempted job goes on with --resume. The handler only notes the signal; the
-        ranks agree in `is_due`. Raises KeyboardInterrupt at the end where it was SIGINT."""
+        ranks agree in `is_due`. What a parent ignores, as nohup does SIGHUP, stays ignored. Raises
+        KeyboardInterrupt at the end where it was SIGINT."""
 
         def remember(number, frame):
             self.signal = number
 
-        before = {number: signal.signal(number, remember) for number in STOP}
+        before = {}
+        for number in STOP:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, remember)
         try:
             for step in range(self.start, self.args.iterations):
-                if self.args.offload and (step == self.start or step % AHEAD == 0):
+                if self.args.offload and (step == self.start or step % self.ahead == 0):
                     self._encode_ahead(step)
                 yield step
                 if self.leaving:
@@ -262,11 +267,11 @@ class Run:
             raise KeyboardInterrupt
 
     def _encode_ahead(self, step):
-        """Encodes the prompts of the AHEAD iterations that `step` is one of: the same ones together after an
-        interruption, too, since an encoder's last bits depend on who is in its batch."""
-        first = step - step % AHEAD
+        """Encodes the prompts of the group of iterations that `step` is one of: the same ones together after
+        an interruption, too, since an encoder's last bits depend on who is in its batch."""
+        first = step - step % self.ahead
         prompts = []
-        for later in range(first, min(first + AHEAD, self.args.iterations)):
+        for later in range(first, min(first + self.ahead, self.args.iterations)):
             for update in range(self.updates):
                 for b in self.method.draw(later, update):
                     prompts += b.prompts
@@ -341,7 +346,7 @@ class Run:
         if not self.held_out or self.leaving or not last and step % self.args.eval_every:
             return False
         began = time.perf_counter()
-        values = self.held_out.measure()
+        values = self.held_out.measure(self.method)
         seconds = time.perf_counter() - began
         self.clock += seconds  # no iteration's
         if is_main():
@@ -450,7 +455,9 @@ class Run:
         kept = 0
         for folder in folders[folders.index(newest) :]:
             if kept < self.args.keep:
-                kept += open_checkpoint(folder)[1] is None
+                _, problem = open_checkpoint(folder)
+                if problem is None:
+                    kept += 1
             elif is_ours(folder) and folder != best:
                 remove(folder)
 

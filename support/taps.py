@@ -13,7 +13,10 @@ class _DeepestTapReached(Exception):
 
 
 def read_taps(taps, run):
-    """The maps that `run()` leaves at taps [(module, output -> map)], in order; the pass ends at the last."""
+    """The maps that `run()` leaves at taps [(module, output -> map)], in order; the pass ends at the last.
+
+    With --shard fsdp the network's own weights, those of no block, stay whole after it until the backward
+    pass, or its next pass: it never learns, and nothing else reads them meanwhile."""
     maps = []
 
     def make_hook(module, read):

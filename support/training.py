@@ -12,26 +12,33 @@ from torch.distributed.tensor import DTensor
 
 from support.errors import UserError
 from support.inputs import find_start
+from support.loading import list_networks
 from support.offload import Offload
 from support.parallel import shard, sync_gradients, wrap_ddp
 
 
 def set_up_for_training(teacher, args):
     """Gradients run through a frozen teacher as D's backbone, and through its decoder: they are
-    checkpointed, and with --shard fsdp the teacher is sharded, too."""
+    checkpointed. What stays on the device is moved there, with --shard fsdp only a share of the denoiser."""
     if args.checkpointing:
         teacher.denoiser.enable_gradient_checkpointing()
         if can_checkpoint(teacher.pipe.vae) and not teacher.video:
             teacher.pipe.vae.enable_gradient_checkpointing()
     if teacher.video:
         teacher.pipe.vae.enable_tiling()  # only previews are decoded: whole, one of CogVideoX takes 23 GB
+    networks = list_networks(teacher.pipe)
+    del networks[teacher.denoiser_name]
+    waiting = []
     if args.offload:
-        names = [name for name in teacher.pipe.components if name.startswith("text_encoder")]
+        waiting = [name for name in networks if name.startswith("text_encoder")]
         if not getattr(args, "lambda_pixel", 0):  # the pixel discriminator decodes in every iteration
-            names.append("vae")
-        teacher.offload = Offload(teacher.pipe, names, teacher._encode, teacher.device)
+            waiting.append("vae")
+        teacher.offload = Offload(teacher.pipe, waiting, teacher._encode, teacher.device)
+    for name, module in networks.items():
+        if name not in waiting:
+            module.to(teacher.device)
     teacher.fingerprint  # noqa: B018  read it while its weights are whole
-    shard(teacher.denoiser, args, None)
+    shard(teacher.denoiser, args, None).to(teacher.device)
 
 
 def fill_training_arguments(args, family):

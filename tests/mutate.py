@@ -356,15 +356,17 @@ TABLE = {
         ("pairs without the seed", '("pairs", args.seed)', '("pairs", 0)'),
         (
             "pairs keyed by their place in the batch",
-            "Rows(numbers[first : first + args.batch],",
-            "Rows(range(len(numbers[first : first + args.batch])),",
+            "draw(args, numbers[first : first + args.batch],",
+            "draw(args, range(len(numbers[first : first + args.batch])),",
         ),
         ("pairs unguided", "args.steps, args.guidance)\n        if", "args.steps, 1)\n        if"),
         (
             "pairs of the first prompts",
-            "teacher.encode([prompts[i] for i in prompt])",
-            "teacher.encode(prompts[: len(prompt)])",
+            "teacher.encode(chosen)",
+            "teacher.encode(prompts[: len(chosen)])",
         ),
+        ("pairs' prompts by their place in the file", "places[text] for", "prompts.index(text) for"),
+        ("an index of all prompts", "if prompt in drawn]", "]"),
         ("x_T written as x_0", '"x_0": x_0, "prompt"', '"x_0": x_T, "prompt"'),
         ("shards overlap", "range(k * args.shard_size, min(", "range(k * args.shard_size // 2, min("),
     ],
@@ -436,7 +438,7 @@ TABLE = {
         ("a student's first time forgotten", 'first_time or meta.get("first_time")', "first_time"),
         ("a student's first time is T", "steps, self.first_time * T)", "steps)"),
         ("sampler's times off by one", "timestep + 1.0 for", "timestep + 0.0 for"),
-        ("student's times not from T", "[first - i * first // steps", "[first - (i + 0.5) * first // steps"),
+        ("student's times not from T", "first - (i * first) // steps", "first - (i + 0.5) * first // steps"),
         ("SD3's student's times", "[first * (1 - i / steps)", "[first * (1 - i / (steps + 1))"),
         # conditions, maps and pixels
         ("guidance of 0 takes the prompt away", "if scale <= 1:", "if scale == 1:"),
@@ -607,6 +609,9 @@ TABLE = {
         ("a fingerprint of default settings, too", "if value != default:", "if True:"),
         ("a fingerprint of some weights alone", "in net.parameters():", "in list(net.parameters())[::99]:"),
     ],
+    "support/loading.py": [
+        ("Wan's float32 parts in bf16", "if not kept.intersection(name", "if not set().intersection(name"),
+    ],
     "metrics/images.py": [
         ("ranks that found two checkpoints", "self.check()  # the main", "pass  # the main"),
     ],
@@ -615,9 +620,11 @@ TABLE = {
     ],
     "support/run.py": [
         ("previews of one sample again and again", "range(first, first + len(some))", "range(len(some))"),
-        ("what is damaged is kept in a whole one's place", "open_checkpoint(folder)[1] is None", "True"),
+        ("what is damaged is kept in a whole one's place", "if problem is None:", "if True:"),
         ("what was passed over counts", "folders[folders.index(newest) :]", "folders"),
-        ("prompts encoded in other groups", "first = step - step % AHEAD", "first = step"),
+        ("prompts encoded in other groups", "first = step - step % self.ahead", "first = step"),
+        ("as many iterations ahead at any batch", "AHEAD // (args.batch * args.accumulate", "AHEAD // (1"),
+        ("nohup's SIGHUP ends a run", "if signal.getsignal(number) != signal.SIG_IGN:", "if True:"),
     ],
     "support/backbones.py": [
         (
@@ -657,6 +664,7 @@ TABLE = {
         ),
     ],
     "support/training.py": [
+        ("what --offload leaves is moved, too", "if name not in waiting:", "if True:"),
         ("the micro-batches are summed", "loss_of(b) / len(batch)", "loss_of(b)"),
         ("the last micro-batch alone", "loss.backward()", "optimizer.zero_grad() or loss.backward()"),
         ("the clip ignored", "= clip_gradient(optimizer, clip)", "= clip_gradient(optimizer, 1e9)"),

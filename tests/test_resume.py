@@ -260,7 +260,7 @@ def test_prompts_are_encoded_in_the_same_groups_after_an_interruption(adm_argume
     """With --offload: an encoder's last bits depend on what else is in its batch."""
     groups = []
     encode = Offload.encode_ahead
-    monkeypatch.setattr(runs, "AHEAD", 4)
+    monkeypatch.setattr(runs, "AHEAD", 9)  # of 4 iterations, whose batch is 2
     monkeypatch.setattr(
         Offload, "encode_ahead", lambda own, prompts: groups.append(prompts) or encode(own, prompts)
     )
@@ -376,6 +376,23 @@ def test_killed_in_the_middle_of_a_save_it_goes_on_from_the_checkpoint_before(
     assert helpers.read_metrics(run) == helpers.read_metrics(finished)
     states = [helpers.read_state(folder / "step_000002") for folder in (run, finished)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_a_signal_that_the_parent_ignores_ends_no_run(adm_arguments, tmp_path, monkeypatch):
+    """As nohup ignores SIGHUP, so that a run outlives its terminal."""
+    iterate = adm.iterate
+
+    def hang_up(*arguments):
+        os.kill(os.getpid(), signal.SIGHUP)
+        iterate(*arguments)
+
+    monkeypatch.setattr(adm, "iterate", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        adm.main([*adm_arguments, "--loss", "dmd", "--out", str(tmp_path / "run"), "--iterations", "3"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [line["step"] for line in helpers.read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path):

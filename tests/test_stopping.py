@@ -20,6 +20,7 @@ from support.arguments import EVAL_METRICS
 from support.checkpoints import find_checkpoint, follow
 from support.errors import UserError
 from support.files import remove
+from support.systems import System
 from tiny import shapes
 
 STUDENT = "student/diffusion_pytorch_model.safetensors"
@@ -44,7 +45,7 @@ def train(adm_arguments, few_prompts, monkeypatch):
             if scores:
                 given = iter(scores)
                 patch.setattr(
-                    held_out.HeldOut, "measure", lambda self: {"accuracy": next(given), "valid": 1.0}
+                    held_out.HeldOut, "measure", lambda self, method: {"accuracy": next(given), "valid": 1.0}
                 )
             adm.main([*adm_arguments, "--out", str(folder), *words.split()])
 
@@ -99,11 +100,12 @@ def test_videos_are_scored_frame_by_frame(tmp_path):
     words = f"--teacher {teacher} --prompts {tmp_path}/prompts.txt --loss dmd --steps 1 --batch 2"
     words += f" --eval-every 1 --eval-prompts {tmp_path}/prompts.txt --eval-seeds 2"
     method = helpers.make_method(adm, words.split())
-    scoring = held_out.HeldOut(method.args, method)
-    values = scoring.measure()
+    scoring = held_out.HeldOut(method.args, method.teacher)
+    values = scoring.measure(method)
 
+    system = System(method.teacher, method.student, method.G)
     with held_out.decode_whole(method.teacher):
-        pixels = scoring.system.images(prompts, range(3), range(2)).flatten(0, 1)
+        pixels = system.images(prompts, range(3), range(2)).flatten(0, 1)
     assert method.teacher.pipe.vae.use_tiling
     eight_bits = ((pixels + 1) * 127.5).round() / 127.5 - 1
     read = shapes.VideoOracle().read(eight_bits.numpy())
@@ -132,9 +134,10 @@ def test_any_scorer_can_judge(adm_arguments, few_prompts, monkeypatch):
     monkeypatch.setitem(SCORERS, "clip", Brightness)
     words = f"--loss dmd --eval-every 1 --eval-metric clip --eval-prompts {few_prompts} --eval-seeds 2"
     method = helpers.make_method(adm, [*adm_arguments, *words.split()])
-    scoring = held_out.HeldOut(method.args, method)
-    pixels = scoring.system.images(scoring.prompts, range(5), range(2))
-    assert scoring.measure() == {"brightness": pytest.approx(pixels.mean().item(), abs=2e-3)}
+    scoring = held_out.HeldOut(method.args, method.teacher)
+    system = System(method.teacher, method.student, method.G)
+    pixels = system.images(scoring.prompts, range(5), range(2))
+    assert scoring.measure(method) == {"brightness": pytest.approx(pixels.mean().item(), abs=2e-3)}
 
 
 @pytest.mark.parametrize("ranks", (1, 2, 3, 8))
@@ -189,7 +192,7 @@ def scored(tmp_path_factory, adm_arguments, few_prompts):
     words = f"--loss dmd --iterations 3 --save-every 1 --eval-every 1 --eval-prompts {few_prompts}"
     with pytest.MonkeyPatch.context() as patch:
         helpers.make_runs_comparable(patch.setattr)
-        patch.setattr(held_out.HeldOut, "measure", lambda self: {"accuracy": next(given)})
+        patch.setattr(held_out.HeldOut, "measure", lambda self, method: {"accuracy": next(given)})
         adm.main([*adm_arguments, "--out", str(run), *words.split()])
     assert (run / "best").read_text() == "step_000002\n"
     return run
@@ -276,7 +279,7 @@ def test_scoring_without_prompts_or_by_another_metric_is_refused(request, few_pr
 def test_what_cannot_be_scored_is_refused_before_training(adm_arguments, few_prompts, tmp_path, monkeypatch):
     other = tmp_path / "other.txt"
     other.write_text("a photo of a pink dog\n")
-    monkeypatch.setattr(adm, "iterate", None)
+    monkeypatch.setattr(adm.ADM, "__init__", None)  # nor is a student or a fake score read
     monkeypatch.setitem(sys.modules, "open_clip", None)
     before = helpers.take_snapshot(tmp_path)
     for words, sentence in (

@@ -72,12 +72,12 @@ def build_t5(width, tokenizer, layers=2):
     return T5EncoderModel(config)
 
 
-def build_vae(latent_channels=4, **config):
-    """An autoencoder of images: latents [n, latent_channels, 8, 8]."""
+def build_vae(**config):
+    """An autoencoder of images: latents [n, 4, 8, 8]."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        latent_channels=latent_channels,
+        latent_channels=4,
         sample_size=shapes.SIDE,
         block_out_channels=(16, 32, 32),
         norm_num_groups=16,

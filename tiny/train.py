@@ -60,14 +60,14 @@ PROMPT_DROPOUT = 0.1  # probability of an empty prompt in training, for guidance
 # ----------------------------------------------------------------------------------------------------------
 
 
-def build_sdxl(latent_channels=4):
-    """A StableDiffusionXLPipeline of the size of a thumbnail: 8x8 latents of 32x32 images."""
+def build_sdxl():
+    """A StableDiffusionXLPipeline of the size of a thumbnail: 4x8x8 latents of 32x32 images."""
     tokenizer = build_tokenizer()
     tokenizer_2 = build_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
+        in_channels=4,
+        out_channels=4,
         block_out_channels=(64, 64),
         layers_per_block=1,
         use_linear_projection=True,
@@ -92,7 +92,7 @@ def build_sdxl(latent_channels=4):
         prediction_type="epsilon",
     )
     return StableDiffusionXLPipeline(
-        vae=build_vae(latent_channels=latent_channels),
+        vae=build_vae(),
         unet=unet,
         scheduler=scheduler,
         tokenizer=tokenizer,
@@ -670,11 +670,6 @@ def read_arguments(argv):
     add("--family", choices=FAMILIES, default="sdxl")
     add("--part", choices=("pipeline", "sam"), default="pipeline", help="what to train")
     add("--random", action="store_true", help="random weights, no training")
-    add(
-        "--latent-channels",
-        type=int,
-        help="sdxl: of a new autoencoder, e.g. 16 as SD3 has (default 4); with --init its own, where it fits",
-    )
     add("--t5", action="store_true", help="sd3, random: with its third text encoder")
     add("--rotary", action="store_true", help="cogvideox, random: positions as CogVideoX-5b's")
     add("--init", help="go on from this pipeline folder: keep its autoencoder, train its denoiser further")
@@ -692,8 +687,6 @@ def read_arguments(argv):
         parser.error(f"there is no pipeline folder {args.init!r} to go on from")
     if args.family in families.FAMILIES and not args.random:
         parser.error(f"--family {args.family} is for --random: nothing is trained of it")
-    if args.latent_channels and args.family != "sdxl":
-        parser.error("--latent-channels is for --family sdxl")
     if (args.t5 or args.rotary) and not args.random:
         parser.error("--t5 and --rotary are for --random: nothing is trained with them")
     return args
@@ -715,12 +708,6 @@ def choose_family(args):
 
 def start_pipeline(args, family):
     """The pipeline whose denoiser is to be trained: that of --init or a new one, its autoencoder trained."""
-    if args.init and args.latent_channels:
-        pipe = build_sdxl(args.latent_channels)
-        copy_fitting(DiffusionPipeline.from_pretrained(args.init, dtype=torch.float32), pipe)
-        pipe.to(DEVICE)
-        train_vae(pipe.vae, family["world"], family["vae_steps"], args.seed)
-        return pipe
     if args.init:
         pipe = DiffusionPipeline.from_pretrained(args.init, dtype=torch.float32).to(DEVICE)
         if args.vae_steps:
@@ -730,8 +717,6 @@ def start_pipeline(args, family):
     switches = {}
     if args.family == "sd3":
         switches["t5_encoder"] = args.t5
-    if args.family == "sdxl" and args.latent_channels:
-        switches["latent_channels"] = args.latent_channels
     if args.family == "cogvideox":
         switches["rotary"] = args.rotary
     pipe = family["build"](**switches)
@@ -746,18 +731,6 @@ def start_pipeline(args, family):
     train_vae(pipe.vae, family["world"], family["vae_steps"], args.seed)
     pipe.save_pretrained(args.out)  # for --init, should the rest be interrupted
     return pipe
-
-
-def copy_fitting(source, pipe):
-    """Gives the networks of `pipe` what weights of `source`, a pipeline, have the same name and shape."""
-    for name, module in pipe.components.items():
-        if not isinstance(module, torch.nn.Module):
-            continue
-        weights = module.state_dict()
-        for key, weight in getattr(source, name).state_dict().items():
-            if weight.shape == weights[key].shape:
-                weights[key] = weight
-        module.load_state_dict(weights)
 
 
 def make_pipeline(args):
