@@ -277,7 +277,9 @@ class Teacher:
 
     def features(self, x_t, t, cond):
         """x_t [B, ...] at times t [B] -> the maps [B, C_i, (F,) H_i, W_i] of the frozen denoiser at
-        `self.taps`. The pass ends at the deepest tap. Gradients flow to x_t."""
+        `self.taps`. The pass ends at the deepest tap. Gradients flow to x_t.
+
+        paper silent: condition: D's backbone is given the prompt, too, as F_phi always is."""
         return read_taps(self.taps, lambda: self.raw(self.denoiser, x_t, t, cond))
 
     @torch.no_grad()
@@ -807,7 +809,7 @@ class Head(nn.Module):
         last = nn.Conv3d if video else nn.Conv2d
         layers += [last(channels, width, 3, padding=1), nn.GroupNorm(32, width), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        # no bias: while |D| < 1 the hinge says nothing of it, and AdamW would move it by rounding
+        # paper silent: head bias: none: while |D| < 1 the hinge says nothing of it, and AdamW would move it
         self.logit = nn.Linear(width, 1, bias=False)
 
     def forward(self, x):
