@@ -20,7 +20,7 @@ class Oracle(Scorer):
     """What the oracle of tiny/shapes.py reads. Exact; only for teachers of that world.
 
     accuracy           share of samples that are valid and show every attribute that their prompt names
-    accuracy_of        the same for one attribute, over the prompts that name it
+    accuracy_of        share of samples, valid or not, that show one attribute, over the prompts that name it
     valid              share of samples that show one clean shape
 
     Where there are several samples a prompt, the variety among them, each a mean over the prompts:
