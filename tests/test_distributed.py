@@ -17,9 +17,7 @@ import helpers
 from support import run
 from support.checkpoints import LORA_FILE, find_checkpoint
 from support.errors import UserError
-from support.pairs import Pairs
-from support.rows import Rows
-from tiny import families, shapes
+from tiny import families
 from tools.bench import free_port
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -368,18 +366,6 @@ def test_two_processes_collect_the_same_pairs(collect_arguments, tmp_path):
         found.append({os.path.basename(path): digest for path, digest in snapshot.items()})
     assert found[0] == found[1]
     assert set(found[0]) == {"index.json", *SHARDS}
-
-
-def test_the_index_has_the_prompts_of_pairs_and_no_more(collect_arguments, tmp_path):
-    """Those of millions that are not drawn would make it huge."""
-    prompts = shapes.split_prompts()[0][:20]
-    (tmp_path / "prompts.txt").write_text("\n".join([*prompts, prompts[0]]))
-    folder = str(tmp_path / "pairs")
-    helpers.collect(*collect_arguments, "--prompts", str(tmp_path / "prompts.txt"), "--out", folder)
-    drawn = [Rows([number], ("pairs", 0), "cpu").choose([*prompts, prompts[0]])[0] for number in range(9)]
-    pairs = Pairs(folder)
-    assert pairs.prompts(range(9)) == drawn
-    assert pairs.index["prompts"] == [prompt for prompt in prompts if prompt in drawn]
 
 
 def test_shares_are_for_several_processes(adm_arguments, capsys, monkeypatch):

@@ -21,10 +21,12 @@ import sample
 from support import configs
 from support.errors import UserError
 from support.files import write_sealed
+from support.loading import list_networks
 from support.media import save_video
 from support.pairs import INDEX
 from support.rows import Rows
 from support.systems import System
+from support.training import set_up_for_training
 from tiny import families, train
 from tools import meta
 
@@ -684,3 +686,17 @@ def test_a_students_parts_have_the_precision_of_the_teachers(kind, folders, tmp_
     tables = {name: table for name, table in student.named_buffers() if name not in wanted}
     assert all(table.dtype != torch.bfloat16 for table in tables.values())
     assert bool(tables) == (kind in ("cogvideox", "wan"))
+
+
+@pytest.mark.parametrize("options", ["", "offload", "offload pixel"])
+def test_a_device_is_given_what_it_keeps(options, folders):
+    """--offload leaves the rest where it was read: of some teachers it would not fit beside the denoiser."""
+    args = SimpleNamespace(checkpointing=False, shard="ddp", offload="offload" in options)
+    args.lambda_pixel = 0.3 if "pixel" in options else 0
+    teacher = common.open_teacher(folders["sdxl"], META)
+    networks = list_networks(teacher.pipe)
+    assert {next(net.parameters()).device.type for net in networks.values()} == {"cpu"}
+    set_up_for_training(teacher, args)
+    waiting = {name for name, net in networks.items() if next(net.parameters()).device.type == "cpu"}
+    encoders = {"text_encoder", "text_encoder_2"}
+    assert waiting == {"": set(), "offload": encoders | {"vae"}, "offload pixel": encoders}[options]

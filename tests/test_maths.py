@@ -377,7 +377,8 @@ def test_ranks_and_micro_batches_share_the_rows_of_the_global_batch(monkeypatch)
 
 
 def test_pairs_are_the_guided_samplers(teacher, teacher_folder, prompts_file, tmp_path):
-    """Pair i depends on the seed and i alone: its prompt, its noise, and what the sampler makes of it."""
+    """Pair i depends on the seed and i alone: its prompt, its noise, and what the sampler makes of it. The
+    index has the prompts of pairs, not all of the file's."""
     words = "--count 5 --shard-size 3 --batch 2 --steps 2 --guidance 3 --seed 4"
     source = ["--teacher", teacher_folder, "--prompts", prompts_file, "--out", str(tmp_path)]
     helpers.collect(*source, *words.split())
@@ -387,7 +388,9 @@ def test_pairs_are_the_guided_samplers(teacher, teacher_folder, prompts_file, tm
     rows = Rows(range(5), ("pairs", 4), CPU)
     chosen = rows.integers(20)
     noise = rows.normal(*teacher.latent_shape)
-    assert prompts == [read_prompts(prompts_file)[i] for i in chosen]
+    of_file = read_prompts(prompts_file)
+    assert prompts == [of_file[i] for i in chosen]
+    assert pairs.index["prompts"] == [prompt for prompt in of_file if prompt in prompts]
     assert x_T.equal(noise.half().float())
     expected = teacher.sample(noise, teacher.encode(prompts), 2, 3.0)
     assert_near(x_0, expected, 2e-3 * float(expected.std()))

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import shutil
-from types import SimpleNamespace
 
 import diffusers
 import huggingface_hub
@@ -23,8 +22,6 @@ from metrics import weights
 from support import configs, hub
 from support.checkpoints import list_settings
 from support.errors import UserError
-from support.loading import list_networks
-from support.training import set_up_for_training
 from tools import meta
 
 CPU = torch.device("cpu")
@@ -379,17 +376,3 @@ def test_a_fingerprint_outlives_a_new_field_of_diffusers():
     assert list_settings(Older(3.0)) == list_settings(Newer(3.0)) == {"shift": 3.0}
     assert list_settings(Newer(3.0, novelty=False)) == {"shift": 3.0, "novelty": False}
     assert list_settings(Older(3.0, (1, 3))) == {"shift": 3.0, "blocks": [1, 3]}
-
-
-@pytest.mark.parametrize("options", ["", "offload", "offload pixel"])
-def test_a_device_is_given_what_it_keeps(options, teacher_folder):
-    """--offload leaves the rest where it was read: of some teachers it would not fit beside the denoiser."""
-    args = SimpleNamespace(checkpointing=False, shard="ddp", offload="offload" in options)
-    args.lambda_pixel = 0.3 if "pixel" in options else 0
-    teacher = common.open_teacher(teacher_folder, torch.device("meta"))
-    networks = list_networks(teacher.pipe)
-    assert {next(net.parameters()).device.type for net in networks.values()} == {"cpu"}
-    set_up_for_training(teacher, args)
-    waiting = {name for name, net in networks.items() if next(net.parameters()).device.type == "cpu"}
-    encoders = {"text_encoder", "text_encoder_2"}
-    assert waiting == {"": set(), "offload": encoders | {"vae"}, "offload pixel": encoders}[options]
