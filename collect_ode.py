@@ -62,6 +62,7 @@ def main(argv=None):
         "count": args.count,
         "shard": args.shard_size,
         "prompts": list_used(args, prompts),
+        "choices": len(prompts),  # with another number of them a pair would draw another
     }
     teacher.check(index["prompts"])
     with lock_folder(out):

@@ -17,8 +17,9 @@ from support.systems import System
 
 
 def make_held_out(args, teacher):
-    """HeldOut for --eval-every, or None without it."""
-    return HeldOut(args, teacher) if args.eval_every else None
+    """HeldOut for --eval-every, or None without it. Training's random numbers stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        return HeldOut(args, teacher) if args.eval_every else None
 
 
 class HeldOut:

@@ -364,7 +364,7 @@ def add_training_arguments(parser):
     add("--lora", lora, type=whole, default=0)
     targets = "endings of the names of the layers that get an adapter, as to_q to_k to_v"
     add("--lora-targets", targets, nargs="+", metavar="ENDING", shown="all linear ones of the blocks")
-    offload = "keep text encoders and VAE on the CPU but while used; prompts are encoded 64 iterations ahead"
+    offload = "keep text encoders and VAE on the CPU but while used; 256 prompts of a rank are encoded ahead"
     add("--offload", offload, action="store_true")
     checkpointing = "keep activations instead of computing them twice"
     add("--no-checkpointing", checkpointing, dest="checkpointing", action="store_false")

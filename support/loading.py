@@ -246,7 +246,7 @@ def lower_precision(net, dtype):
     stay in float32, and so does what no file has, tables of positions."""
     kept = set(net._keep_in_fp32_modules or ())
     for name, weight in net.state_dict(keep_vars=True).items():
-        if not kept.intersection(name.split(".")):
+        if weight.is_floating_point() and not kept.intersection(name.split(".")):
             weight.data = weight.data.to(dtype)
     return net
 

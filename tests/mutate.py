@@ -610,7 +610,7 @@ TABLE = {
         ("a fingerprint of some weights alone", "in net.parameters():", "in list(net.parameters())[::99]:"),
     ],
     "support/loading.py": [
-        ("Wan's float32 parts in bf16", "if not kept.intersection(name", "if not set().intersection(name"),
+        ("Wan's float32 parts in bf16", "and not kept.intersection(name", "and not set().intersection(name"),
     ],
     "metrics/images.py": [
         ("ranks that found two checkpoints", "self.check()  # the main", "pass  # the main"),

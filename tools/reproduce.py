@@ -115,7 +115,7 @@ RUNS = {
     " --t-range 0.125 0.5",
     "sd3-adm-low-noise": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --t-range 0.125 0.5",
     "sd3-adm-unguided": f"{SD3} --guidance 1 --iterations 300 --lr 3e-5",
-    # as long as the DMD loss's, and with one thing changed
+    # as many iterations as the DMD loss's; --project is all that the two differ in
     "sd3-adm-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5",
     "sd3-projected-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --project",
     "video-start": f"{VIDEO} --guidance 2 --iterations 1 --warmup 1",
