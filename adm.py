@@ -27,7 +27,7 @@ from support.arguments import parse_adm_arguments
 from support.errors import launch
 from support.parallel import freeze, start_processes
 from support.prompts import read_training_prompts
-from support.rows import Rows, draw_integer, draw_rows
+from support.rng import RowRNG, draw_integer, make_rngs
 from support.run import Run
 from support.tensors import broadcast, detach, mean_of_rows
 from support.training import Means, MovingAverage, minimise, prepare, set_lr, watch_gradient
@@ -38,7 +38,7 @@ from tools.plan import print_plan
 class MicroBatch:
     """What B samples carry from one line of the algorithm to the next; latents are [B, C, (F,) H, W]."""
 
-    rows: Rows  # a random generator for each sample: rows.uniform() is [B]
+    rng: RowRNG  # a random generator for each sample: rng.uniform() is [B]
     prompts: list  # B strings
     k: int  # t' = student.times[k]; at 0 x_t' is pure noise
     cond: dict = None  # c: {name: [B, ...]}
@@ -73,13 +73,13 @@ class ADM:
     def draw(self, step, update):
         """The micro-batches of an update. The time t' is the same in all of them and on every rank."""
         k = draw_integer(self.student.steps, "t_prime", self.args.seed, step, update)
-        parts = draw_rows(self.args, self.teacher.device, "adm", step, update)
-        return [MicroBatch(rows, rows.choose(self.prompts), k) for rows in parts]
+        rngs = make_rngs(self.args, self.teacher.device, "adm", step, update)
+        return [MicroBatch(rng, rng.choose(self.prompts), k) for rng in rngs]
 
     def generate(self, b):
         """Line 1: x0_hat = G_theta(x_t', t', c), x_t' by backward simulation from pure noise."""
         b.cond = self.teacher.encode(b.prompts)
-        b.x_t_prime = self.student.simulate(self.G, b.rows, b.cond, b.k)
+        b.x_t_prime = self.student.simulate(self.G, b.rng, b.cond, b.k)
         self.denoise(b)
 
     def denoise(self, b):
@@ -89,8 +89,8 @@ class ADM:
     def fake_score_loss(self, b):
         """Line 2: L(psi) = E |f_psi(x_t, t, c) - target|^2; target: eps, v or eps - x0_hat, as F_phi's."""
         x_0 = b.x0_hat.detach()
-        t = b.rows.uniform() * T
-        eps = b.rows.normal_like(x_0)
+        t = b.rng.uniform() * T
+        eps = b.rng.normal_like(x_0)
         x_t = self.teacher.diffuse(x_0, eps, t)
         raw = self.teacher.raw(self.f_train, x_t, t, b.cond)
         return self.log(loss_f=F.mse_loss(raw, self.teacher.target(x_0, eps, t)))
@@ -100,8 +100,8 @@ class ADM:
         if torch.is_grad_enabled() and not b.x0_hat.requires_grad:
             self.denoise(b)  # --accumulate: line 1 kept no graph
         low, high = self.args.t_range  # dt / T and 1, if --t-range says no other
-        t = (high - b.rows.uniform() * (high - low)) * T
-        eps = b.rows.normal_like(b.x0_hat)  # paper silent: shared sample: line 2's, new t and eps
+        t = (high - b.rng.uniform() * (high - low)) * T
+        eps = b.rng.normal_like(b.x0_hat)  # paper silent: shared sample: line 2's, new t and eps
         return self.teacher.diffuse(b.x0_hat, eps, t), t
 
     def step_ode(self, b):
@@ -170,7 +170,7 @@ class ADM:
         if not weight:
             return 0
         with torch.no_grad():
-            x_near = x + self.args.r_noise * b.rows.normal_like(x)
+            x_near = x + self.args.r_noise * b.rng.normal_like(x)
             maps = self.teacher.features(x_near, b.s, b.cond)
         change = (D - self.heads_train(maps)).mean(1)
         slope = change.square().mean() / self.args.r_noise**2

@@ -29,7 +29,7 @@ from support.arguments import parse_adp_arguments
 from support.errors import launch, note
 from support.pairs import Pairs
 from support.parallel import freeze, start_processes
-from support.rows import Rows, draw_rows
+from support.rng import RowRNG, make_rngs
 from support.run import Run
 from support.tensors import detach
 from support.training import Means, MovingAverage, minimise, prepare, set_lr
@@ -40,7 +40,7 @@ from tools.plan import print_plan
 class MicroBatch:
     """What B samples carry from one update to the next; latents are [B, C, (F,) H, W]."""
 
-    rows: Rows  # a random generator for each sample: rows.uniform() is [B]
+    rng: RowRNG  # a random generator for each sample: rng.uniform() is [B]
     numbers: list  # of the pairs, B
     prompts: list  # of the pairs, B strings
     cond: dict = None  # c: {name: [B, ...]}
@@ -74,9 +74,9 @@ class ADP:
     def draw(self, step, update=0):
         """The micro-batches of an iteration: which pairs. (update is ADM's.)"""
         batch = []
-        for rows in draw_rows(self.args, self.teacher.device, "adp", step):
-            numbers = rows.integers(len(self.pairs))
-            batch.append(MicroBatch(rows, numbers, self.pairs.prompts(numbers)))
+        for rng in make_rngs(self.args, self.teacher.device, "adp", step):
+            numbers = rng.integers(len(self.pairs))
+            batch.append(MicroBatch(rng, numbers, self.pairs.prompts(numbers)))
         return batch
 
     def predict(self, b):
@@ -84,7 +84,7 @@ class ADP:
         b.cond = self.teacher.encode(b.prompts)
         x_T, x_0 = self.pairs.batch(b.numbers)
         x_T, b.x_0 = x_T.to(self.teacher.device), x_0.to(self.teacher.device)
-        t = (1 - b.rows.uniform() ** self.args.time_power) * T
+        t = (1 - b.rng.uniform() ** self.args.time_power) * T
         x_t = self.student.diffuse(b.x_0, x_T, t)
         velocity = self.student.velocity(self.G_train, x_t, t, b.cond)
         error = F.mse_loss(velocity, x_T - b.x_0)
@@ -100,7 +100,7 @@ class ADP:
     def generator_loss(self, b):
         """2. L(theta) = -E [lambda_1 D_tau1(x~_t', t', c) + lambda_2 D_tau2(x~_0)] (+ --mse error)."""
         x0_tilde, error = self.predict(b)
-        b.t_prime = b.rows.uniform() * T
+        b.t_prime = b.rng.uniform() * T
         maps_fake = self.maps(x0_tilde, b)
         b.maps_fake = detach(maps_fake)
         loss = hinge_generator(self.heads(maps_fake), self.weights) + self.args.mse * error
@@ -108,7 +108,7 @@ class ADP:
 
     def maps(self, x_0, b):
         """The heads' input: the teacher's maps of x_0, noised to t', and SAM's maps of the decoded x_0."""
-        x_t_prime = self.teacher.diffuse(x_0, b.rows.normal_like(x_0), b.t_prime)
+        x_t_prime = self.teacher.diffuse(x_0, b.rng.normal_like(x_0), b.t_prime)
         maps = self.teacher.features(x_t_prime, b.t_prime, b.cond)
         if self.backbone:
             maps += self.backbone.features(self.teacher.decode(x_0))

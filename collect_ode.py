@@ -24,7 +24,7 @@ from support.loading import describe_teacher, name_both
 from support.pairs import find_problem, identify, shard_path, write_shard
 from support.parallel import is_main, own_device, rank, world_size
 from support.prompts import read_training_prompts
-from support.rows import Rows
+from support.rng import RowRNG
 
 
 def parse_arguments(argv):
@@ -71,7 +71,7 @@ def main(argv=None):
 
 def draw(args, numbers, device):
     """The random numbers of the pairs with these numbers; the first that they give chooses the prompt."""
-    return Rows(numbers, ("pairs", args.seed), device)
+    return RowRNG(numbers, ("pairs", args.seed), device)
 
 
 def list_used(args, prompts):
@@ -117,10 +117,10 @@ def collect(args, teacher, prompts, places, numbers, bar):
     prompts in the index, {prompt: its place}."""
     parts = []
     for first in range(0, len(numbers), args.batch):
-        rows = draw(args, numbers[first : first + args.batch], teacher.device)
-        chosen = rows.choose(prompts)
+        rng = draw(args, numbers[first : first + args.batch], teacher.device)
+        chosen = rng.choose(prompts)
         cond = teacher.encode(chosen)
-        x_T = rows.normal(*teacher.latent_shape)
+        x_T = rng.normal(*teacher.latent_shape)
         x_0 = teacher.sample(x_T, cond, args.steps, args.guidance)
         if not x_0.half().isfinite().all():
             raise UserError(

@@ -709,19 +709,19 @@ class Student:
         return self.x0(net, x, self.time(k, x), cond)
 
     @torch.no_grad()
-    def simulate(self, net, rows, cond, k):
+    def simulate(self, net, rng, cond, k):
         """Backward simulation: run the student from pure noise through its first k times -> x at
         self.times[k], [B, ...]."""
-        x = rows.normal(*self.teacher.latent_shape)  # paper silent: backward simulation: as DMD2's
+        x = rng.normal(*self.teacher.latent_shape)  # paper silent: backward simulation: as DMD2's
         for i in range(k):
             x0_hat = self.denoise(net, x, i, cond)
-            x = self.diffuse(x0_hat, rows.normal(*self.teacher.latent_shape), self.time(i + 1, x))
+            x = self.diffuse(x0_hat, rng.normal(*self.teacher.latent_shape), self.time(i + 1, x))
         return x
 
     @torch.no_grad()
-    def sample(self, net, rows, cond):
+    def sample(self, net, rng, cond):
         """Pure noise -> latents, in self.steps steps."""
-        x = self.simulate(net, rows, cond, self.steps - 1)
+        x = self.simulate(net, rng, cond, self.steps - 1)
         return self.denoise(net, x, self.steps - 1, cond)
 
     def scheduler(self):

@@ -225,7 +225,8 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add("--steps", "steps of the student", type=sampler_steps, shown=shown)
     first = "the student's first time, in units of T, where it predicts noise or v; DMD2's one step: 0.4"
     add("--first-time", first, type=student_time, shown="that of --init, else 1")
-    add("--loss", "what moves the student", choices=list(losses), default="adm")
+    loss = "what moves the student; dmd has no discriminator: --r1, --r2 and --head-lr are of no use to it"
+    add("--loss", loss, choices=list(losses), default="adm")
     # paper silent: guidance: DMD2's 8 for SDXL, the pipelines' own defaults for the others
     shown = parser.default_of("adm_guidance")
     add("--guidance", "the teacher's classifier-free guidance scale", type=non_negative, shown=shown)

@@ -46,7 +46,7 @@ from support.lora_files import save_adapter
 from support.media import save_curves, save_grid, save_video
 from support.pairs import identify
 from support.parallel import average, gather, gather_zero1, is_main, lay_out, wait_for_all, world_size
-from support.rows import Rows
+from support.rng import RowRNG
 from support.training import peak_memory_mb
 
 STATE = ("G", "f", "heads", "ema", "opt_G", "opt_f", "opt_heads")  # of ADP or ADM, where it has them: state/
@@ -484,8 +484,8 @@ def save_preview(student, net, prompts, args, path):
     latents = []
     for first in range(0, count, args.batch):
         some = prompts[first : first + args.batch]
-        rows = Rows(range(first, first + len(some)), ("preview", args.seed), teacher.device)
-        latents.append(student.sample(net, rows, teacher.encode(some)))
+        rng = RowRNG(range(first, first + len(some)), ("preview", args.seed), teacher.device)
+        latents.append(student.sample(net, rng, teacher.encode(some)))
     if not is_main():
         return
     pixels = teacher.decode(torch.cat(latents)).clamp(-1, 1)

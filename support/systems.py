@@ -6,7 +6,7 @@ import torch
 
 from support.checkpoints import PARTS
 from support.files import compute_checksum_of_json, read_sealed
-from support.rows import Rows
+from support.rng import RowRNG
 
 
 class System:
@@ -30,11 +30,11 @@ class System:
         cond = self.teacher.encode(prompts)
         pixels = []
         for seed in seeds:
-            rows = Rows(numbers, ("sample", seed), self.teacher.device)
+            rng = RowRNG(numbers, ("sample", seed), self.teacher.device)
             if self.student:
-                latents = self.student.sample(self.net, rows, cond)
+                latents = self.student.sample(self.net, rng, cond)
             else:
-                x_T = rows.normal(*self.teacher.latent_shape)
+                x_T = rng.normal(*self.teacher.latent_shape)
                 latents = self.teacher.sample(x_T, cond, self.steps, self.guidance)
             pixels.append(self.teacher.decode(latents).clamp(-1, 1).cpu())
         return torch.stack(pixels, dim=1)

@@ -27,7 +27,7 @@ from support.lora_files import save_adapter
 from support.pairs import Pairs
 from support.parallel import start_processes
 from support.prompts import read_prompts
-from support.rows import Rows
+from support.rng import RowRNG
 from tiny import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -150,8 +150,8 @@ def adapt(teacher, rank):
     return state, net.read_layers()
 
 
-class Recorded(Rows):
-    """Rows that remember what noise they gave."""
+class Recorded(RowRNG):
+    """Remembers what noise it gave."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -167,13 +167,13 @@ def draw_student(student, net):
     """The student's own sample -> (pictures [F, H, W, 3] in [0, 1], the noise that it took as its pipeline
     asks for it)."""
     teacher = student.teacher
-    rows = Recorded([0], ("test", 7), CPU)
-    latents = student.sample(net, rows, teacher.encode([PROMPT]))
+    rng = Recorded([0], ("test", 7), CPU)
+    latents = student.sample(net, rng, teacher.encode([PROMPT]))
     pixels = (teacher.decode(latents)[0] / 2 + 0.5).clamp(0, 1)
     frames = pixels.transpose(0, 1) if teacher.video else pixels[None]
-    given = [teacher.pack(noise) for noise in rows.given]
+    given = [teacher.pack(noise) for noise in rng.given]
     if teacher.packing > 1:
-        given[0] = rows.given[0]  # the pipeline packs it itself
+        given[0] = rng.given[0]  # the pipeline packs it itself
     return frames.permute(0, 2, 3, 1).numpy(), given
 
 

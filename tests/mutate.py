@@ -76,16 +76,16 @@ TABLE = {
         ("t' without the seed", '"t_prime", self.args.seed,', '"t_prime", 0,'),
         (
             "t' alike in all updates",
-            "self.args.seed, step, update)\n        parts",
-            "self.args.seed, step, 0)\n        parts",
+            "self.args.seed, step, update)\n        rngs",
+            "self.args.seed, step, 0)\n        rngs",
         ),
-        ("one prompt for all", "rows.choose(self.prompts)", "self.prompts[: len(rows.generators)]"),
+        ("one prompt for all", "rng.choose(self.prompts)", "self.prompts[: len(rng.generators)]"),
         ("backward simulation by f", "self.student.simulate(self.G,", "self.student.simulate(self.f,"),
-        ("no backward simulation", "b.rows, b.cond, b.k)", "b.rows, b.cond, 0)"),
+        ("no backward simulation", "b.rng, b.cond, b.k)", "b.rng, b.cond, 0)"),
         ("G is told T", "self.G_train, b.x_t_prime, b.k, b.cond", "self.G_train, b.x_t_prime, 0, b.cond"),
         # line 2
         ("f's loss reaches G", "x_0 = b.x0_hat.detach()", "x_0 = b.x0_hat"),
-        ("f's times to T/2", "t = b.rows.uniform() * T\n", "t = b.rows.uniform() * T / 2\n"),
+        ("f's times to T/2", "t = b.rng.uniform() * T\n", "t = b.rng.uniform() * T / 2\n"),
         (
             "f's input noised to t/2",
             "x_t = self.teacher.diffuse(x_0, eps, t)",
@@ -101,18 +101,18 @@ TABLE = {
         # line 3
         (
             "line 3's times are line 2's",
-            "t = (high - b.rows.uniform() * (high - low)) * T",
-            "t = b.rows.uniform() * T",
+            "t = (high - b.rng.uniform() * (high - low)) * T",
+            "t = b.rng.uniform() * T",
         ),
         (
             "line 3's times from T",
-            "t = (high - b.rows.uniform() * (high - low)) * T",
-            "t = (1 - b.rows.uniform() * (1 - low)) * T",
+            "t = (high - b.rng.uniform() * (high - low)) * T",
+            "t = (1 - b.rng.uniform() * (1 - low)) * T",
         ),
         (
             "line 3's times without dt",
-            "t = (high - b.rows.uniform() * (high - low)) * T",
-            "t = (high - b.rows.uniform() * high) * T",
+            "t = (high - b.rng.uniform() * (high - low)) * T",
+            "t = (high - b.rng.uniform() * high) * T",
         ),
         (
             "line 3's sample without a graph",
@@ -266,10 +266,10 @@ TABLE = {
         ("pairs the wrong way round", "x_T, x_0 = self.pairs", "x_0, x_T = self.pairs"),
         (
             "ADP's times biased to data",
-            "t = (1 - b.rows.uniform() ** self.args.time_power) * T",
-            "t = b.rows.uniform() ** self.args.time_power * T",
+            "t = (1 - b.rng.uniform() ** self.args.time_power) * T",
+            "t = b.rng.uniform() ** self.args.time_power * T",
         ),
-        ("ADP's times squared", "b.rows.uniform() ** self.args.time_power", "b.rows.uniform() ** 2"),
+        ("ADP's times squared", "b.rng.uniform() ** self.args.time_power", "b.rng.uniform() ** 2"),
         (
             "ADP's path the wrong way round",
             "self.student.diffuse(b.x_0, x_T, t)",
@@ -278,7 +278,7 @@ TABLE = {
         ("the velocity's sign", "F.mse_loss(velocity, x_T - b.x_0)", "F.mse_loss(velocity, b.x_0 - x_T)"),
         ("x~_0 = x_t + r v", "return x_t - self.student.ratio", "return x_t + self.student.ratio"),
         ("x~_0 = x_t - v", "self.student.ratio(t, x_t) * velocity", "velocity"),
-        ("t' to T/2", "b.t_prime = b.rows.uniform() * T", "b.t_prime = b.rows.uniform() * T / 2"),
+        ("t' to T/2", "b.t_prime = b.rng.uniform() * T", "b.t_prime = b.rng.uniform() * T / 2"),
         ("the mse's weight ignored", "+ self.args.mse * error", "+ error"),
         (
             "G's step without weights",
@@ -287,10 +287,10 @@ TABLE = {
         ),
         (
             "real latents are not noised",
-            "self.teacher.diffuse(x_0, b.rows.normal_like(x_0), b.t_prime)",
-            "self.teacher.diffuse(x_0, b.rows.normal_like(x_0), b.t_prime * (x_0 is not b.x_0))",
+            "self.teacher.diffuse(x_0, b.rng.normal_like(x_0), b.t_prime)",
+            "self.teacher.diffuse(x_0, b.rng.normal_like(x_0), b.t_prime * (x_0 is not b.x_0))",
         ),
-        ("noise that is not noise", "b.rows.normal_like(x_0), b.t_prime", "x_0, b.t_prime"),
+        ("noise that is not noise", "b.rng.normal_like(x_0), b.t_prime", "x_0, b.t_prime"),
         ("D sees clean latents", "self.teacher.features(x_t_prime,", "self.teacher.features(x_0,"),
         (
             "D is told T",
@@ -530,20 +530,20 @@ TABLE = {
         ("simulation a step short", "for i in range(k):", "for i in range(k - 1):"),
         (
             "simulation's noise reused",
-            "self.diffuse(x0_hat, rows.normal(*self.teacher.latent_shape),",
+            "self.diffuse(x0_hat, rng.normal(*self.teacher.latent_shape),",
             "self.diffuse(x0_hat, x,",
         ),
         ("simulation noises to the time before", "self.time(i + 1, x))", "self.time(i, x))"),
         (
             "simulation without renoising",
-            "x = self.diffuse(x0_hat, rows",
-            "x = x0_hat if k else self.diffuse(x0_hat, rows",
+            "x = self.diffuse(x0_hat, rng",
+            "x = x0_hat if k else self.diffuse(x0_hat, rng",
         ),
         ("the last step at T", "self.denoise(net, x, self.steps - 1, cond)", "self.denoise(net, x, 0, cond)"),
         (
             "the last step left out",
-            "x = self.simulate(net, rows, cond, self.steps - 1)",
-            "x = self.simulate(net, rows, cond, max(0, self.steps - 2))",
+            "x = self.simulate(net, rng, cond, self.steps - 1)",
+            "x = self.simulate(net, rng, cond, max(0, self.steps - 2))",
         ),
         # discriminators
         ("heads pool the largest", "self.body(x).flatten(2).mean(2)", "self.body(x).flatten(2).amax(2)"),
@@ -638,7 +638,7 @@ TABLE = {
         ("DINOv2's class token for a patch", "tokens[:, -count:]", "tokens[:, :count]"),
     ],
     "support/taps.py": [("four first layers", "layers[len(layers) * i // 4 - 1]", "layers[i - 1]")],
-    "support/rows.py": [
+    "support/rng.py": [
         ("rows alike", "generator(*key, row) for row in rows", "generator(*key) for row in rows"),
         ("uniform to a half", "numbers.append(torch.rand(", "numbers.append(0.5 * torch.rand("),
         ("uniform for normal", "torch.randn(shape, generator=g)", "torch.rand(shape, generator=g)"),

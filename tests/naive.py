@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from support.rows import draw_integer, draw_rows
+from support.rng import draw_integer, make_rngs
 
 T = 1000.0
 
@@ -131,7 +131,7 @@ class NaiveADM:
     def update(self, step, update, learns):
         args, teacher = self.args, self.teacher
         k = draw_integer(len(self.times), "t_prime", args.seed, step, update)
-        parts = draw_rows(args, teacher.device, "adm", step, update)
+        parts = make_rngs(args, teacher.device, "adm", step, update)
         for rows in parts:
             rows.cond = teacher.encode([self.prompts[i] for i in rows.integers(len(self.prompts))])
             if args.student_guidance:
@@ -246,7 +246,7 @@ class NaiveADP:
 
     def iterate(self, step):
         args, teacher = self.args, self.teacher
-        parts = draw_rows(args, teacher.device, "adp", step)
+        parts = make_rngs(args, teacher.device, "adp", step)
         loss_G = 0
         for rows in parts:
             numbers = rows.integers(len(self.pairs))

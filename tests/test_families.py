@@ -24,7 +24,7 @@ from support.files import write_sealed
 from support.loading import list_networks
 from support.media import save_video
 from support.pairs import INDEX
-from support.rows import Rows
+from support.rng import RowRNG
 from support.systems import System
 from support.training import set_up_for_training
 from tiny import families, train
@@ -548,17 +548,17 @@ def test_exported_pipelines_draw_the_students_images(
             sample.export(system, folder)
         return
     sample.export(system, folder)
-    rows = helpers.Recorded(range(2), ("test", 7), CPU)
-    ours = student.sample(system.net, rows, teacher.encode(PROMPTS))
+    rng = helpers.Recorded(range(2), ("test", 7), CPU)
+    ours = student.sample(system.net, rng, teacher.encode(PROMPTS))
 
-    noise = iter([teacher.pack(eps) for eps in rows.given[1:]])
+    noise = iter([teacher.pack(eps) for eps in rng.given[1:]])
     schedulers = diffusers.schedulers
     for module in (schedulers.scheduling_lcm, schedulers.scheduling_flow_match_euler_discrete):
         # after the last step the flow scheduler draws once more, and multiplies by zero
         monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: next(noise, torch.zeros(shape)))
     absent = {"text_encoder_3": None, "tokenizer_3": None} if kind == "sd3" else {}
     pipe = DiffusionPipeline.from_pretrained(folder, **absent)
-    theirs = draw(pipe, teacher, rows.given[0], steps, teacher.student_guidance)
+    theirs = draw(pipe, teacher, rng.given[0], steps, teacher.student_guidance)
     assert (ours - theirs).abs().max() < 1e-5 * ours.std()
     assert ours.std() > 0.1
 
@@ -576,12 +576,12 @@ def test_backward_simulation_is_what_sampling_does(teachers, kind):
         return x0(net, x_t, t, cond)
 
     student.x0 = watch
-    make_rows = lambda: Rows(range(2), ("test", 3), CPU)
-    student.sample(teacher.denoiser, make_rows(), cond)
+    make_rng = lambda: RowRNG(range(2), ("test", 3), CPU)
+    student.sample(teacher.denoiser, make_rng(), cond)
     sampled = list(seen)
     assert [float(t[0]) for _, t in sampled] == [1000, 750, 500, 250]
     for k in range(4):
-        x = student.simulate(teacher.denoiser, make_rows(), cond, k)
+        x = student.simulate(teacher.denoiser, make_rng(), cond, k)
         assert x.equal(sampled[k][0])
 
 
@@ -592,7 +592,7 @@ def test_renoising_is_the_teachers_forward_process(teachers, kind):
     teacher = teachers[kind]
     student = common.Student(teacher, "teacher", 4)
     student.x0 = lambda net, x, t, cond: torch.full_like(x, 3.0)
-    x = student.simulate(None, Rows(range(64), ("test", 0), CPU), None, 2)
+    x = student.simulate(None, RowRNG(range(64), ("test", 0), CPU), None, 2)
     alpha, sigma = teacher.schedule(torch.tensor([500.0], dtype=torch.float64))
     assert float(x.mean()) == pytest.approx(3 * float(alpha), abs=0.02)
     assert float(x.std()) == pytest.approx(float(sigma), rel=0.02)

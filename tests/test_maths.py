@@ -14,7 +14,7 @@ from common import T
 from support.errors import UserError
 from support.pairs import Pairs
 from support.prompts import read_prompts
-from support.rows import Rows, draw_rows
+from support.rng import RowRNG, make_rngs
 from support.training import MovingAverage, set_lr
 
 SDXL = {
@@ -293,17 +293,17 @@ def test_backward_simulation_is_sampling_cut_short(teacher, monkeypatch, paramet
         return call(net, x, t, cond)
 
     monkeypatch.setattr(teacher, "call", watch)
-    make_rows = lambda: Rows(range(3), ("test", 7), CPU)
-    student.sample(teacher.denoiser, make_rows(), cond)
+    make_rng = lambda: RowRNG(range(3), ("test", 7), CPU)
+    student.sample(teacher.denoiser, make_rng(), cond)
     sampling = inputs.copy()
     assert [t.tolist() for t, _ in sampling] == [[value] * 3 for value in timesteps]
     for k in range(4):
         inputs.clear()
-        x = student.simulate(teacher.denoiser, make_rows(), cond, k)
+        x = student.simulate(teacher.denoiser, make_rng(), cond, k)
         assert [t[0].item() for t, _ in inputs] == timesteps[:k]
         assert x.equal(sampling[k][1])
         assert not x.requires_grad
-    assert student.simulate(teacher.denoiser, make_rows(), cond, 0).equal(make_rows().normal(4, 8, 8))
+    assert student.simulate(teacher.denoiser, make_rng(), cond, 0).equal(make_rng().normal(4, 8, 8))
 
 
 # Losses, times and random numbers -------------------------------------------------------------------------
@@ -346,20 +346,20 @@ def test_cubic_generator_times(adp_arguments, monkeypatch):
     assert (x > 0.5).double().mean() == pytest.approx(0.5 ** (1 / 3), abs=0.05)
 
 
-@pytest.mark.parametrize("draw", (lambda rows: rows.normal(2, 2), lambda rows: rows.uniform()))
+@pytest.mark.parametrize("draw", (lambda rng: rng.normal(2, 2), lambda rng: rng.uniform()))
 def test_random_rows_do_not_depend_on_who_draws_them(draw):
     key = ("test", 3, 1)
-    together = draw(Rows(range(4), key, CPU))
-    first = draw(Rows(range(2), key, CPU))
-    second = draw(Rows(range(2, 4), key, CPU))
+    together = draw(RowRNG(range(4), key, CPU))
+    first = draw(RowRNG(range(2), key, CPU))
+    second = draw(RowRNG(range(2, 4), key, CPU))
     assert together.equal(torch.cat([first, second]))
     for other_key in (("test", 3, 2), ("tests", 3, 1), ("tset", 3, 1)):
-        assert not (together == draw(Rows(range(4), other_key, CPU))).any()
+        assert not (together == draw(RowRNG(range(4), other_key, CPU))).any()
     assert together.unique().numel() == together.numel()
 
 
 def test_integers_are_all_that_there_are():
-    assert set(Rows(range(64), ("test", 0), CPU).integers(3)) == {0, 1, 2}
+    assert set(RowRNG(range(64), ("test", 0), CPU).integers(3)) == {0, 1, 2}
 
 
 def test_ranks_and_micro_batches_share_the_rows_of_the_global_batch(monkeypatch):
@@ -370,9 +370,9 @@ def test_ranks_and_micro_batches_share_the_rows_of_the_global_batch(monkeypatch)
     drawn = {}
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        for part, rows in enumerate(draw_rows(args, CPU, "test", 7)):
-            drawn[part, rank] = rows.uniform()
-    expected = Rows(range(12), ("test", 5, 7), CPU).uniform()
+        for part, rng in enumerate(make_rngs(args, CPU, "test", 7)):
+            drawn[part, rank] = rng.uniform()
+    expected = RowRNG(range(12), ("test", 5, 7), CPU).uniform()
     assert torch.cat([drawn[key] for key in sorted(drawn)]).equal(expected)
 
 
@@ -385,9 +385,9 @@ def test_pairs_are_the_guided_samplers(teacher, teacher_folder, prompts_file, tm
     pairs = Pairs(str(tmp_path))
     x_T, x_0 = pairs.batch(range(5))
     prompts = pairs.prompts(range(5))
-    rows = Rows(range(5), ("pairs", 4), CPU)
-    chosen = rows.integers(20)
-    noise = rows.normal(*teacher.latent_shape)
+    rng = RowRNG(range(5), ("pairs", 4), CPU)
+    chosen = rng.integers(20)
+    noise = rng.normal(*teacher.latent_shape)
     of_file = read_prompts(prompts_file)
     assert prompts == [of_file[i] for i in chosen]
     assert pairs.index["prompts"] == [prompt for prompt in of_file if prompt in prompts]

@@ -17,7 +17,7 @@ import adp
 import common
 import helpers
 from support.parallel import freeze
-from support.rows import Rows, draw_rows
+from support.rng import RowRNG, make_rngs
 from support.training import fill_training_arguments, minimise
 
 ROOT = Path(helpers.ROOT)
@@ -340,7 +340,7 @@ def test_the_penalty_does_not_depend_on_the_size_of_the_latents(adm_arguments):
         gradient = difference / difference.square().sum()
         method.teacher = type("Flat", (), {"features": staticmethod(lambda x, s, cond: [x])})()
         method.heads_train = lambda maps, g=gradient: (maps[0] * g).sum((1, 2, 3))[:, None]
-        b = adm.MicroBatch(Rows(range(256), ("test", 0), CPU), None, 0)
+        b = adm.MicroBatch(RowRNG(range(256), ("test", 0), CPU), None, 0)
         values.append(method.penalty(x, method.heads_train([x]), b, 1.0).item())
     assert values[0] == pytest.approx(values[1], rel=0.3)
     assert values[0] == pytest.approx(0.25 / 0.01, rel=0.3)  # dt N |g|^2 = dt N / (N 0.1^2)
@@ -357,15 +357,15 @@ def test_no_two_streams_of_a_seed_are_correlated(teacher, adm_arguments):
     streams = {}
     for use in ("pairs", "sample", "preview"):
         for row in (0, 1):
-            streams[use, row] = Rows([row], (use, 3), CPU)
+            streams[use, row] = RowRNG([row], (use, 3), CPU)
     for step in (0, 1):
         for update in (0, 1):
-            streams["adm", step, update] = draw_rows(args, CPU, "adm", step, update)[0]
-        streams["adp", step] = draw_rows(args, CPU, "adp", step)[0]
+            streams["adm", step, update] = make_rngs(args, CPU, "adm", step, update)[0]
+        streams["adp", step] = make_rngs(args, CPU, "adp", step)[0]
     n = 4096
     noise = []
-    for rows in streams.values():
-        numbers = rows.normal(n)[0]
+    for rng in streams.values():
+        numbers = rng.normal(n)[0]
         noise.append((numbers - numbers.mean()) / numbers.std())
     for i, one in enumerate(noise):
         for other in noise[:i]:
@@ -380,7 +380,7 @@ def test_students_are_not_judged_on_the_noise_of_the_pairs(teacher, prompts_file
 
     for i in range(4):
         x_T, _ = Pairs(pairs_folder).batch([i])
-        sample = Rows([i], ("sample", 0), CPU).normal(*teacher.latent_shape)
+        sample = RowRNG([i], ("sample", 0), CPU).normal(*teacher.latent_shape)
         a, b = x_T.flatten(), sample.flatten()
         for shift in range(-3, 4):
             assert abs(torch.corrcoef(torch.stack([a, b.roll(shift)]))[0, 1]) < 0.4

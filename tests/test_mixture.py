@@ -11,7 +11,7 @@ import adm
 import adp
 from common import T
 from support.files import ROOT, read_json
-from support.rows import generator
+from support.rng import generator
 from tiny import mixture
 from tiny.gaussians import ACROSS, MODES, Mixture
 from tiny.members import Network
@@ -203,8 +203,8 @@ def test_gradient_of_a_sample_is_weighed_by_a_power_of_alpha(loss, power):
     method = mixture.MixtureADM.__new__(mixture.MixtureADM)
     method.teacher, method.power = make_teacher(2, 1), mixture.POWERS[loss]
     method.args = SimpleNamespace(t_range=(0.01, 1.0))
-    rows = mixture.BatchRows(6, "test")
-    b = adm.MicroBatch(rows, [""] * 6, k=0, x0_hat=torch.zeros(6, 2, requires_grad=True))
+    rng = mixture.BatchRNG(6, "test")
+    b = adm.MicroBatch(rng, [""] * 6, k=0, x0_hat=torch.zeros(6, 2, requires_grad=True))
     _, t = method.diffuse_sample(b)
     (b.x0_hat * 3).sum().backward()
     alpha = (1 - t / T).clamp(min=0.02)[:, None]

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from support.rows import generator
+from support.rng import generator
 
 SHAPES = (  # weight and width of each mode
     (0.20, 0.16),

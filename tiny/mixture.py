@@ -43,7 +43,7 @@ from support.arguments import (
 )
 from support.errors import UserError, launch
 from support.files import make_folder, read_json, write_atomically, write_json
-from support.rows import Rows, generator
+from support.rng import RowRNG, generator
 from support.training import set_lr
 from tiny.gaussians import LIGHT, Mixture
 from tiny.members import Heads, Network, join
@@ -146,8 +146,8 @@ class Pairs:
         return self.x_T[numbers], self.x_0[numbers]
 
 
-class BatchRows(Rows):
-    """Random numbers of a whole batch from one generator. Rows has one a row, for ranks that share a batch:
+class BatchRNG(RowRNG):
+    """Random numbers of a whole batch from one generator. RowRNG has one a row, for ranks that share a batch:
     that would take most of the time here."""
 
     def __init__(self, n, *key):
@@ -166,17 +166,17 @@ class BatchRows(Rows):
 
 class MixtureADP(adp.ADP):
     def draw(self, step, update=0):
-        rows = BatchRows(self.args.batch, "mixture adp", self.args.seed, step)
-        numbers = rows.integers(len(self.pairs))
-        return [adp.MicroBatch(rows, numbers, self.pairs.prompts(numbers))]
+        rng = BatchRNG(self.args.batch, "mixture adp", self.args.seed, step)
+        numbers = rng.integers(len(self.pairs))
+        return [adp.MicroBatch(rng, numbers, self.pairs.prompts(numbers))]
 
 
 class MixtureADM(adm.ADM):
     power = 0  # of POWERS
 
     def draw(self, step, update):
-        rows = BatchRows(self.args.batch, "mixture adm", self.args.seed, step, update)
-        return [adm.MicroBatch(rows, [""] * rows.n, k=0)]
+        rng = BatchRNG(self.args.batch, "mixture adm", self.args.seed, step, update)
+        return [adm.MicroBatch(rng, [""] * rng.n, k=0)]
 
     def diffuse_sample(self, b):
         x_t, t = super().diffuse_sample(b)
@@ -289,7 +289,7 @@ def run_adm(teacher, loss, options, seed, iterations):
 def draw_samples(teacher, net, n):
     """n samples of each member of a student, always of the same noise, [S n, dim]."""
     student = common.Student(teacher, "teacher", steps=1)
-    return student.sample(net, BatchRows(n * net.members, "mixture samples"), {})
+    return student.sample(net, BatchRNG(n * net.members, "mixture samples"), {})
 
 
 def judge_members(teacher, samples):

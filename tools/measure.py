@@ -15,7 +15,7 @@ import adm
 import adp
 import collect_ode
 import common
-import support.rows
+import support.rng
 from support.errors import UserError
 from support.files import ROOT, read_json
 from support.pairs import Pairs
@@ -58,8 +58,8 @@ STAGES = {
 # ----------------------------------------------------------------------------------------------------------
 
 
-class ConstantRows(support.rows.Rows):
-    """Stands in for Rows: its numbers are made once."""
+class ConstantRNG(support.rng.RowRNG):
+    """Stands in for RowRNG: its numbers are made once."""
 
     def __init__(self, rows, key, device):
         self.device = device
@@ -112,7 +112,7 @@ class PassesAlone:
 
     def run(self, step):
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(support.rows, "Rows", ConstantRows))
+            stack.enter_context(mock.patch.object(support.rng, "RowRNG", ConstantRNG))
             stack.enter_context(mock.patch.object(Pairs, "read", self.read))
             stack.enter_context(mock.patch.object(self.method.teacher, "encode", self.encode))
             stack.enter_context(mock.patch.object(self.method.ema, "step"))

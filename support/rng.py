@@ -6,7 +6,7 @@ import torch
 from support.parallel import rank, world_size
 
 
-class Rows:
+class RowRNG:
     """Random numbers for the rows of a global batch.
 
     paper silent: random numbers: keyed by their use, the seed, the iteration and the row.
@@ -59,11 +59,11 @@ def generator(use, *key):
     return torch.Generator().manual_seed(int(state >> 1))
 
 
-def draw_rows(args, device, use, *key):
-    """The rows of the global batch that are this rank's: Rows for each of its --accumulate micro-batches."""
-    batches = []
+def make_rngs(args, device, use, *key):
+    """A RowRNG for each of this rank's --accumulate micro-batches: its rows of the global batch."""
+    rngs = []
     for part in range(args.accumulate):
         first = (part * world_size() + rank()) * args.batch
         numbers = range(first, first + args.batch)
-        batches.append(Rows(numbers, (use, args.seed, *key), device))
-    return batches
+        rngs.append(RowRNG(numbers, (use, args.seed, *key), device))
+    return rngs
