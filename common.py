@@ -22,10 +22,10 @@ from support.backbones import PixelBackbone  # noqa: F401  one of the method's p
 from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
-from support.hub import TEACHERS, is_hub_id
+from support.hub import TEACHERS
 from support.inputs import check_inputs, fill_from_students, find_start
 from support.lora import make_adapted
-from support.lora_files import add_adapter, merge_into_network, merge_into_teacher
+from support.lora_files import add_adapter, count_factors, merge_into_network, merge_into_teacher
 from support.parallel import choose_dtype, compile_blocks, freeze_named, own_device, shard
 from support.prompts import check_vocabulary
 from support.schedulers import (
@@ -586,17 +586,16 @@ def find_family(pipeline):
     return getattr(importlib.import_module(f"teachers.{module}"), name)
 
 
+def read_family(name):
+    """The Teacher class of a known name, a pipeline folder or a hub id, by its JSON files alone."""
+    return find_family(loading.read_teacher(name, loading.find_teacher(name, TEACHERS)).pipeline)
+
+
 def open_teacher(name, device, dtype=torch.float32, resolution=None, frames=None, variant=None):
     """A known name, a pipeline folder or a hub id -> Teacher, whose networks are on the CPU. UserError for
     what is no teacher of a known family, or would not be computed as its own pipeline does. variant: of the
     weights' files."""
-    path = TEACHERS.get(name, name)
-    if not os.path.isdir(path) and not is_hub_id(path):
-        names = ", ".join(TEACHERS)
-        raise UserError(
-            f"there is no teacher {name!r}: give --teacher one of {names}, a pipeline folder, or a hub id as "
-            f"{TEACHERS['sdxl']}"
-        )
+    path = loading.find_teacher(name, TEACHERS)
     pipe, folder = loading.load_pipeline(name, path, dtype, variant)
     teacher = find_family(type(pipe).__name__)(pipe, path, device, dtype, resolution, frames)
     teacher.folder = folder
@@ -611,15 +610,17 @@ def load_teacher(*args, **options):
 
 def open_teacher_from(args, device):
     """The teacher of these arguments, its networks on the CPU; its family's batch where none is given."""
+    factors = count_factors(args.teacher_lora)  # what cannot be is refused before weights are read
+    negative = getattr(args, "negative_prompt", None)  # adp.py has none
+    if negative is not None and read_family(args.teacher).embeds_guidance:
+        raise UserError("--negative-prompt is for teachers that are guided by a second pass; this is not")
     dtype = choose_dtype(args.precision, device)
     teacher = open_teacher(args.teacher, device, dtype, args.resolution, args.frames, args.variant)
-    if args.teacher_lora:
-        merge_into_teacher(teacher, args.teacher_lora)
-    if getattr(args, "negative_prompt", None) is not None:  # adp.py has none
-        if teacher.embeds_guidance:
-            raise UserError("--negative-prompt is for teachers that are guided by a second pass; this is not")
-        teacher.check([args.negative_prompt])
-        teacher.null_prompt = args.negative_prompt
+    if factors:
+        merge_into_teacher(teacher, args.teacher_lora, factors)
+    if negative is not None:
+        teacher.check([negative])
+        teacher.null_prompt = negative
     args.batch = args.batch or teacher.batch
     return teacher
 
@@ -640,9 +641,9 @@ def load_training_teacher(args, device, prompts=()):
     """open_teacher_from's, made ready to train with: a GPU gets what it will keep, no more. UserError for
     what the stage cannot do with it, and for prompts that its tokenizer cannot express."""
     check_inputs(args)
+    fill_training_arguments(args, read_family(args.teacher))
     teacher = open_teacher_from(args, device)
     teacher.check(prompts)
-    fill_training_arguments(args, teacher)
     teacher.student_guidance = args.student_guidance or teacher.student_guidance
     set_up_for_training(teacher, args)
     loading.try_out(teacher)

@@ -103,6 +103,8 @@ def check_arguments(args, dimensions):
     for name in args.metrics:
         if name not in METRICS:
             raise UserError(f"there is no metric {name!r}; known are {', '.join(METRICS)}")
+        if name in SCORERS:
+            SCORERS[name].check_packages()
     has_reference = args.reference in args.names or ("fid" in args.metrics and os.path.isdir(args.reference))
     if not has_reference:
         other = "only --metrics fid takes a folder of images, too"

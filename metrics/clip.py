@@ -9,16 +9,19 @@ from metrics.weights import find_repository
 from support.errors import UserError, first_line, require
 from support.parallel import own_device
 
+OPEN_CLIP = ("open_clip", "open_clip_torch", "computes the CLIP score and HPSv2")
+
 
 class OpenClip(Scorer):
     """100 x cosine of the image's and the prompt's embeddings in a model of open_clip."""
 
+    packages = (OPEN_CLIP,)
     column = None  # the score's name
     prefix = ""  # put before every prompt
 
     def load(self, model, weights, weights_dir):
         """Loads the network `model` of open_clip, with weights of one of its tags or of a file of tensors."""
-        open_clip = require("open_clip", "open_clip_torch", "computes the CLIP score and HPSv2")
+        open_clip = require(*OPEN_CLIP)
         self.device = own_device()
         tag = open_clip.get_pretrained_cfg(model, weights)
         if tag.get("hf_hub"):

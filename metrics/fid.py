@@ -5,7 +5,7 @@ import torch
 
 from metrics.scorer import Scorer
 from metrics.weights import read_weights, report_mismatch
-from support.errors import UserError, require
+from support.errors import UserError
 from support.files import fetch
 from support.parallel import own_device
 
@@ -15,6 +15,10 @@ FEATURES = 2048  # of Inception
 class Fid(Scorer):
     """Fréchet distance in features of the Inception of 2015 (torchmetrics), of images that Pillow resizes."""
 
+    packages = (
+        ("torchmetrics", "torchmetrics[image]", "computes FID"),
+        ("torch_fidelity", "torchmetrics[image]", "has FID's Inception"),
+    )
     URL = (
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
         "weights-inception-2015-12-05-6726825d.pth"
@@ -22,8 +26,7 @@ class Fid(Scorer):
     description = "Inception of 2015"
 
     def __init__(self, args, prompts, video):
-        require("torchmetrics", "torchmetrics[image]", "computes FID")
-        require("torch_fidelity", "torchmetrics[image]", "has FID's Inception")
+        self.check_packages()
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         self.device = own_device()

@@ -78,16 +78,19 @@ class Images:
         batches = [(first, k) for first in range(0, len(prompts), batch) for k in range(len(seeds))]
         share = batches[rank() :: world_size()]
         left = [part for part in share if not self.has_drawn(*part, batch)]
+        if not left:
+            return None
         seconds = []
-        for first, k in tqdm(left, desc=self.name, unit="batch", disable=not is_main()):
-            numbers = range(first, min(first + batch, len(prompts)))
-            start = time.perf_counter()
-            pixels = self.system.images([prompts[i] for i in numbers], numbers, [seeds[k]])[:, 0]
-            seconds.append((time.perf_counter() - start) / len(numbers))
-            for i, image in zip(numbers, pixels):
-                rows = image.flatten(1, -2)  # [3, (F x) H, W]
-                save_grid(rows[None], self.files[i][k], padding=0)
-        return np.mean(seconds) if seconds else None
+        with self.system.on_device():
+            for first, k in tqdm(left, desc=self.name, unit="batch", disable=not is_main()):
+                numbers = range(first, min(first + batch, len(prompts)))
+                start = time.perf_counter()
+                pixels = self.system.images([prompts[i] for i in numbers], numbers, [seeds[k]])[:, 0]
+                seconds.append((time.perf_counter() - start) / len(numbers))
+                for i, image in zip(numbers, pixels):
+                    rows = image.flatten(1, -2)  # [3, (F x) H, W]
+                    save_grid(rows[None], self.files[i][k], padding=0)
+        return np.mean(seconds)
 
     def has_drawn(self, first, k, batch):
         return all(os.path.exists(row[k]) for row in self.files[first : first + batch])

@@ -12,6 +12,8 @@ from support.errors import UserError, require
 from support.files import fetch
 from support.parallel import own_device
 
+LPIPS = ("lpips", "lpips", "computes the LPIPS diversity")
+
 
 def check_samples(count):
     """UserError for too few samples a prompt."""
@@ -29,6 +31,7 @@ class Lpips(Scorer):
     for its channels: it needs no file, and its numbers, in a column of their own, compare with each other
     only."""
 
+    packages = (LPIPS,)
     URL = {
         "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
         "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -56,7 +59,7 @@ class Lpips(Scorer):
 
     def build(self, net, lpips):
         """The network with random weights, always the same; channels have LPIPS's weights or equal ones."""
-        package = require("lpips", "lpips", "computes the LPIPS diversity")
+        package = require(*LPIPS)
         self.normalize = package.normalize_tensor
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips calls torchvision in a way that it deprecates

@@ -46,11 +46,11 @@ def open_systems(args, prompts, out):
     if "teacher" in args.names:
         system = System(teacher, steps=args.steps, guidance=args.guidance)
         systems["teacher"] = plan_images("teacher", out, system, prompts, seeds)
-    elif teacher:
-        teacher.denoiser.to("cpu")  # it draws nothing, and its place is the students'
+    if teacher:
+        teacher.denoiser.to("cpu")  # every network waits there until it draws
     for name, checkpoint in checkpoints.items():
         net, student, _ = load_student(checkpoint, teacher)
-        system = System(teacher, student, net, checkpoint=checkpoint)
+        system = System(teacher, student, net.to("cpu"), checkpoint=checkpoint)
         systems[name] = plan_images(name, out, system, prompts, seeds)
     return systems | given, teacher
 

@@ -8,9 +8,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.hub import is_hub_id
-from support.loading import load_dinov2
-from support.sam import load_sam_encoder, make_sam_encoder_on_meta
+from support.loading import check_dinov2, load_dinov2
+from support.sam import find_sam, load_sam_encoder, make_sam_encoder_on_meta
 from support.taps import choose_four, read_taps
+
+
+def check_backbone(name):
+    """UserError where there is no such pixel backbone: said before a teacher is read."""
+    dinov2 = find_dinov2(name)
+    if dinov2:
+        check_dinov2(dinov2)
+    else:
+        find_sam(name)
+
+
+def find_dinov2(name):
+    """The folder or hub id of a name that means DINOv2; None for one that means SAM."""
+    if name == "dinov2":
+        return "facebook/dinov2-base"
+    return name if os.path.isdir(name) or is_hub_id(name) else None
 
 
 class PixelBackbone:
@@ -31,8 +47,9 @@ class PixelBackbone:
         self.position = None
         if device.type == "meta":  # --plan wants nothing but sizes
             encoder = make_sam_encoder_on_meta(name)
-        if encoder is None and (name == "dinov2" or os.path.isdir(name) or is_hub_id(name)):
-            self._use_dinov2(name)
+        dinov2 = find_dinov2(name)
+        if encoder is None and dinov2:
+            self._use_dinov2(dinov2)
         else:
             self._use_sam(encoder or load_sam_encoder(name))
         self.encoder.to(device, dtype)
@@ -52,7 +69,7 @@ class PixelBackbone:
         self.taps = [(block, lambda out: out.permute(0, 3, 1, 2)) for block in blocks]
 
     def _use_dinov2(self, name):
-        self.encoder = load_dinov2("facebook/dinov2-base" if name == "dinov2" else name)
+        self.encoder = load_dinov2(name)
         self.patch = self.encoder.config.patch_size
         self.taps = [(layer, self._fold) for layer in choose_four(self.encoder.encoder.layer)]
 

@@ -1,18 +1,23 @@
 """What a command will read, tried before a teacher's weights are fetched and read."""
 
+from metrics.scorers import SCORERS
 from support.checkpoints import find_checkpoint, find_newest, list_checkpoints
-from support.errors import UserError
+from support.errors import UserError, require
 from support.pairs import read_index
 from support.prompts import read_prompts
 
 
 def check_inputs(args):
-    """UserError where the run's folder, --init, --pairs or --eval-prompts would end the run later."""
+    """UserError where the run's folder, --init, --pairs, --eval-prompts or a missing package would end it
+    later."""
+    if args.lora:
+        require("peft", "peft", "adds LoRA adapters")
     check_that_no_run_is_there(args)
     find_start(args)
     if getattr(args, "pairs", None):
         read_index(args.pairs)
     if args.eval_every:
+        SCORERS[args.eval_metric].check_packages()
         read_held_out_prompts(args)
 
 

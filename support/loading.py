@@ -11,7 +11,7 @@ from torch import nn
 
 from support.configs import check_configs, choose_classes, describe_sampler
 from support.errors import UserError, note
-from support.hub import is_offline
+from support.hub import is_hub_id, is_offline
 
 # What files may have beside a network's own weights: tables that it computes, and parts that its class
 # leaves out.
@@ -19,6 +19,18 @@ SURPLUS = re.compile(
     r"position_ids|pos_embed(ding)?|inv_freq|embed_tokens\.weight|logit_scale"
     r"|^(text_model\.)?(decoder|vision_model|visual_projection|text_projection|lm_head|classifier)\b"
 )
+
+
+def find_teacher(name, known):
+    """A known name, a pipeline folder or a hub id -> the folder or hub id. known: {name: hub id}. UserError
+    for any other name."""
+    path = known.get(name, name)
+    if not os.path.isdir(path) and not is_hub_id(path):
+        raise UserError(
+            f"there is no teacher {name!r}: give --teacher one of {', '.join(known)}, a pipeline folder, or "
+            f"a hub id as {known['sdxl']}"
+        )
+    return path
 
 
 def describe_teacher(name):
@@ -283,15 +295,22 @@ def shorten(error):
 
 def load_dinov2(name):
     """DINOv2, a transformers folder or hub id -> its network, float32. UserError for any other network."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
+
+    check_dinov2(name)
+    local = is_out_of_reach(name) or os.path.isdir(name)
+    return load_network(AutoModel, name, "", torch.float32, local=local)
+
+
+def check_dinov2(name):
+    """UserError where there is none of this name, by its config alone."""
+    from transformers import AutoConfig
 
     offline = is_out_of_reach(name)
-    local = offline or os.path.isdir(name)
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
+        config = AutoConfig.from_pretrained(name, local_files_only=offline or os.path.isdir(name))
     except Exception as error:
         reason = "it is no folder here, and the hub cannot be reached" if offline else shorten(error)
         raise UserError(f"the pixel backbone {name!r} could not be loaded: {reason}") from error
     if not config.model_type.startswith("dinov2"):
         raise UserError(f"the pixel backbone {name!r} is a {config.model_type}; known are SAM and DINOv2")
-    return load_network(AutoModel, name, "", torch.float32, local=local)

@@ -78,17 +78,16 @@ def add_adapter(net, folder):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def merge_into_teacher(teacher, path):
+def merge_into_teacher(teacher, path, factors):
     """--teacher-lora: adds a LoRA file, in any form that diffusers reads, to the weights of the teacher's
-    networks; what is in it is part of the fingerprint. UserError for a file that is none, or does not fit."""
-    require("peft", "peft", "merges --teacher-lora")
-    count = count_factors(path)
+    networks; what is in it is part of the fingerprint. factors: as count_factors has them. UserError where it
+    does not fit."""
     # its own is of the weights before: what is merged in bf16 rounds otherwise than in fp32
     teacher.fingerprint = compute_checksum_of_json([teacher.fingerprint, compute_checksum(path)])[:16]
     if not takes_lora(teacher):
         kind = type(teacher.pipe).__name__
         raise UserError(f"diffusers' {kind} reads no LoRA files: leave --teacher-lora out")
-    merge(teacher.pipe, path, count)
+    merge(teacher.pipe, path, factors)
     teacher.lora = path
 
 
@@ -102,7 +101,11 @@ def merge_into_network(teacher, net):
 
 
 def count_factors(path):
-    """How many low-rank factors a LoRA file has. UserError for any other file."""
+    """How many low-rank factors the LoRA file of --teacher-lora has; of None, 0. UserError for any other
+    file."""
+    if path is None:
+        return 0
+    require("peft", "peft", "merges --teacher-lora")
     if not os.path.isfile(path):
         raise UserError(f"there is no file --teacher-lora {path}")
     try:

@@ -17,13 +17,23 @@ OFFICIAL = {
 }
 
 
+def find_sam(name):
+    """A file, or the name of an official checkpoint, which is fetched -> the file. UserError where there is
+    none."""
+    if name in OFFICIAL:
+        return fetch(f"{URL}/{OFFICIAL[name]}", "give --pixel-backbone PATH")
+    if not os.path.exists(name):
+        names = ", ".join(OFFICIAL)
+        raise UserError(f"there is no SAM checkpoint at {name!r}; give a file, one of {names}, or dinov2")
+    return name
+
+
 def load_sam_encoder(path):
-    """A SAM checkpoint (.pth or .safetensors) or the name of an official one, which is fetched -> its
-    ImageEncoderViT. UserError for anything else."""
+    """A SAM checkpoint (.pth or .safetensors) or the name of an official one -> its ImageEncoderViT.
+    UserError for anything else."""
     from segment_anything.modeling import ImageEncoderViT
 
-    if path in OFFICIAL:
-        path = fetch(f"{URL}/{OFFICIAL[path]}", "give --pixel-backbone PATH")
+    path = find_sam(path)
     try:
         prefix = "image_encoder."
         tensors = read_tensors(path)
@@ -51,11 +61,6 @@ def load_sam_encoder(path):
         for weight in encoder.parameters():
             if not weight.is_meta and not weight.isfinite().all():
                 raise ValueError("it has weights that are not finite")
-    except FileNotFoundError as error:
-        names = ", ".join(OFFICIAL)
-        raise UserError(
-            f"there is no SAM checkpoint at {path!r}; give a file, one of {names}, or dinov2"
-        ) from error
     except Exception as error:  # the libraries raise many kinds for a file of another layout
         raise UserError(f"{path!r} is not a SAM checkpoint: {first_line(error)}") from error
     return encoder

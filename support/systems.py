@@ -1,5 +1,6 @@
 """A student or a teacher, ready to draw, with no difference to its user."""
 
+import contextlib
 import os
 
 import torch
@@ -38,6 +39,17 @@ class System:
                 latents = self.teacher.sample(x_T, cond, self.steps, self.guidance)
             pixels.append(self.teacher.decode(latents).clamp(-1, 1).cpu())
         return torch.stack(pixels, dim=1)
+
+    @contextlib.contextmanager
+    def on_device(self):
+        """Inside, its network is on the teacher's device, and then on the CPU: systems that draw one after
+        the other take the memory of one."""
+        net = self.net if self.student else self.teacher.denoiser
+        net.to(self.teacher.device)
+        try:
+            yield
+        finally:
+            net.to("cpu")
 
     def describe(self):
         """All that its pictures depend on beside prompts and seeds, {name: value}, for a folder's index."""

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
+from support.backbones import check_backbone
 from support.errors import UserError
 from support.inputs import find_start
 from support.loading import list_networks
@@ -42,10 +43,13 @@ def set_up_for_training(teacher, args):
 
 
 def fill_training_arguments(args, family):
-    """The defaults that a stage takes from the teacher. UserError for what it cannot do with it. family: a
-    Teacher, or its class, as --plan has no teacher."""
-    if family.video and getattr(args, "lambda_pixel", 0):
-        raise UserError("the pixel discriminator sees single pictures, not video: give --lambda-pixel 0")
+    """The defaults that a stage takes from the teacher's class, before weights are read. UserError for what
+    it cannot do with such a teacher, and for a pixel backbone that is not there."""
+    if getattr(args, "lambda_pixel", 0):
+        if family.video:
+            raise UserError("the pixel discriminator sees single pictures, not video: give --lambda-pixel 0")
+        if not args.plan:  # which needs none
+            check_backbone(args.pixel_backbone)
     args.batch = args.batch or family.batch
     if getattr(args, "guidance", 0) is None:
         args.guidance = family.adm_guidance

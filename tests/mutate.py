@@ -19,6 +19,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OF_THE_STAGES = ["tests/test_method.py", "tests/test_gradients.py"]
 OF_THE_PARTS = ["tests/test_discriminators.py", "tests/test_maths.py", "tests/test_families.py"]
 SLOW = ["tests/test_distributed.py::test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains"]
+OF_CHECKPOINTS = ["tests/test_lora_files.py", "tests/test_resume.py", "tests/test_plain_diffusers.py"]
+OF_FILES = {  # a file's or folder's, where they are others or come in another order
+    "adm.py": OF_THE_STAGES + OF_THE_PARTS + SLOW,
+    "adp.py": OF_THE_STAGES + OF_THE_PARTS + SLOW,
+    "metrics/": ["tests/test_metrics.py", "tests/test_evaluate.py", "tests/test_resume.py"],
+    "support/checkpoints.py": OF_CHECKPOINTS,
+    "support/inputs.py": ["tests/test_errors.py", "tests/test_resume.py"],
+    "support/lora_files.py": OF_CHECKPOINTS,
+    "support/run.py": ["tests/test_resume.py"],
+    "teachers/": ["tests/test_families.py", *OF_THE_STAGES, "test_smoke.py"],
+}
 PATIENCE = 1800  # seconds for one change
 
 
@@ -614,9 +625,12 @@ TABLE = {
     ],
     "metrics/images.py": [
         ("ranks that found two checkpoints", "self.check()  # the main", "pass  # the main"),
+        ("no system comes to the device", "with self.system.on_device():", "if True:"),
     ],
     "support/inputs.py": [
         ("a run that goes on wants --init", "return own or find", "return find"),
+        ("a scorer's package is looked for late", "SCORERS[args.eval_metric].check_packages()", "pass"),
+        ("peft is looked for late", "if args.lora:", "if False:"),
     ],
     "support/run.py": [
         ("previews of one sample again and again", "range(first, first + len(some))", "range(len(some))"),
@@ -789,16 +803,12 @@ def copy_repository(folder):
 
 
 def order_tests(mutation):
-    """All tests, those first that are likely to fail."""
-    if mutation and mutation.file in ("adm.py", "adp.py"):
-        return OF_THE_STAGES + OF_THE_PARTS + SLOW
-    if mutation and mutation.file.startswith("teachers/"):
-        return ["tests/test_families.py", *OF_THE_STAGES, "test_smoke.py"]
-    if mutation and mutation.file in ("support/lora_files.py", "support/checkpoints.py"):
-        return ["tests/test_lora_files.py", "tests/test_resume.py", "tests/test_plain_diffusers.py"]
-    if mutation and mutation.file == "support/run.py":
-        return ["tests/test_resume.py"]
-    return OF_THE_PARTS + OF_THE_STAGES + SLOW
+    """The tests that a mutation is tried on; of the unmutated code, those that most are."""
+    tests = OF_THE_PARTS + OF_THE_STAGES + SLOW
+    for file, own in OF_FILES.items():
+        if mutation and mutation.file.startswith(file):
+            tests = own
+    return tests
 
 
 def run_tests(mutation):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from forks import Command
 import adm
 import adp
 import collect_ode
+import evaluate
 import helpers
 import sample
-from support.errors import explain, launch
+from support.errors import UserError, explain, launch
 
 MAIN = {
     "collect_ode.py": collect_ode.main,
@@ -33,6 +35,8 @@ def place(tmp_path_factory, teacher_folder, prompts_file, pairs_folder):
     with contextlib.chdir(place):
         shutil.copytree(teacher_folder, "teacher")
         helpers.make_teacher("other", seed=1)
+        helpers.make_teacher("video", 0, "cogvideox")
+        helpers.make_teacher("flux", 0, "flux")
         os.mkdir("not-a-teacher")
         os.mkdir("half-a-teacher")
         shutil.copy("teacher/model_index.json", "half-a-teacher")
@@ -225,6 +229,52 @@ def test_wrong_input(place, monkeypatch, capfd, words, sentence):
         launch(MAIN[script])
     check(end.value.code, capfd.readouterr().err, script, sentence)
     assert helpers.take_snapshot(place) == before
+
+
+KNOWN_WITHOUT_WEIGHTS = (
+    (f"{ADP} --pairs pairs --pixel-backbone nowhere.pth", "there is no SAM checkpoint at 'nowhere.pth'"),
+    (
+        f"{ADP} --pairs pairs --pixel-backbone not-a-teacher",
+        "the pixel backbone 'not-a-teacher' could not be",
+    ),
+    ("adp.py --teacher video --out new --pairs pairs", "the pixel discriminator sees single pictures"),
+    (f"{WITH_PROMPTS} --student-guidance 2", "--student-guidance is for teachers that are told"),
+    (f"{WITH_PROMPTS} --lora 2", "pip install peft"),
+    (f"{WITH_PROMPTS} --teacher-lora text.pth", "pip install peft"),
+    (f"{COLLECT} --prompts prompts.txt --teacher-lora nowhere", "there is no file --teacher-lora nowhere"),
+    (
+        f"{SAMPLE} --teacher teacher --prompt circle --teacher-lora text.pth",
+        "text.pth is no .safetensors file",
+    ),
+    (
+        f"{WITH_PROMPTS} --eval-every 1 --eval-prompts prompts.txt --eval-metric clip",
+        "pip install open_clip_torch",
+    ),
+    (
+        f"{ADP} --pairs pairs --eval-every 1 --eval-prompts prompts.txt --eval-metric lpips",
+        "pip install lpips",
+    ),
+    ("evaluate.py --teacher teacher --prompts prompts.txt --metrics fid,hpsv2", "pip install torchmetrics"),
+    (
+        f"{COLLECT} --teacher flux --prompts prompts.txt --negative-prompt red",
+        "guided by a second pass; this is not",
+    ),
+)
+
+
+@pytest.mark.parametrize("words, sentence", KNOWN_WITHOUT_WEIGHTS)
+def test_what_is_known_without_weights_is_said_before_they_are_read(place, monkeypatch, words, sentence):
+    """Those of a real teacher take minutes."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("support.loading.load_part", None)
+    for package in ("open_clip", "lpips", "torchmetrics"):
+        monkeypatch.setitem(sys.modules, package, None)
+    if "peft" in sentence:
+        monkeypatch.setitem(sys.modules, "peft", None)
+    script, *rest = words.split()
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        (MAIN | {"evaluate.py": evaluate.main})[script](rest)
+    assert not os.path.exists("new")
 
 
 def test_wrong_input_to_the_real_command(place):

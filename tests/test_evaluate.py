@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,6 +41,40 @@ def test_an_image_depends_on_its_number_and_seed_alone(teacher):
     alone = torch.cat([system.images([prompt], [i], [5]) for i, prompt in enumerate(prompts)])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
     assert (system.images(prompts, range(3), [6]) - together).abs().max() > 0.1
+
+
+class Network:
+    """Stands in for one, and knows where it is."""
+
+    place = "cpu"
+
+    def to(self, place):
+        self.place = place
+
+
+def test_of_several_systems_only_the_one_that_draws_is_on_the_device(tmp_path, monkeypatch):
+    """A student of Qwen-Image alone takes 41 GB."""
+    shown = SimpleNamespace(frames=None, fps=None, resolution=(8, 8), count_passes=lambda scale: 1)
+    teacher = SimpleNamespace(device="gpu", denoiser=Network(), **vars(shown))
+    students = [Network(), Network()]
+    systems = [System(teacher, steps=1, guidance=1)]
+    systems += [System(teacher, SimpleNamespace(steps=1), net, guidance=1) for net in students]
+    networks = [teacher.denoiser, *students]
+    seen = []
+
+    def draw(system, prompts, numbers, seeds):
+        seen.append([net.place for net in networks])
+        return torch.zeros(len(prompts), 1, 3, 8, 8)
+
+    monkeypatch.setattr(System, "images", draw)
+    for i, system in enumerate(systems):
+        folder = str(tmp_path / str(i))
+        images = Images(str(i), folder, [[f"{folder}/0000-0.png"]], {}, system)
+        images.prepare_folder()
+        assert images.draw(["a square"], range(1), batch=1) > 0
+        assert images.draw(["a square"], range(1), batch=1) is None
+    assert seen == [["gpu", "cpu", "cpu"], ["cpu", "gpu", "cpu"], ["cpu", "cpu", "gpu"]]
+    assert {net.place for net in networks} == {"cpu"}
 
 
 WRONG = [
