@@ -56,6 +56,7 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What a run is: with another value it is another run
 IDENTITY = ("stage", "fingerprint", "resolution", "frames", "parametrisation", "steps")
 IDENTITY_ARGUMENTS = ("loss", "init", "first_time", "seed", "lora", "lora_targets", "head_width")
+SWITCHES = ("ema", "lambda_pixel")  # at 0 or not, as they bring a part of the state with them
 # What does not change the numbers, or is compared as part of the above
 FREE = (
     "teacher",
@@ -219,15 +220,13 @@ class Run:
         for name in IDENTITY_ARGUMENTS:
             values[name_option(name)] = (before.get(name), now.get(name))
         values["--init"] = [path and os.path.abspath(path) for path in values["--init"]]
+        for name in SWITCHES:
+            old, new = before.get(name), now.get(name)
+            if bool(old) != bool(new):
+                values[name_option(name)] = (old, new)
         for name, (old, new) in values.items():
             if old != new:
                 raise UserError(f"{folder} cannot be resumed: its {name} is {old}, not {new}")
-        for name in ("ema", "lambda_pixel"):  # they bring a part of the state with them
-            old, new = before.get(name), now.get(name)
-            if bool(old) != bool(new):
-                raise UserError(
-                    f"{folder} cannot be resumed: its {name_option(name)} is {old:g}, not {new:g}"
-                )
         for name, value in now.items():
             old = before.get(name)
             if name not in FREE and old != value:

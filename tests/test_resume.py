@@ -213,7 +213,7 @@ OTHER_RUNS = (
     ("--loss dmd --steps 2 --seed 1", "its --seed is 0, not 1"),
     ("--loss dmd --steps 2 --lora 2", "its --lora is 0, not 2"),
     ("--loss dmd --steps 2 --head-width 64", "its --head-width is 128, not 64"),
-    ("--loss dmd --steps 2 --ema 0.5", "its --ema is 0, not 0.5"),
+    ("--loss dmd --steps 2 --ema 0.5", "its --ema is 0.0, not 0.5"),
 )
 
 
