@@ -380,10 +380,9 @@ class SDXL(Teacher):
             (pipe.tokenizer, pipe.text_encoder),
             (pipe.tokenizer_2, pipe.text_encoder_2),
         ):
-            length = tokenizer.model_max_length
-            options = {"padding": "max_length", "max_length": length, "truncation": True}
-            ids = tokenizer(list(prompts), return_tensors="pt", **options).input_ids
-            out = encoder(ids.to(self.device), output_hidden_states=True)
+            texts = pipe.maybe_convert_prompt(list(prompts), tokenizer)  # textual inversion's several tokens
+            tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+            out = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
             embeds.append(out.hidden_states[-2])
         height, width = self.resolution
         time_ids = torch.tensor([height, width, 0, 0, height, width], device=self.device)

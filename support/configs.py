@@ -104,6 +104,8 @@ DIFFUSION_FIELDS = {
     "tau_func": SAMPLER,
     "skip_prk_steps": SAMPLER,
 }
+# this pipeline turns clipping off itself
+SD_SCHEDULER_FIELDS = {**DIFFUSION_FIELDS, "clip_sample": (True, False, None)}
 FLOW_FIELDS = {
     "num_train_timesteps": (1000,),
     "shift": HONOURED,
@@ -327,7 +329,7 @@ PIPELINES = {
         "tokenizer": T5_TOKENIZER,
     },
     "StableDiffusionPipeline": {
-        "scheduler": Part(DIFFUSION, DIFFUSION_FIELDS),
+        "scheduler": Part(DIFFUSION, SD_SCHEDULER_FIELDS),
         "unet": Part(("UNet2DConditionModel",), UNET_FIELDS),
         "vae": Part(("AutoencoderKL",), SD_VAE_FIELDS),
         "text_encoder": Part(("CLIPTextModel",)),
@@ -466,7 +468,7 @@ def check_configs(name, pipeline, configs, classes):
                 name, file, "_class_name", kind, f"known with {pipeline}: {', '.join(known.classes)}"
             )
         whole[part] = fill_config(classes[part], config)
-        check_fields(name, file, whole[part], classes[part], known.fields)
+        check_fields(name, file, config, classes[part], known.fields)
     vae = whole.pop("vae")
     scheduler = whole.pop("scheduler")
     [(part, denoiser)] = whole.items()
@@ -495,10 +497,11 @@ def list_fields(kind):
 
 def check_fields(name, file, config, kind, fields):
     """UserError for a field of which nothing is known, unless it is off and the class does not read it, for a
-    value that is refused, and for one of the wrong type."""
+    value that is refused, and for one of the wrong type. config: as in its file; what is not there is at the
+    class's default."""
     own = list_fields(kind)
     hints = typing.get_type_hints(kind.__init__)
-    for field, value in config.items():
+    for field, value in fill_config(kind, config).items():
         rule = fields.get(field)
         if rule is None and field not in own and value in (None, False):
             continue  # what another version of diffusers knows, and is not used
@@ -506,7 +509,8 @@ def check_fields(name, file, config, kind, fields):
             raise refuse(name, file, field, value, "a field of which nothing is known here")
         if isinstance(rule, tuple) and not is_among(value, rule):
             known = " or ".join(show(v) for v in rule)
-            raise refuse(name, file, field, value, f"known here is {known}")
+            default = "" if field in config else f"a {kind.__name__}'s default, "
+            raise refuse(name, file, field, value, f"{default}known here is {known}")
         if field in own:
             may_be_null = type(None) in typing.get_args(hints.get(field))
             if not is_like(value, own[field].default, may_be_null):
@@ -610,6 +614,8 @@ def describe_sampler(pipeline, kind, config):
     pipeline: its class's name; kind, config: the scheduler's class, and its config as in its file."""
     if kind.__name__ not in SAME_SAMPLER:
         return kind.__name__
+    if pipeline == "WanPipeline":
+        return f"{kind.__name__}'s own levels"  # they shift the lowest twice
     fields = PIPELINES[pipeline]["scheduler"].fields
     words = []
     for field, parameter in list_fields(kind).items():

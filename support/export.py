@@ -10,7 +10,7 @@ from support.errors import UserError
 from support.files import make_folder, short_name, write_atomically, write_text
 from support.hub import is_hub_id
 from support.loading import describe_teacher
-from support.lora_files import check_pipeline, save_layers, split_change
+from support.lora_files import check_pipeline, list_lora_parts, save_layers, split_change
 from support.outputs import check_file
 from support.schedulers import choose_timesteps
 
@@ -114,6 +114,8 @@ def write_lora_lines(student, path, is_card=False):
         base = base if is_hub_id(base) else short_name(base)
         lora = lora and short_name(lora)
     more = ["add_watermarker=False"] if isinstance(teacher.pipe, StableDiffusionXLPipeline) else []
+    if "safety_checker" in teacher.pipe.components:
+        more.append("safety_checker=None")  # the teacher has none
     if teacher.variant:
         more.append(f"variant={teacher.variant!r}")
     scheduler = type(student.scheduler()).__name__
@@ -122,7 +124,12 @@ def write_lora_lines(student, path, is_card=False):
         f"pipe = {write_opening(teacher, base, more)}",
     ]
     if lora:
-        lines += [f"pipe.load_lora_weights({lora!r})", "pipe.fuse_lora()", "pipe.unload_lora_weights()"]
+        parts = list_lora_parts(teacher.pipe)  # FLUX's pipeline by itself fuses the transformer's alone
+        lines += [
+            f"pipe.load_lora_weights({lora!r})",
+            f"pipe.fuse_lora(components={parts!r})",
+            "pipe.unload_lora_weights()",
+        ]
     return [
         *lines,
         f"pipe.load_lora_weights({place!r}, weight_name={name!r})",

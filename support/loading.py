@@ -102,8 +102,8 @@ def load_pipeline(name, path, dtype, variant=None):
     other = describe_sampler(teacher.pipeline, teacher.classes["scheduler"], teacher.configs["scheduler"])
     if other:
         note(
-            f"the pipeline of {name} samples with {other}; as a teacher it takes DDIM steps along the "
-            "same schedule"
+            f"the pipeline of {name} samples with {other}; as a teacher it takes DDIM's steps (a flow: "
+            "Euler's) along the same schedule"
         )
     return assemble(getattr(diffusers, teacher.pipeline), parts, teacher.switches), folder
 

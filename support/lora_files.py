@@ -121,12 +121,17 @@ def count_factors(path):
     return len(factors)
 
 
+def list_lora_parts(pipe):
+    """The names of the networks of a pipeline that a LoRA file may be of."""
+    return [name for name in pipe._lora_loadable_modules if getattr(pipe, name, None) is not None]
+
+
 def merge(pipe, path, count, parts=None):
     """Adds a LoRA file to the weights of the pipeline's networks, or of some alone. UserError where less than
     `count` of its factors found their layer."""
     from diffusers.utils import logging
 
-    parts = parts or [name for name in pipe._lora_loadable_modules if getattr(pipe, name, None) is not None]
+    parts = parts or list_lora_parts(pipe)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it says at length which networks a file has nothing for
     try:

@@ -76,6 +76,7 @@ class Flux(PackedTeacher):
             cond = self.tell_guidance(cond, self.student_guidance)
         tokens = self.pack(x.to(self.dtype))
         places = {"img_ids": self.places, "txt_ids": self.places.new_zeros(self.text_length, 3)}
+        t = timestep.to(self.dtype) / T  # rounded twice in bf16, as its pipeline does
         with self.autocast():
-            raw = net(tokens, **cond, timestep=timestep.float() / T, **places, return_dict=False)[0]
+            raw = net(tokens, **cond, timestep=t, **places, return_dict=False)[0]
         return self.unpack(raw).float()

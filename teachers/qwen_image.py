@@ -71,8 +71,9 @@ class QwenImage(PackedTeacher):
         text, mask = cut_rows(cond["encoder_hidden_states"], cond["length"])
         shapes = [[(1, *self.patches)]] * len(x)
         tokens = self.pack(x.to(self.dtype))
+        t = timestep.to(self.dtype) / T  # rounded twice in bf16, as its pipeline does
         with self.autocast():
-            raw = net(tokens, text, mask, timestep.float() / T, shapes, return_dict=False)[0]
+            raw = net(tokens, text, mask, t, shapes, return_dict=False)[0]
         return self.unpack(raw).float()
 
     def _decode(self, latents):

@@ -580,7 +580,8 @@ TABLE = {
         ("weighted mean for the sum", "(values * weights).sum(1).mean()", "(values * weights).mean()"),
     ],
     "teachers/flux.py": [
-        ("FLUX told T sigma", "timestep=timestep.float() / T", "timestep=timestep.float()"),
+        ("FLUX told T sigma", "timestep.to(self.dtype) / T", "timestep.to(self.dtype)"),
+        ("FLUX's times rounded once", "timestep.to(self.dtype) / T", "timestep.float() / T"),
         ("FLUX's rows and columns swapped", "rows[:1]), rows, columns)", "rows[:1]), columns, rows)"),
         (
             "FLUX's teacher told the student's guidance",
@@ -594,7 +595,7 @@ TABLE = {
         ("tokens unfolded on their side", "unflatten(2, self.patches)", "unflatten(2, self.patches[::-1])"),
     ],
     "teachers/qwen_image.py": [
-        ("Qwen told T sigma", "mask, timestep.float() / T", "mask, timestep.float()"),
+        ("Qwen told T sigma", "timestep.to(self.dtype) / T", "timestep.to(self.dtype)"),
         ("Qwen's levels not stretched", "alpha * (1 - end) / alpha[-1]", "alpha * (1 - end)"),
         ("Qwen's norm of the null pass", "self.pack(raw).norm", "self.pack(raw_null).norm"),
         ("Qwen's norm of the whole picture", "pack(raw).norm(dim=-1,", "pack(raw).norm(dim=(-2, -1),"),

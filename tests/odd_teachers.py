@@ -306,6 +306,18 @@ ODD = [
     refused("sdxl", SCHEDULER, "prediction_type", "flow_prediction"),
     refused("sdxl", SCHEDULER, "prediction_type", None),
     refused("sdxl", SCHEDULER, "clip_sample", True),
+    Odd(
+        "no clip_sample",
+        "sdxl",
+        replace_scheduler("DDIMScheduler", **SCALED),
+        "clip_sample: true, a DDIMScheduler's default, known here is false or null",
+    ),
+    Odd(
+        "SD without clip_sample",
+        "stable-diffusion",
+        replace_scheduler("DDIMScheduler", **SCALED, set_alpha_to_one=False, steps_offset=1),
+        RIGHT,
+    ),
     refused("sdxl", SCHEDULER, "thresholding", True),
     refused("sdxl", SCHEDULER, "timestep_spacing", "karras"),
     refused("sdxl", SCHEDULER, "steps_offset", 7),

@@ -1,5 +1,6 @@
 """The families against diffusers: real configs, samplers, schedules, conditions, exported students."""
 
+import inspect
 import json
 import math
 import os
@@ -523,6 +524,49 @@ def test_the_tiny_sd3_has_a_t5_that_says_nothing(tmp_path):
     DiffusionPipeline.from_pretrained(tmp_path)
     text = common.load_teacher(str(tmp_path), CPU).encode(PROMPTS)["encoder_hidden_states"]
     assert text[:, 16:].abs().max() == 0
+
+
+@torch.no_grad()
+def test_a_textual_inversion_of_several_tokens_is_all_of_them(tmp_path):
+    """As the pipeline's own encode_prompt reads it."""
+    teacher = common.load_teacher(helpers.make_teacher(tmp_path, 0), CPU)
+    pipe = teacher.pipe
+    torch.manual_seed(1)
+    parts = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
+    for tokenizer, encoder in parts:
+        tokenizer.add_tokens(["<cat>", "<cat>_1"])
+        encoder.resize_token_embeddings(len(tokenizer))
+    prompts = ["a small <cat>", "a circle"]
+    ours = teacher.encode(prompts)
+    embeds, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours["encoder_hidden_states"], embeds)
+    torch.testing.assert_close(ours["text_embeds"], pooled)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, steps", [("flux", 4), ("qwen-image", 8), ("sd3", 4), ("wan", 4)])
+def test_networks_in_bf16_are_told_the_times_that_their_pipelines_tell_them(tmp_path, kind, steps):
+    """To the last bit, as an exported student is to draw what it draws here."""
+    folder = helpers.make_teacher(tmp_path, 0, kind)
+    size = families.FAMILIES[kind]["size"] if kind in families.FAMILIES else {}
+    teacher = common.load_teacher(folder, CPU, torch.bfloat16, **size)
+    student = common.Student(teacher, "teacher", steps)
+    told = []
+
+    def note(module, args, kwargs):
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        told.append(given["timestep"].double()[0].item())
+
+    teacher.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    rng = RowRNG(range(len(PROMPTS)), ("test", 3), CPU)
+    student.sample(teacher.denoiser, rng, teacher.encode(PROMPTS))
+    ours, told[:] = list(told), []
+    pipe = teacher.pipe
+    pipe.scheduler = student.scheduler()
+    x_T = draw_noise(len(PROMPTS), *teacher.latent_shape).bfloat16()
+    draw(pipe, teacher, x_T, steps, 1.0 if kind != "flux" else teacher.student_guidance)
+    assert len(ours) == steps
+    assert told[:steps] == ours
 
 
 # Students -------------------------------------------------------------------------------------------------

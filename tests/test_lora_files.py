@@ -15,10 +15,10 @@ import helpers
 import sample
 from support.checkpoints import LORA_FILE
 from support.errors import UserError
-from support.export import describe_split
+from support.export import describe_split, write_lora_lines
 from support.files import read_json
 from support.lora import find_targets
-from support.lora_files import factorise, save_layers, split_change
+from support.lora_files import factorise, list_lora_parts, save_layers, split_change
 
 RANK = 3
 
@@ -309,11 +309,37 @@ def test_a_student_of_a_tuned_teacher_needs_it(tuned, prompts_file, tmp_path, ca
     sample.main(["--student", run, "--export-lora", str(tmp_path / "student.safetensors")])
     lines = capsys.readouterr().out.splitlines()
     assert f"pipe.load_lora_weights({file!r})" in lines
-    assert "pipe.fuse_lora()" in lines
+    assert "pipe.fuse_lora(components=['unet', 'text_encoder', 'text_encoder_2'])" in lines
     sample.main(["--student", run, "--export", str(tmp_path / "whole")])
     exported = DiffusionPipeline.from_pretrained(tmp_path / "whole").text_encoder.state_dict()
     for name, weight in merged["text_encoder"].items():
         torch.testing.assert_close(exported[name], weight)
+
+
+@pytest.mark.parametrize("family", ("sdxl", "flux"))
+def test_the_lines_merge_a_teachers_lora_into_all_its_networks(tmp_path, family):
+    folder = helpers.make_teacher(tmp_path / "teacher", 0, family)
+    pipe = common.load_teacher(folder, helpers.CPU).pipe
+    torch.manual_seed(2)
+    layers = {}
+    for part in list_lora_parts(pipe):
+        layers[f"{part}_lora_layers"] = own = {}
+        ending = "q_proj" if part.startswith("text") else "to_q"
+        for name, module in getattr(pipe, part).named_modules():
+            if name.endswith(ending):
+                own[f"{name}.lora_A.weight"] = torch.randn(2, module.in_features)
+                own[f"{name}.lora_B.weight"] = torch.randn(module.out_features, 2)
+    type(pipe).save_lora_weights(tmp_path, **layers)
+    words = ["--teacher", folder, *helpers.size(family)]
+    teacher = load(*words, "--teacher-lora", str(tmp_path / LORA_FILE))
+    lines = write_lora_lines(common.Student(teacher, "teacher", 2), str(tmp_path / "student.safetensors"))
+    scope = {}
+    exec("\n".join(lines[:-3]), scope)  # without the student's
+    assert len(layers) > 1
+    for part in list_lora_parts(pipe):
+        merged = getattr(scope["pipe"], part).state_dict()
+        for name, weight in getattr(teacher.pipe, part).state_dict().items():
+            torch.testing.assert_close(merged[name], weight)
 
 
 MISFITS = (
