@@ -41,7 +41,7 @@ from metrics.scorers import SCORERS, check_metric
 from metrics.systems import find_reference, name_systems, open_systems
 from metrics.vbench import check_vbench, read_prompts_of_table, run_vbench
 from support import arguments
-from support.arguments import positive, seed_number, whole
+from support.arguments import positive, seed_number, unix_time, whole
 from support.errors import UserError, launch
 from support.escapes import make_printable
 from support.files import lock_folder, make_folder
@@ -85,15 +85,20 @@ def parse(argv):
     add("--json", "file for the numbers", shown="OUT/report.json")
     add("--grid", "file for an image with a row a system", shown="OUT/grid.png")
     since = "Unix time when the reported work began, for its minutes"
-    add("--since", since, type=float, default=time.time(), shown="now")
+    add("--since", since, type=unix_time, default=time.time(), shown="now")
     args = parser.parse_args(argv)
 
     args.student, args.images = name_systems(args.student or [], args.images or [])
     args.names = [*(["teacher"] if args.teacher else []), *args.student, *args.images]
     if not args.names:
         raise UserError("give a --teacher, a --student, --images, or several of them")
+    if not args.teacher and any(
+        value is not None for value in (args.steps, args.guidance, args.negative_prompt)
+    ):
+        its = "--steps, --guidance and --negative-prompt are the teacher's"
+        raise UserError(f"{its}, and it is not measured: add --teacher, or leave them out")
     args.reference = args.reference or args.names[0]
-    args.metrics = args.metrics.split(",") if args.metrics else []
+    args.metrics = list(dict.fromkeys(args.metrics.split(","))) if args.metrics else []
     return args
 
 
@@ -116,6 +121,8 @@ def check_arguments(args, dimensions):
     for name in args.side_by_side or ():
         if name not in args.names:
             raise UserError(f"--side-by-side {name!r} is {systems}")
+        if args.side_by_side.count(name) > 1:
+            raise UserError(f"--side-by-side compares two systems, not {name!r} with itself")
     if not args.out and (world_size() > 1 or args.side_by_side or "vbench" in args.metrics):
         these = "several processes, --side-by-side and --metrics vbench"
         raise UserError(f"{these} need a folder for the results: give --out")

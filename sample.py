@@ -32,6 +32,7 @@ from support.files import make_folder, read_json, remove_leftovers, write_sealed
 from support.folders import check_index
 from support.media import require_video_writer, save_grid, save_video
 from support.outputs import check_folder, check_new
+from support.parallel import world_size
 from support.prompts import is_encodable, read_prompts
 from support.systems import System
 
@@ -61,6 +62,11 @@ def parse_arguments(argv):
     add("--report", "a report.json of evaluate.py, whose table comes into the model card", metavar="FILE")
     args = parser.parse_args(argv)
 
+    if world_size() > 1:
+        raise UserError("sample.py is one process; evaluate.py draws with several: start it without torchrun")
+    for seed in args.seeds:
+        if args.seeds.count(seed) > 1:
+            raise UserError(f"--seeds has {seed} twice")
     exporting = args.export is not None or args.export_lora is not None
     if exporting and (args.prompt or args.prompts or not args.student):
         raise UserError("--export and --export-lora take a --student and no prompts")
@@ -185,7 +191,7 @@ def prepare_folder(args, systems, prompts):
         "systems": [system.describe() for system in systems],
     }
     names = os.listdir(args.out) if os.path.isdir(args.out) else []
-    samples = [name for name in names if re.fullmatch(r"\d{4,}-\d+\.(png|mp4)", name)]
+    samples = [name for name in names if re.fullmatch(r"\d{4,}-\d+\.(png|mp4)|grid\.png", name)]
     check_index(args.out, index, bool(samples))
     make_folder(args.out)
     remove_leftovers(args.out)

@@ -9,7 +9,7 @@ from metrics.page import save_page
 from metrics.plots import save_bars, save_differences, save_examples, save_sheet
 from metrics.rows import round_values
 from support.errors import UserError
-from support.files import ROOT, write_atomically, write_json
+from support.files import ROOT, remove_leftovers, write_atomically, write_json, write_text
 from support.outputs import check_file, check_folder
 
 FILES = ("report.json", "table.md", "grid.png", "bars.png", "differences.png", "side-by-side.html")
@@ -27,6 +27,7 @@ def check_outputs(args):
         paths += [os.path.join(args.out, file) for file in (*FILES, *sheets) if not given.get(file)]
         for name in args.names:
             check_folder(os.path.join(args.out, name))
+    check_places(args)
     taken = {os.path.realpath(args.prompts)}
     for path in paths:
         check_file(path)
@@ -36,6 +37,24 @@ def check_outputs(args):
                 f"two files would be {path}: give --json, --grid and --prompts names of their own"
             )
         taken.add(place)
+
+
+def check_places(args):
+    """UserError for results that would lie among the images that are measured, or fill a student's run."""
+    images = list(args.images.values())
+    if args.reference not in args.names:
+        images.append(args.reference)
+    images = {os.path.realpath(folder) for folder in images}
+    grid = [os.path.dirname(args.grid) or "."] if args.grid else []
+    named = [os.path.join(args.out, name) for name in args.names] if args.out else []
+    out = [args.out] if args.out else []
+    for folder in out + named + grid:
+        if os.path.realpath(folder) in images:
+            raise UserError(f"the results in {folder} would be among the images there: give other folders")
+    runs = {os.path.realpath(folder) for folder in args.student.values()}
+    for folder in named:
+        if os.path.realpath(folder) in runs:
+            raise UserError(f"the results in {folder} would be in the student's run: give another --out")
 
 
 def name_sheet(system):
@@ -84,14 +103,15 @@ def read_commit():
 def write_report(out, args, prompts, systems, scorers, rows, paper, values, text):
     """Everything that --out, --json and --grid ask for. systems {name: Images}, values {name: {metric: [P]}}
     for the prompts' means, text the table."""
+    for path in filter(None, (args.json, args.grid)):
+        remove_leftovers(os.path.dirname(path) or ".")
     if args.json or args.out:
         write_numbers(args.json or os.path.join(out, "report.json"), args, scorers, rows, paper)
     if args.grid or args.out:
         save_examples(systems, prompts, args.grid or os.path.join(out, "grid.png"))
     if not args.out:
         return
-    with write_atomically(os.path.join(out, "table.md")) as temporary, open(temporary, "w") as file:
-        file.write(text + "\n")
+    write_text(os.path.join(out, "table.md"), text + "\n")
     if scorers:
         save_bars(rows, paper, os.path.join(out, "bars.png"))
     if args.reference in systems:

@@ -19,6 +19,7 @@ EVAL_METRICS = ("oracle", "clip", "pick", "hpsv2", "mps", "lpips")
 CLIP = ("ViT-g-14", "laion2b_s12b_b42k", "A photo depicts ")
 LPIPS = ("alex", 512)
 GPU_GB = 80  # of the cards that most have
+MAY_BE_EMPTY = ("negative_prompt", "clip_prefix", "prompt")  # sample.py says more of the last
 PROMPTS_HELP = "a prompt a line; or a .csv, .tsv, .jsonl, .json or .parquet file"
 
 
@@ -46,6 +47,17 @@ class Parser(argparse.ArgumentParser):
             help += f" (default {default})".replace("%", "%%")
         group.add_argument(name, help=help, **options)
 
+    def parse_args(self, argv=None):
+        """UserError's sentence for an option that is given nothing, as by a shell's variable that is not
+        set."""
+        args = super().parse_args(argv)
+        for action in self._actions:
+            given = getattr(args, action.dest, None)
+            values = given if isinstance(given, list) else [given]
+            if "" in values and action.dest not in MAY_BE_EMPTY:
+                self.error(f"{action.option_strings[0]} is empty: give it a value, or leave it out")
+        return args
+
     def default_of(self, name):
         """What each family's default is, in words: the paper's; the others are not imported for it."""
         words = [f"{family.__name__} {getattr(family, name):g}" for family in self.families.values()]
@@ -60,13 +72,16 @@ class Parser(argparse.ArgumentParser):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def number(kind, wanted, allowed):
-    """An argument's type: a number of this kind (int, float or ratio) that is as wanted."""
+def number(kind, wanted, allowed, most=10**9):
+    """An argument's type: a number of this kind (int, float or ratio) that is as wanted, and a whole one no
+    larger than `most`."""
 
     def parse(text):
         value = kind(text)
         if not allowed(value):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        if kind is int and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
         return value
 
     # argparse says "invalid number value: 'x'"
@@ -85,7 +100,7 @@ def resolution(text):
 def ratio(text):
     """ "0.125" or "1/8" -> 0.125."""
     try:
-        return float(Fraction(text))
+        return float(Fraction(text)) if "/" in text else float(text)
     except (ZeroDivisionError, OverflowError) as error:
         raise ValueError(text) from error
 
@@ -112,10 +127,11 @@ def new_folder(text):
 positive = number(int, "at least 1", lambda value: value >= 1)
 whole = number(int, "at least 0", lambda value: value >= 0)
 sampler_steps = number(int, "from 1 to 1000", lambda value: 1 <= value <= 1000)
-seed_number = number(int, "from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+seed_number = number(int, "from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63, most=2**63)
 head_width = number(int, "a multiple of 32", lambda value: value > 0 and value % 32 == 0)
 non_negative = number(float, "at least 0", lambda value: 0 <= value < math.inf)
 above_zero = number(float, "above 0", lambda value: 0 < value < math.inf)
+unix_time = number(float, "a number of seconds", math.isfinite)
 share = number(float, "at least 0 and below 1", lambda value: 0 <= value < 1)
 # in units of T
 step_length = number(ratio, "between 0 and 1", lambda value: 0 < value < 1)

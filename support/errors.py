@@ -33,7 +33,8 @@ def first_line(error):
 def note(sentence):
     """Tells the user something, once, not once a rank."""
     if is_main():
-        print(f"note: {sentence}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone, and the work goes on
+            print(f"note: {sentence}", file=sys.stderr)
 
 
 def require(module, package, does):
@@ -47,10 +48,9 @@ def require(module, package, does):
 def launch(main):
     """Runs a script's main(). A mistake, a full disk, an unreadable file, a GPU that is too small becomes one
     sentence and exit code 2, on whichever rank it happens; Ctrl-C exit code 130."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")  # a prompt that the terminal cannot show
+    open_streams()
     try:
+        check_ranks()
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -65,6 +65,26 @@ def launch(main):
         dist.destroy_process_group()
 
 
+def open_streams():
+    """Output that the shell has closed goes nowhere; what a terminal cannot show is shown in its code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the process ends
+        with contextlib.suppress(AttributeError):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def check_ranks():
+    """UserError for a RANK or WORLD_SIZE that no torchrun has set."""
+    names = ("RANK", "WORLD_SIZE")
+    given = [os.environ.get(name) for name in names]
+    if given == [None, None]:
+        return
+    if not all(value and value.isdecimal() for value in given) or not int(given[0]) < int(given[1]):
+        found = " and ".join(f"{name}={value}" for name, value in zip(names, given) if value is not None)
+        raise UserError(f"the environment has {found}: start with torchrun, which sets both, or unset them")
+
+
 def explain(error):
     """What a person is to know of an error; None for one that is a defect of this program."""
     if isinstance(error, UserError):
@@ -72,6 +92,10 @@ def explain(error):
     if isinstance(error, torch.OutOfMemoryError):
         command = os.path.basename(sys.argv[0])
         return f"the GPU's memory is full: lower --batch{MEMORY_ADVICE.get(command, '')}"
+    if is_out_of_memory(error):
+        return "the machine's memory is full: ask for less, as a smaller --batch or --resolution"
+    if "using env:// rendezvous" in str(error):
+        return f"{first_line(error)}: start with torchrun, which sets all of them"
     if "invalid device ordinal" in str(error):
         return "there are fewer GPUs on this machine than processes: lower --nproc_per_node"
     if "DataLoader worker" in str(error):
@@ -86,6 +110,11 @@ def explain(error):
     if is_lost_connection(error):
         return "the connection to another rank is lost"
     return None
+
+
+def is_out_of_memory(error):
+    """Whether an error says that the machine's memory, not a GPU's, is too small."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def is_lost_connection(error):

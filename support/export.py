@@ -7,7 +7,7 @@ import shutil
 from support.card import PLACE
 from support.checkpoints import LORA_FILE
 from support.errors import UserError
-from support.files import make_folder, short_name, write_atomically, write_text
+from support.files import make_folder, remove_leftovers, short_name, write_atomically, write_text
 from support.hub import is_hub_id
 from support.loading import describe_teacher
 from support.lora_files import check_pipeline, list_lora_parts, save_layers, split_change
@@ -30,6 +30,7 @@ def export(system, folder, card=""):
     if isinstance(pipe, StableDiffusionXLPipeline):
         # else it marks its pictures wherever the package invisible-watermark is installed
         pipe.register_to_config(add_watermarker=False)
+    remove_leftovers(os.path.dirname(folder) or ".")
     with write_atomically(folder) as temporary:
         pipe.save_pretrained(temporary)
         write_text(os.path.join(temporary, "README.md"), card)
@@ -73,6 +74,7 @@ def export_lora(student, checkpoint, path, rank, load_networks):
         with write_atomically(path) as temporary:
             save_layers(student.teacher, layers, folder, os.path.basename(temporary))
         said = describe_split(rank, left_out, error)
+    remove_leftovers(folder)
     with write_atomically(os.path.join(folder, "scheduler")) as temporary:
         scheduler.save_pretrained(temporary)
     return said

@@ -38,6 +38,10 @@ def make_folder(path):
 # ----------------------------------------------------------------------------------------------------------
 
 LEFTOVER = re.compile(r"\.writing-(\w+)-(\d+)-.+")  # what write_atomically writes to: host, process, name
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITE_FAILED = re.compile(  # as torch and safetensors say it
+    rf"os error ({'|'.join(map(str, FULL))})\)|unexpected pos \d+ vs|file write failed"
+)
 HOST = re.sub(r"\W", "", socket.gethostname()) or "host"
 UMASK = os.umask(0)  # there is no other way to ask for it
 os.umask(UMASK)
@@ -72,15 +76,15 @@ def write_atomically(path):
 
 
 def explain_failed_write(error, folder):
-    """Why a write failed, in words; None where the disk is not to blame. What libraries raise where a disk is
-    full says it in many ways, or not at all."""
+    """Why a write failed, in words; None where the disk is not to blame. What libraries raise where a disk or
+    a quota is full says it in many ways, or not at all."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
         free = 0
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if is_full or free < 2**16 or "os error 28" in str(error):
-        return f"the disk is full ({free / 1e9:.2f} GB free)"
+    is_full = isinstance(error, OSError) and error.errno in FULL
+    if is_full or free < 2**16 or WRITE_FAILED.search(str(error)):
+        return f"the disk is full, or your share of it ({free / 1e9:.2f} GB free)"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, FileExistsError):
         return error.strerror
     return None
@@ -199,11 +203,11 @@ def as_json(value):
 
 
 def read_json(path):
-    """The file's value; None where it is not there or damaged."""
+    """The file's value; None where it is not there or damaged. OSError where it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
 
 

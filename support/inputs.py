@@ -1,5 +1,7 @@
 """What a command will read, tried before a teacher's weights are fetched and read."""
 
+import os
+
 from metrics.scorers import SCORERS
 from support.checkpoints import find_checkpoint, find_newest, list_checkpoints
 from support.errors import UserError, require
@@ -10,6 +12,8 @@ from support.prompts import read_prompts
 def check_inputs(args):
     """UserError where the run's folder, --init, --pairs, --eval-prompts or a missing package would end it
     later."""
+    require("matplotlib", "matplotlib", "draws curves.png")
+    require("torchvision", "torchvision", "writes the previews")
     if args.lora:
         require("peft", "peft", "adds LoRA adapters")
     check_that_no_run_is_there(args)
@@ -18,7 +22,13 @@ def check_inputs(args):
         read_index(args.pairs)
     if args.eval_every:
         SCORERS[args.eval_metric].check_packages()
-        read_held_out_prompts(args)
+        if not is_stream(args.eval_prompts):  # which cannot be read a second time
+            read_held_out_prompts(args)
+
+
+def is_stream(path):
+    """Whether it is a pipe, as the shell's <(...)."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def find_start(args, part=None):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from support.configs import check_configs, choose_classes, describe_sampler
-from support.errors import UserError, note
+from support.errors import UserError, is_out_of_memory, note
 from support.hub import is_hub_id, is_offline
 
 # What files may have beside a network's own weights: tables that it computes, and parts that its class
@@ -278,9 +278,9 @@ def try_out(teacher):
     try:
         x = torch.zeros(1, *teacher.latent_shape, device=teacher.device)
         raw = teacher.raw(teacher.denoiser, x, t, teacher.encode([""]))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of many kinds, as parts can misfit in many ways
+        if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
+            raise
         reason = shorten(error)
         raise UserError(f"the parts of the teacher {teacher.path} do not fit together: {reason}") from error
     if raw.shape != x.shape or not raw.isfinite().all():

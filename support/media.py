@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from support.errors import require
+from support.errors import UserError, first_line, require
 from support.files import sample_json_lines, write_atomically
 
 # ----------------------------------------------------------------------------------------------------------
@@ -105,7 +105,13 @@ def measure(text, font):
 def require_video_writer():
     """UserError where the packages that write mp4 files are missing."""
     require("imageio", "imageio", "writes mp4 files")
-    require("imageio_ffmpeg", "imageio-ffmpeg", "writes mp4 files")
+    ffmpeg = require("imageio_ffmpeg", "imageio-ffmpeg", "writes mp4 files")
+    try:
+        program = ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise UserError(f"imageio-ffmpeg cannot write mp4 files: {first_line(error)}") from error
+    if not shutil.which(program):
+        raise UserError(f"imageio-ffmpeg cannot write mp4 files: there is no program {program}")
 
 
 def save_video(pixels, path, fps):

@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+from support.checkpoints import STEP
 from support.errors import UserError
 
 
@@ -14,10 +15,13 @@ def check_new(path):
 
 
 def check_folder(path):
-    """UserError where no folder can be made or written at this path, whose parents need not be there. Tries
-    it, in a folder that it removes again."""
+    """UserError where no folder can be made or written at this path, whose parents need not be there, and
+    within a checkpoint or a pipeline. Tries it, in a folder that it removes again."""
     if not path:
         raise UserError("the name of a folder is empty")
+    owner = find_owner(path)
+    if owner:
+        raise UserError(f"the folder {path} would be in {owner}, a checkpoint or a pipeline: give another")
     place = os.path.abspath(path)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
@@ -32,6 +36,17 @@ def check_folder(path):
             os.makedirs(os.path.join(trial, missing))
     except (OSError, ValueError) as error:
         raise UserError(f"the folder {path} cannot be written: {error}") from error
+
+
+def find_owner(path):
+    """The checkpoint or the pipeline's folder that a path lies in, or is; None if in none."""
+    place = os.path.realpath(path)
+    while place != os.path.dirname(place):
+        is_checkpoint = STEP.fullmatch(os.path.basename(place)) and os.path.exists(f"{place}/meta.json")
+        if is_checkpoint or os.path.exists(f"{place}/model_index.json"):
+            return place
+        place = os.path.dirname(place)
+    return None
 
 
 def check_file(path):

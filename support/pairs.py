@@ -94,6 +94,8 @@ def find_problem(path, identity, thorough=True):
     which takes reading all of it (thorough), as it was written."""
     if not os.path.exists(path):
         return "missing"
+    with open(path, "rb"):  # OSError where it may be whole, and cannot be read
+        pass
     try:
         with safe_open(path, "pt") as shard:
             checksums = (shard.metadata() or {}).get("checksums", "").split()

@@ -17,11 +17,11 @@ PATIENCE = datetime.timedelta(hours=2)
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK") or 0)
 
 
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_main():

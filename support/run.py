@@ -211,6 +211,8 @@ class Run:
             raise UserError(f"{folder} cannot be resumed with these settings: {reason}") from error
         self.start = meta["step"]
         note(f"going on from {folder}")
+        if self.start >= self.args.iterations:
+            note(f"which has all of --iterations {self.args.iterations}: nothing is left to do")
 
     def _compare(self, folder, meta):
         """UserError where the checkpoint is another run's; says what else differs."""
@@ -281,7 +283,7 @@ class Run:
     def log(self, step):
         """A line of the iteration's metrics, averaged over the ranks. UserError after --patience iterations
         in a row with an update that was left out, since its gradient was not finite."""
-        self.bar.update()
+        self._show()
         metrics = self.method.log.take()
         self._count_left_out(metrics)
         if step % self.args.log_every:
@@ -298,8 +300,19 @@ class Run:
         shown = {name: f"{value:.3g}" for name, value in list(values.items())[:4]}
         if self.left_out:
             shown["left_out"] = self.left_out
-        self.bar.set_postfix(shown)
+        self._show(shown)
         self.left_out = 0
+
+    def _show(self, values=None):
+        """Moves the bar on, or with {name: text} writes these beside it. Where nobody reads it any more, it
+        ends alone."""
+        try:
+            if values:
+                self.bar.set_postfix(values)
+            else:
+                self.bar.update()
+        except OSError:
+            self.bar.disable = True
 
     def _write_line(self, line):
         with self._spare_the_run("metrics.jsonl"), open(self.metrics, "a") as file:
@@ -457,7 +470,7 @@ class Run:
                 _, problem = open_checkpoint(folder)
                 if problem is None:
                     kept += 1
-            elif is_ours(folder) and folder != best:
+            elif is_ours(folder) and os.path.basename(folder) != os.path.basename(best):
                 remove(folder)
 
 

@@ -6,7 +6,7 @@ import os
 import torch
 from torch import nn
 
-from support.errors import UserError, first_line
+from support.errors import UserError, first_line, require
 from support.files import fetch, read_tensors
 
 URL = "https://dl.fbaipublicfiles.com/segment_anything"
@@ -20,6 +20,7 @@ OFFICIAL = {
 def find_sam(name):
     """A file, or the name of an official checkpoint, which is fetched -> the file. UserError where there is
     none."""
+    require("segment_anything", "segment-anything", "has the pixel discriminator's encoder")
     if name in OFFICIAL:
         return fetch(f"{URL}/{OFFICIAL[name]}", "give --pixel-backbone PATH")
     if not os.path.exists(name):

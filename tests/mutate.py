@@ -25,9 +25,12 @@ OF_FILES = {  # a file's or folder's, where they are others or come in another o
     "adp.py": OF_THE_STAGES + OF_THE_PARTS + SLOW,
     "metrics/": ["tests/test_metrics.py", "tests/test_evaluate.py", "tests/test_resume.py"],
     "support/checkpoints.py": OF_CHECKPOINTS,
+    "support/errors.py": ["tests/test_errors.py"],
+    "support/files.py": ["tests/test_errors.py"],
     "support/inputs.py": ["tests/test_errors.py", "tests/test_resume.py"],
+    "support/outputs.py": ["tests/test_errors.py"],
     "support/lora_files.py": OF_CHECKPOINTS,
-    "support/run.py": ["tests/test_resume.py"],
+    "support/run.py": ["tests/test_resume.py", "tests/test_errors.py"],
     "teachers/": ["tests/test_families.py", *OF_THE_STAGES, "test_smoke.py"],
 }
 PATIENCE = 1800  # seconds for one change
@@ -628,6 +631,25 @@ TABLE = {
         ("ranks that found two checkpoints", "self.check()  # the main", "pass  # the main"),
         ("no system comes to the device", "with self.system.on_device():", "if True:"),
     ],
+    "support/errors.py": [
+        ("a rank as large as the world", "int(given[0]) < int(given[1])", "int(given[0]) <= int(given[1])"),
+        (
+            "a note to a dead terminal ends a run",
+            "with contextlib.suppress(OSError):  # the",
+            "if True:  # the",
+        ),
+    ],
+    "support/files.py": [
+        ("a full quota is a defect", "(errno.ENOSPC, errno.EDQUOT, errno.EFBIG)", "(errno.ENOSPC,)"),
+        (
+            "what cannot be read is damaged",
+            "except (FileNotFoundError, NotADirectoryError,",
+            "except (OSError,",
+        ),
+    ],
+    "support/outputs.py": [
+        ("results within a pipeline", 'os.path.exists(f"{place}/model_index.json")', "False"),
+    ],
     "support/inputs.py": [
         ("a run that goes on wants --init", "return own or find", "return find"),
         ("a scorer's package is looked for late", "SCORERS[args.eval_metric].check_packages()", "pass"),
@@ -636,6 +658,7 @@ TABLE = {
     "support/run.py": [
         ("previews of one sample again and again", "range(first, first + len(some))", "range(len(some))"),
         ("what is damaged is kept in a whole one's place", "if problem is None:", "if True:"),
+        ("a bar that nobody reads ends a run", "self.bar.disable = True", "raise"),
         ("what was passed over counts", "folders[folders.index(newest) :]", "folders"),
         ("prompts encoded in other groups", "first = step - step % self.ahead", "first = step"),
         ("as many iterations ahead at any batch", "AHEAD // (args.batch * args.accumulate", "AHEAD // (1"),

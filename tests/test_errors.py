@@ -18,7 +18,10 @@ import collect_ode
 import evaluate
 import helpers
 import sample
-from support.errors import UserError, explain, launch
+from support.errors import UserError, check_ranks, explain, launch, note
+from support.files import read_json, write_atomically
+from support.inputs import check_inputs
+from support.pairs import find_problem
 
 MAIN = {
     "collect_ode.py": collect_ode.main,
@@ -169,7 +172,9 @@ CASES = (
     (f"{WITH_PROMPTS} --lr -1", "argument --lr: must be at least 0"),
     (f"{WITH_PROMPTS} --lr nan", "argument --lr: must be at least 0"),
     (f"{WITH_PROMPTS} --dt 0", "--dt: must be between 0 and 1, not 0"),
-    (f"{WITH_PROMPTS} --dt 1e400", "--dt: invalid number value: '1e400'"),
+    (f"{WITH_PROMPTS} --dt 1e400", "--dt: must be between 0 and 1, not 1e400"),
+    (f"{WITH_PROMPTS} --dt 1e-99999999", "--dt: must be between 0 and 1, not 1e-99999999"),
+    (f"{WITH_PROMPTS} --batch 99999999999", "--batch: must be at most 1000000000, not 99999999999"),
     (f"{WITH_PROMPTS} --dt 1/0", "--dt: invalid number value: '1/0'"),
     (f"{WITH_PROMPTS} --t-range 1/4 1/8", "--t-range: HIGH must be above LOW and above --dt, not 0.125"),
     (f"{WITH_PROMPTS} --first-time 3/2", "--first-time: must be from 0.001 to 1, not 3/2"),
@@ -179,7 +184,14 @@ CASES = (
         f"{WITH_PROMPTS} --dt 1/8 --t-range 0.02 0.1",
         "--t-range: HIGH must be above LOW and above --dt, not 0.1",
     ),
+    # what a shell makes of a variable that is not set
+    (f"{WITH_PROMPTS} --init=", "--init is empty: give it a value, or leave it out"),
+    (f"{LATENT} --pairs=", "--pairs is empty"),
+    ("sample.py --student run --export=", "--export is empty"),
+    (f"{SAMPLE} --student= --teacher teacher --prompts prompts.txt", "--student is empty"),
+    (f"{COLLECT} --prompts prompts.txt --teacher-lora=", "--teacher-lora is empty"),
     # options that would do nothing
+    (f"{SAMPLE} --student run --prompt circle --seeds 1 0 1", "--seeds has 1 twice"),
     (f"{WITH_PROMPTS} --loss dmd --project", "--project is for --loss adm"),
     (f"{WITH_PROMPTS} --lora-targets to_q", "--lora-targets says what --lora adapts"),
     (f"{WITH_PROMPTS} --lora 2 --compile", "--compile is for networks that train whole"),
@@ -189,6 +201,13 @@ CASES = (
         f"{SAMPLE} --student run --prompt circle --steps 2",
         "leave them out, or add --side-by-side",
     ),
+    # within what is not the command's own
+    (
+        f"{SAMPLE.replace('new', 'run/step_000001')} --student run --prompt circle",
+        "run/step_000001, a checkpoint",
+    ),
+    (f"{WITH_PROMPTS.replace('--out new', '--out teacher/new')}", "/teacher, a checkpoint or a pipeline"),
+    ("sample.py --student run --export run/step_000001/new", "run/step_000001, a checkpoint"),
     # what is looked at before a teacher is: there is none
     ("adm.py --teacher none --prompts prompts.txt --init nowhere", "there is no checkpoint 'nowhere'"),
     ("adm.py --teacher none --prompts prompts.txt --out run", "run holds a run already"),
@@ -240,6 +259,9 @@ KNOWN_WITHOUT_WEIGHTS = (
     ("adp.py --teacher video --out new --pairs pairs", "the pixel discriminator sees single pictures"),
     (f"{WITH_PROMPTS} --student-guidance 2", "--student-guidance is for teachers that are told"),
     (f"{WITH_PROMPTS} --lora 2", "pip install peft"),
+    (WITH_PROMPTS, "pip install matplotlib"),
+    (WITH_PROMPTS, "pip install torchvision"),
+    (f"{ADP} --pairs pairs", "pip install segment-anything"),
     (f"{WITH_PROMPTS} --teacher-lora text.pth", "pip install peft"),
     (f"{COLLECT} --prompts prompts.txt --teacher-lora nowhere", "there is no file --teacher-lora nowhere"),
     (
@@ -267,10 +289,9 @@ def test_what_is_known_without_weights_is_said_before_they_are_read(place, monke
     """Those of a real teacher take minutes."""
     monkeypatch.chdir(place)
     monkeypatch.setattr("support.loading.load_part", None)
-    for package in ("open_clip", "lpips", "torchmetrics"):
-        monkeypatch.setitem(sys.modules, package, None)
-    if "peft" in sentence:
-        monkeypatch.setitem(sys.modules, "peft", None)
+    wanted = sentence.removeprefix("pip install ").removesuffix("_torch").replace("-", "_")
+    if wanted != sentence:
+        monkeypatch.setitem(sys.modules, wanted, None)
     script, *rest = words.split()
     with pytest.raises(UserError, match=re.escape(sentence)):
         (MAIN | {"evaluate.py": evaluate.main})[script](rest)
@@ -312,6 +333,16 @@ ENDS = (
     (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 2, "runs/a: Permission denied"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2, "the GPU's memory is full: lower --batch"),
     (RuntimeError("CUDA error: invalid device ordinal"), 2, "there are fewer GPUs on this machine"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "the machine's memory is full"),
+    (MemoryError(), 2, "the machine's memory is full"),
+    (
+        ValueError(
+            "Error initializing torch.distributed using env:// rendezvous: environment variable MASTER_ADDR "
+            "expected, but not set"
+        ),
+        2,
+        "MASTER_ADDR expected, but not set: start with torchrun",
+    ),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), 2, "give --workers 0"),
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "the output was closed before the end"),
     (
@@ -337,6 +368,7 @@ def test_ends_of_any_rank_are_a_sentence(monkeypatch, capfd, error, code, senten
     monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setattr("sys.argv", ["adm.py"])
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as end:
         launch(end_with(error))
     check(end.value.code, capfd.readouterr().err, "adm.py", sentence, code)
@@ -356,11 +388,120 @@ def test_a_wrong_option_is_said_by_the_main_rank_even_if_it_is_late(monkeypatch,
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("sys.argv", ["adm.py", "--teacher", "none", "--batch", "0"])
     with pytest.raises(SystemExit) as end:
         launch(adm.main)
     check(end.value.code, capfd.readouterr().err, "adm.py", "argument --batch: must be at least 1")
     assert waited and waited[0] > 1
+
+
+HALF_RANKS = (
+    ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE=2: start with torchrun"),
+    ({"RANK": "1"}, "the environment has RANK=1: start with torchrun"),
+    ({"RANK": "", "WORLD_SIZE": "1"}, "the environment has RANK= and WORLD_SIZE=1"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "the environment has RANK=2 and WORLD_SIZE=2"),
+    ({"RANK": "0", "WORLD_SIZE": "two"}, "the environment has RANK=0 and WORLD_SIZE=two"),
+)
+
+
+@pytest.mark.parametrize("environment, sentence", HALF_RANKS)
+def test_ranks_without_torchrun(monkeypatch, environment, sentence):
+    """Else a process with RANK=1 alone would train, and write nothing."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=sentence):
+        check_ranks()
+
+
+def test_samples_are_drawn_by_one_process(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        sample.main(["--teacher", "sdxl", "--prompt", "a circle"])
+
+
+def test_output_that_the_shell_has_closed_goes_nowhere(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    launch(lambda: print("a picture"))
+
+
+class DeadTerminal:
+    """Standard error whose terminal was closed."""
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def flush(self):
+        self.write("")
+
+
+@pytest.mark.parametrize("part", ("the bar", "the notes"))
+def test_training_outlives_its_terminal(adm_arguments, tmp_path, monkeypatch, part):
+    """And leaves the checkpoint that it leaves when the terminal's end tells it to stop."""
+    monkeypatch.setattr("support.run.save_preview", lambda *args: None)
+    if part == "the notes":
+
+        def is_due(run, step):
+            monkeypatch.setattr("sys.stderr", DeadTerminal())
+            note("told to stop")
+            return step == 2
+
+        monkeypatch.setattr("support.run.Run.is_due", is_due)
+    else:
+
+        def break_pipe(bar, *args):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        monkeypatch.setattr("support.run.tqdm.update", break_pipe)
+    adm.main([*adm_arguments, "--loss", "dmd", "--iterations", "2", "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "step_000002" / "meta.json").exists()
+
+
+FULL_DISK = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError(errno.EFBIG, "File too large"),
+    RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 2772096 vs 2772048"),
+    RuntimeError("[enforce fail at inline_container.cc:659] . PytorchStreamWriter: file write failed"),
+    Exception("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+)
+
+
+@pytest.mark.parametrize("error", FULL_DISK, ids=str)
+def test_a_full_disk_and_a_full_quota_are_one_sentence(tmp_path, error):
+    with pytest.raises(UserError, match="the disk is full, or your share of it"):
+        with write_atomically(str(tmp_path / "file")):
+            raise error
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("read", (read_json, lambda path: find_problem(path, "")), ids=("json", "shard"))
+def test_what_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, read):
+    """It may be whole, and what is damaged is written anew. (root reads all, so that no mode would do.)"""
+    path = tmp_path / "file"
+    path.write_text("{}")
+
+    def refuse(path, *args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(PermissionError):
+        read(str(path))
+
+
+def test_a_stream_of_prompts_is_read_once(tmp_path, monkeypatch):
+    """As the shell's <(...), which is empty after."""
+    os.mkfifo(tmp_path / "stream")
+    (tmp_path / "file").write_text("a circle\n")
+    read = []
+    monkeypatch.setattr("support.inputs.read_held_out_prompts", lambda args: read.append(args.eval_prompts))
+    words = ["--teacher", "sdxl", "--out", str(tmp_path / "run"), "--eval-every", "1", "--eval-prompts"]
+    for name in ("stream", "file"):
+        check_inputs(helpers.training_arguments("adm", [*words, str(tmp_path / name)]))
+    assert read == [str(tmp_path / "file")]
 
 
 def test_a_defect_keeps_its_traceback():

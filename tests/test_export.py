@@ -10,6 +10,7 @@ import helpers
 import sample
 from support.errors import UserError
 from support.export import export, write_line
+from support.files import HOST
 from support.schedulers import choose_timesteps, make_flow_scheduler
 from support.systems import System
 
@@ -27,6 +28,14 @@ def test_an_export_marks_no_picture(teacher, tmp_path, monkeypatch):
     )
     export(System(teacher, common.Student(teacher, "teacher", 1), teacher.denoiser), str(tmp_path / "x"))
     assert DiffusionPipeline.from_pretrained(str(tmp_path / "x")).watermark is None
+
+
+def test_an_export_removes_what_a_killed_one_left(teacher, tmp_path):
+    """Gigabytes, in a folder that ls does not show."""
+    nobody = 2**22 + 1  # above the highest number of a process
+    (tmp_path / f".writing-{HOST}-{nobody}-x").mkdir()
+    export(System(teacher, common.Student(teacher, "teacher", 1), teacher.denoiser), str(tmp_path / "x"))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_the_line_of_a_gpu_draws_on_it(teacher, monkeypatch):
@@ -95,7 +104,6 @@ PATHS = (
     ("file", "is there already"),
     ("file/", "is there already"),
     ("link", "is there already"),  # to nowhere
-    ("", "is there already"),  # the working directory
     (".", "is there already"),
     ("file/new", "file is no folder"),
     ("file/new/newer/", "file is no folder"),

@@ -360,6 +360,17 @@ def test_a_system_is_not_called_as_a_file_is(tmp_path, name):
 
 
 OUTPUTS = {
+    "out among the images": (["--out", "images"], "the results in images would be among the images there"),
+    "grid among the images": (
+        ["--grid", "images/grid.png"],
+        "the results in images would be among the images",
+    ),
+    "a name among the images": (
+        ["--out", ".", "--images", "images=images"],
+        "would be among the images there",
+    ),
+    "one system twice": (["--out", "new", "--side-by-side", "x", "x"], "not 'x' with itself"),
+    "the teacher's steps": (["--out", "new", "--steps", "4"], "add --teacher, or leave them out"),
     "json, a folder": (["--json", "folder"], "'folder' cannot be written: give the name of a file"),
     "json, a new folder": (["--json", "new/"], "'new/' cannot be written: give the name of a file"),
     "json, below a file": (["--json", "file/a.json"], "the folder file cannot be made"),

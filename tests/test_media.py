@@ -135,6 +135,20 @@ def test_a_missing_package_is_one_sentence(monkeypatch, tmp_path, module, packag
         media.save_video(torch.zeros(3, 9, 32, 32), str(tmp_path / "x.mp4"), 8)
 
 
+@pytest.mark.parametrize("has_path", (True, False))
+def test_a_missing_ffmpeg_is_one_sentence(monkeypatch, has_path):
+    """IMAGEIO_FFMPEG_EXE that names nothing, or a package without its program."""
+
+    def find():
+        if has_path:
+            return "/nowhere/ffmpeg"
+        raise RuntimeError("No ffmpeg exe could be found")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", find)
+    with pytest.raises(UserError, match="imageio-ffmpeg cannot write mp4 files: (there is n|N)o "):
+        media.require_video_writer()
+
+
 # Curves ---------------------------------------------------------------------------------------------------
 
 
