@@ -62,6 +62,8 @@ LABELS = {
     "sd3-bare-low-noise": "`--loss secant --r1 0 --r2 0`, guidance 2, t up to T/2",
     "sd3-adm-low-noise": "ADM, guidance 2, t up to T/2",
     "sd3-dmd-490": "the DMD loss, guidance 2, 490 iterations",
+    "sd3-dmd-980": "the DMD loss, guidance 2, 980 iterations",
+    "sd3-projected-600": "ADM `--project`, guidance 2, 600 iterations",
     "sd3-dmd-low-noise": "the DMD loss, guidance 2, t up to T/2",
     "sd3-adm-unguided": "ADM, no guidance",
     "sd3-adm-300": "ADM, guidance 2, 300 iterations",
