@@ -373,7 +373,7 @@ class SDXL(Teacher):
 
     @torch.no_grad()
     def _encode(self, prompts):
-        # as pipe.encode_prompt does, which tokenizes everything twice
+        # as pipe.encode_prompt does, without its look at what is cut off
         pipe = self.pipe
         embeds = []
         for tokenizer, encoder in (

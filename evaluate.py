@@ -46,6 +46,7 @@ from support.errors import UserError, launch
 from support.escapes import make_printable
 from support.files import lock_folder, make_folder
 from support.media import require_video_writer
+from support.packages import check_packages
 from support.parallel import is_main, world_size
 from support.prompts import has_closed_vocabulary
 
@@ -108,8 +109,7 @@ def check_arguments(args, dimensions):
     for name in args.metrics:
         if name not in METRICS:
             raise UserError(f"there is no metric {name!r}; known are {', '.join(METRICS)}")
-        if name in SCORERS:
-            SCORERS[name].check_packages()
+        check_packages(name)
     has_reference = args.reference in args.names or ("fid" in args.metrics and os.path.isdir(args.reference))
     if not has_reference:
         other = "only --metrics fid takes a folder of images, too"

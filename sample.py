@@ -30,6 +30,7 @@ from support.escapes import make_printable
 from support.export import check_lora_file, export, export_lora, write_line, write_lora_lines
 from support.files import make_folder, read_json, remove_leftovers, write_sealed, write_text
 from support.folders import check_index
+from support.inputs import fill_from_students
 from support.media import require_video_writer, save_grid, save_video
 from support.outputs import check_folder, check_new
 from support.parallel import world_size
@@ -63,7 +64,10 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
 
     if world_size() > 1:
-        raise UserError("sample.py is one process; evaluate.py draws with several: start it without torchrun")
+        raise UserError(
+            "sample.py is one process (evaluate.py draws with several): start it without torchrun, or unset "
+            "RANK and WORLD_SIZE"
+        )
     for seed in args.seeds:
         if args.seeds.count(seed) > 1:
             raise UserError(f"--seeds has {seed} twice")
@@ -116,13 +120,16 @@ def main(argv=None):
     if args.student:
         # found once, as a run that goes on may have another one soon
         args.student, _ = find_checkpoint(args.student)
-    teacher = common.load_teacher_of_students(args, [args.student] if args.student else [])
-    if args.export is not None or args.export_lora is not None:
+    students = [args.student] if args.student else []
+    fill_from_students(args, students)
+    exporting = args.export is not None or args.export_lora is not None
+    if not exporting and common.read_family(args.teacher).video:
+        require_video_writer()
+    teacher = common.load_teacher_of_students(args, students)
+    if exporting:
         write = export_student if args.export_lora is None else export_student_lora
         write(args, teacher, table)
         return
-    if teacher.video:
-        require_video_writer()
     teacher.check(prompts)
     systems = []
     if args.side_by_side or not args.student:

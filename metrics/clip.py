@@ -7,15 +7,13 @@ import torch
 from metrics.scorer import Scorer
 from metrics.weights import find_repository
 from support.errors import UserError, first_line, require
+from support.packages import OPEN_CLIP
 from support.parallel import own_device
-
-OPEN_CLIP = ("open_clip", "open_clip_torch", "computes the CLIP score and HPSv2")
 
 
 class OpenClip(Scorer):
     """100 x cosine of the image's and the prompt's embeddings in a model of open_clip."""
 
-    packages = (OPEN_CLIP,)
     column = None  # the score's name
     prefix = ""  # put before every prompt
 

@@ -7,6 +7,7 @@ from metrics.scorer import Scorer
 from metrics.weights import read_weights, report_mismatch
 from support.errors import UserError
 from support.files import fetch
+from support.packages import check_packages
 from support.parallel import own_device
 
 FEATURES = 2048  # of Inception
@@ -15,10 +16,6 @@ FEATURES = 2048  # of Inception
 class Fid(Scorer):
     """Fréchet distance in features of the Inception of 2015 (torchmetrics), of images that Pillow resizes."""
 
-    packages = (
-        ("torchmetrics", "torchmetrics[image]", "computes FID"),
-        ("torch_fidelity", "torchmetrics[image]", "has FID's Inception"),
-    )
     URL = (
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
         "weights-inception-2015-12-05-6726825d.pth"
@@ -26,7 +23,7 @@ class Fid(Scorer):
     description = "Inception of 2015"
 
     def __init__(self, args, prompts, video):
-        self.check_packages()
+        check_packages("fid")
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         self.device = own_device()

@@ -10,9 +10,8 @@ from metrics.scorer import Scorer, read_pixels
 from metrics.weights import load_weights, read_weights
 from support.errors import UserError, require
 from support.files import fetch
+from support.packages import LPIPS
 from support.parallel import own_device
-
-LPIPS = ("lpips", "lpips", "computes the LPIPS diversity")
 
 
 def check_samples(count):
@@ -31,7 +30,6 @@ class Lpips(Scorer):
     for its channels: it needs no file, and its numbers, in a column of their own, compare with each other
     only."""
 
-    packages = (LPIPS,)
     URL = {
         "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
         "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",

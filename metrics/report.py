@@ -8,6 +8,7 @@ import time
 from metrics.page import save_page
 from metrics.plots import save_bars, save_differences, save_examples, save_sheet
 from metrics.rows import round_values
+from support.checkpoints import STEP
 from support.errors import UserError
 from support.files import ROOT, remove_leftovers, write_atomically, write_json, write_text
 from support.outputs import check_file, check_folder
@@ -51,10 +52,17 @@ def check_places(args):
     for folder in out + named + grid:
         if os.path.realpath(folder) in images:
             raise UserError(f"the results in {folder} would be among the images there: give other folders")
-    runs = {os.path.realpath(folder) for folder in args.student.values()}
-    for folder in named:
+    runs = {find_run(path) for path in args.student.values()}
+    for folder in out + named:
         if os.path.realpath(folder) in runs:
             raise UserError(f"the results in {folder} would be in the student's run: give another --out")
+
+
+def find_run(student):
+    """The folder of the run that a --student is of: it, one of its checkpoints or its file best or latest."""
+    place = os.path.realpath(student)
+    is_part = os.path.isfile(place) or STEP.fullmatch(os.path.basename(place))
+    return os.path.dirname(place) if is_part else place
 
 
 def name_sheet(system):
@@ -104,7 +112,7 @@ def write_report(out, args, prompts, systems, scorers, rows, paper, values, text
     """Everything that --out, --json and --grid ask for. systems {name: Images}, values {name: {metric: [P]}}
     for the prompts' means, text the table."""
     for path in filter(None, (args.json, args.grid)):
-        remove_leftovers(os.path.dirname(path) or ".")
+        remove_leftovers(*os.path.split(path))
     if args.json or args.out:
         write_numbers(args.json or os.path.join(out, "report.json"), args, scorers, rows, paper)
     if args.grid or args.out:

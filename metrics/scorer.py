@@ -3,8 +3,6 @@
 import numpy as np
 import torch
 
-from support.errors import require
-
 
 class Scorer:
     """Judges the images of a prompt. The scorers whose result is a mean over the images inherit `result`.
@@ -15,14 +13,7 @@ class Scorer:
     as tensors; nothing is unpickled."""
 
     takes = ("images",)  # what it is for: "images", "videos"
-    packages = ()  # those that may be missing, each as require() takes it
     description = ""  # model, weights and settings: what has to stand beside a number
-
-    @classmethod
-    def check_packages(cls):
-        """UserError where a package is missing: said before a teacher is read."""
-        for package in cls.packages:
-            require(*package)
 
     @classmethod
     def check(cls, images, video):

@@ -19,7 +19,7 @@ EVAL_METRICS = ("oracle", "clip", "pick", "hpsv2", "mps", "lpips")
 CLIP = ("ViT-g-14", "laion2b_s12b_b42k", "A photo depicts ")
 LPIPS = ("alex", 512)
 GPU_GB = 80  # of the cards that most have
-MAY_BE_EMPTY = ("negative_prompt", "clip_prefix", "prompt")  # sample.py says more of the last
+MAY_BE_EMPTY = ("negative_prompt", "clip_prefix", "options", "prompt")  # sample.py says more of the last
 PROMPTS_HELP = "a prompt a line; or a .csv, .tsv, .jsonl, .json or .parquet file"
 
 
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             given = getattr(args, action.dest, None)
             values = given if isinstance(given, list) else [given]
-            if "" in values and action.dest not in MAY_BE_EMPTY:
+            if "" in values and given is not action.default and action.dest not in MAY_BE_EMPTY:
                 self.error(f"{action.option_strings[0]} is empty: give it a value, or leave it out")
         return args
 

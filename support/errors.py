@@ -16,7 +16,7 @@ from support.parallel import is_main
 INTERRUPTED = 130  # the exit code of Ctrl-C
 SEE_PLAN = ", or see what --plan says of --shard and --lora"
 # what a command can do beside a smaller batch where a GPU's memory is full
-MEMORY_ADVICE = {"adp.py": SEE_PLAN, "adm.py": SEE_PLAN, "evaluate.py": ", or give fewer systems or metrics"}
+MEMORY_ADVICE = {"adp.py": SEE_PLAN, "adm.py": SEE_PLAN, "evaluate.py": ", or give fewer metrics"}
 
 
 class UserError(Exception):

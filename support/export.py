@@ -30,7 +30,7 @@ def export(system, folder, card=""):
     if isinstance(pipe, StableDiffusionXLPipeline):
         # else it marks its pictures wherever the package invisible-watermark is installed
         pipe.register_to_config(add_watermarker=False)
-    remove_leftovers(os.path.dirname(folder) or ".")
+    remove_leftovers(*os.path.split(folder))
     with write_atomically(folder) as temporary:
         pipe.save_pretrained(temporary)
         write_text(os.path.join(temporary, "README.md"), card)
@@ -56,6 +56,7 @@ def export_lora(student, checkpoint, path, rank, load_networks):
     check_pipeline(student.teacher)
     scheduler = student.scheduler()
     folder = os.path.dirname(path)
+    remove_leftovers(*os.path.split(path))
     adapter = os.path.join(checkpoint, LORA_FILE)
     if os.path.exists(adapter):
         if rank:
@@ -74,7 +75,6 @@ def export_lora(student, checkpoint, path, rank, load_networks):
         with write_atomically(path) as temporary:
             save_layers(student.teacher, layers, folder, os.path.basename(temporary))
         said = describe_split(rank, left_out, error)
-    remove_leftovers(folder)
     with write_atomically(os.path.join(folder, "scheduler")) as temporary:
         scheduler.save_pretrained(temporary)
     return said

@@ -37,7 +37,7 @@ def make_folder(path):
 # Writing
 # ----------------------------------------------------------------------------------------------------------
 
-LEFTOVER = re.compile(r"\.writing-(\w+)-(\d+)-.+")  # what write_atomically writes to: host, process, name
+LEFTOVER = re.compile(r"\.writing-(\w+)-(\d+)-(.+)")  # what write_atomically writes to: host, process, name
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRITE_FAILED = re.compile(  # as torch and safetensors say it
     rf"os error ({'|'.join(map(str, FULL))})\)|unexpected pos \d+ vs|file write failed"
@@ -109,14 +109,15 @@ def flush(path):
         os.close(descriptor)
 
 
-def remove_leftovers(folder, of_all=False):
-    """Removes what killed processes of this machine were writing in a folder, and with `of_all`, for who
-    alone may write there, what any process was; nothing else."""
+def remove_leftovers(folder, target=None, of_all=False):
+    """Removes what killed processes of this machine were writing in a folder, of the name `target` alone if
+    one is given, and with `of_all`, for who alone may write there, what any process was; nothing else."""
+    folder = folder or "."
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         match = LEFTOVER.fullmatch(name)
-        if not match:
+        if not match or target not in (None, match[3]):
             continue
-        host, process = match.groups()
+        host, process, _ = match.groups()
         is_dead = host == HOST and not is_alive(int(process))
         if of_all or is_dead:  # a container that starts again has the same host and process numbers
             remove(os.path.join(folder, name))

@@ -2,9 +2,9 @@
 
 import os
 
-from metrics.scorers import SCORERS
 from support.checkpoints import find_checkpoint, find_newest, list_checkpoints
 from support.errors import UserError, require
+from support.packages import check_packages
 from support.pairs import read_index
 from support.prompts import read_prompts
 
@@ -21,7 +21,7 @@ def check_inputs(args):
     if getattr(args, "pairs", None):
         read_index(args.pairs)
     if args.eval_every:
-        SCORERS[args.eval_metric].check_packages()
+        check_packages(args.eval_metric)
         if not is_stream(args.eval_prompts):  # which cannot be read a second time
             read_held_out_prompts(args)
 

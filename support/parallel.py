@@ -17,11 +17,17 @@ PATIENCE = datetime.timedelta(hours=2)
 
 
 def rank():
-    return int(os.environ.get("RANK") or 0)
+    return read_number("RANK", 0)
 
 
 def world_size():
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return read_number("WORLD_SIZE", 1)
+
+
+def read_number(name, default):
+    """A whole number of the environment; support.errors.check_ranks refuses what is none."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def is_main():

@@ -262,8 +262,9 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.bar.close()
             self.lock.close()
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                self.bar.close()
         if self.leaving and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
 

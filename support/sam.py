@@ -17,10 +17,14 @@ OFFICIAL = {
 }
 
 
+def require_sam():
+    return require("segment_anything.modeling", "segment-anything", "has the pixel discriminator's encoder")
+
+
 def find_sam(name):
     """A file, or the name of an official checkpoint, which is fetched -> the file. UserError where there is
     none."""
-    require("segment_anything", "segment-anything", "has the pixel discriminator's encoder")
+    require_sam()
     if name in OFFICIAL:
         return fetch(f"{URL}/{OFFICIAL[name]}", "give --pixel-backbone PATH")
     if not os.path.exists(name):
@@ -32,9 +36,8 @@ def find_sam(name):
 def load_sam_encoder(path):
     """A SAM checkpoint (.pth or .safetensors) or the name of an official one -> its ImageEncoderViT.
     UserError for anything else."""
-    from segment_anything.modeling import ImageEncoderViT
-
     path = find_sam(path)
+    ImageEncoderViT = require_sam().ImageEncoderViT
     try:
         prefix = "image_encoder."
         tensors = read_tensors(path)
@@ -70,8 +73,6 @@ def load_sam_encoder(path):
 def make_sam_encoder_on_meta(name):
     """The encoder of an official name in its published sizes, as shapes without numbers; None for any other
     name, and for a file. DINOv2 counts as vit_b, which is as large as its base."""
-    from segment_anything.modeling import ImageEncoderViT
-
     is_official = name in OFFICIAL or name.startswith(("dinov2", "facebook/dinov2"))
     if not is_official or os.path.exists(name):
         return None
@@ -79,7 +80,7 @@ def make_sam_encoder_on_meta(name):
     dim, depth, heads = sizes.get(name, (768, 12, 12))
     quarter = depth // 4
     with torch.device("meta"):
-        return ImageEncoderViT(
+        return require_sam().ImageEncoderViT(
             embed_dim=dim,
             depth=depth,
             num_heads=heads,

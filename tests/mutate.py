@@ -652,7 +652,7 @@ TABLE = {
     ],
     "support/inputs.py": [
         ("a run that goes on wants --init", "return own or find", "return find"),
-        ("a scorer's package is looked for late", "SCORERS[args.eval_metric].check_packages()", "pass"),
+        ("a scorer's package is looked for late", "check_packages(args.eval_metric)", "pass"),
         ("peft is looked for late", "if args.lora:", "if False:"),
     ],
     "support/run.py": [

@@ -2,7 +2,8 @@
 
 Nothing is reused between updates, every formula is written out. Of the project are the networks themselves
 (`teacher.call`, `encode`, `null`, `decode`, `taps`, `prediction`, heads and pixel backbone), the times of the
-student, and the order of the random numbers."""
+student, and the order of the random numbers. A micro-batch `b` is its random generator, which carries its
+tensors as attributes."""
 
 import copy
 import math
@@ -132,93 +133,93 @@ class NaiveADM:
         args, teacher = self.args, self.teacher
         k = draw_integer(len(self.times), "t_prime", args.seed, step, update)
         parts = make_rngs(args, teacher.device, "adm", step, update)
-        for rows in parts:
-            rows.cond = teacher.encode([self.prompts[i] for i in rows.integers(len(self.prompts))])
+        for b in parts:
+            b.cond = teacher.encode([self.prompts[i] for i in b.integers(len(self.prompts))])
             if args.student_guidance:
-                rows.cond["guidance"] = torch.full((args.batch,), args.student_guidance)
-            x = rows.normal(*teacher.latent_shape)
+                b.cond["guidance"] = torch.full((args.batch,), args.student_guidance)
+            x = b.normal(*teacher.latent_shape)
             for i in range(k):
                 t, s = (torch.full((len(x),), self.times[j]).double() for j in (i, i + 1))
                 with torch.no_grad():
-                    x_0 = self.student(x, t, rows.cond)
-                eps = rows.normal(*teacher.latent_shape)
+                    x_0 = self.student(x, t, b.cond)
+                eps = b.normal(*teacher.latent_shape)
                 r = over(s / T, x)
                 x = (1 - r) * x_0 + r * eps if self.velocity else diffuse(teacher, x_0, eps, s)
-            rows.x, rows.t_prime = x, torch.full((len(x),), self.times[k]).double()
-            rows.x_0 = self.student(x, rows.t_prime, rows.cond)
+            b.x, b.t_prime = x, torch.full((len(x),), self.times[k]).double()
+            b.x_0 = self.student(x, b.t_prime, b.cond)
 
         loss_f = 0
-        for rows in parts:
-            x_0, t, eps = rows.x_0.detach(), rows.uniform() * T, rows.normal(*teacher.latent_shape)
-            raw = network_output(teacher, self.f.net, diffuse(teacher, x_0, eps, t), t, rows.cond)
+        for b in parts:
+            x_0, t, eps = b.x_0.detach(), b.uniform() * T, b.normal(*teacher.latent_shape)
+            raw = network_output(teacher, self.f.net, diffuse(teacher, x_0, eps, t), t, b.cond)
             alpha, sigma = (over(value, x_0) for value in alpha_sigma(teacher, t))
             target = {"flow": eps - x_0, "epsilon": eps}.get(teacher.prediction, alpha * eps - sigma * x_0)
             loss_f = loss_f + (raw - target).square().mean() / len(parts)
         self.f.step(loss_f)
 
         loss_G = 0
-        for rows in parts:
+        for b in parts:
             last = args.t_range[1] * T
-            rows.t = last - rows.uniform() * (last - max(args.dt, args.t_range[0]) * T)
-            x_t = diffuse(teacher, rows.x_0, rows.normal(*teacher.latent_shape), rows.t)
-            raw = network_output(teacher, self.f.net, x_t, rows.t, rows.cond)
-            fake_0, fake_eps = both_predictions(teacher, raw, x_t, rows.t)
+            b.t = last - b.uniform() * (last - max(args.dt, args.t_range[0]) * T)
+            x_t = diffuse(teacher, b.x_0, b.normal(*teacher.latent_shape), b.t)
+            raw = network_output(teacher, self.f.net, x_t, b.t, b.cond)
+            fake_0, fake_eps = both_predictions(teacher, raw, x_t, b.t)
             with torch.no_grad():
-                guided = guided_output(teacher, x_t, rows.t, rows.cond, args.guidance)
-                real_0, real_eps = both_predictions(teacher, guided, x_t, rows.t)
-            rows.s = rows.t - args.dt * T
-            rows.x_fake = diffuse(teacher, fake_0, fake_eps, rows.s)
-            rows.x_real = diffuse(teacher, real_0, real_eps, rows.s)
+                guided = guided_output(teacher, x_t, b.t, b.cond, args.guidance)
+                real_0, real_eps = both_predictions(teacher, guided, x_t, b.t)
+            b.s = b.t - args.dt * T
+            b.x_fake = diffuse(teacher, fake_0, fake_eps, b.s)
+            b.x_real = diffuse(teacher, real_0, real_eps, b.s)
             if args.loss == "secant":
-                loss_G = loss_G + self.secant(rows) / len(parts)
+                loss_G = loss_G + self.secant(b) / len(parts)
             elif self.D:
-                maps = maps_of(teacher, rows.x_fake, rows.s, rows.cond)
+                maps = maps_of(teacher, b.x_fake, b.s, b.cond)
                 loss = -logits_of(self.D.net, maps).mean() / len(parts)
-                loss_G = loss_G + (self.project(loss, rows) if args.project else loss)
+                loss_G = loss_G + (self.project(loss, b) if args.project else loss)
             else:
-                size = (rows.x_0 - real_0).abs().flatten(1).mean(1)
+                size = (b.x_0 - real_0).abs().flatten(1).mean(1)
                 gradient = ((fake_0 - real_0) / over(size, fake_0)).detach()
                 # the loss whose gradient in x_0 is the direction over the number of elements
-                loss_G = loss_G + (rows.x_0 * gradient).mean() / len(parts)
+                loss_G = loss_G + (b.x_0 * gradient).mean() / len(parts)
         if learns:
             self.G.step(loss_G)
         if not self.D:
             return
 
         loss_D = 0
-        for rows in parts:
+        for b in parts:
             logits = []
-            for x, sign, weight in ((rows.x_real, 1, args.r1), (rows.x_fake, -1, args.r2)):
+            for x, sign, weight in ((b.x_real, 1, args.r1), (b.x_fake, -1, args.r2)):
                 x = x.detach()
-                D = logits_of(self.D.net, maps_of(teacher, x, rows.s, rows.cond))
+                D = logits_of(self.D.net, maps_of(teacher, x, b.s, b.cond))
                 logits.append((x, D, weight))
                 loss_D = loss_D + (1 - sign * D).clamp(min=0).mean() / len(parts)
             for x, D, weight in logits:
-                n = rows.normal(*teacher.latent_shape)
-                near = logits_of(self.D.net, maps_of(teacher, x + args.r_noise * n, rows.s, rows.cond))
+                n = b.normal(*teacher.latent_shape)
+                near = logits_of(self.D.net, maps_of(teacher, x + args.r_noise * n, b.s, b.cond))
                 slope = ((D.mean(1) - near.mean(1)) / args.r_noise).square().mean()
                 loss_D = loss_D + weight * n[0].numel() * args.dt * slope / len(parts)
         self.D.step(loss_D)
 
-    def secant(self, rows):
+    def secant(self, b):
         """Row by row x_fake's place on the line to x_real, times D's mean slope on that line."""
         values = []
-        for i, (x_fake, x_real) in enumerate(zip(rows.x_fake, rows.x_real)):
-            cond = {name: value[i : i + 1] for name, value in rows.cond.items()}
+        for i, (x_fake, x_real) in enumerate(zip(b.x_fake, b.x_real)):
+            cond = {name: value[i : i + 1] for name, value in b.cond.items()}
             D = []
             for x in (x_fake.detach(), x_real):
-                maps = maps_of(self.teacher, x[None], rows.s[i : i + 1], cond)
+                maps = maps_of(self.teacher, x[None], b.s[i : i + 1], cond)
                 D.append(logits_of(self.D.net, maps).mean().item())
             line = (x_real - x_fake).detach()
             values.append(-(D[1] - D[0]) / line.norm() * (x_fake * line / line.norm()).sum())
         return sum(values) / len(values)
 
     @staticmethod
-    def project(loss, rows):
+    def project(loss, b):
         """A loss whose gradient in x_fake is the part along x_real - x_fake of this one's."""
-        (gradient,) = torch.autograd.grad(loss, rows.x_fake, retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss, b.x_fake, retain_graph=True)
         parts = []
-        for x_fake, x_real, g in zip(rows.x_fake, rows.x_real, gradient):
+        for x_fake, x_real, g in zip(b.x_fake, b.x_real, gradient):
             line = (x_real - x_fake).detach()
             slope = (g * line).sum() / line.square().sum()
             parts.append((slope * line * x_fake).sum())
@@ -248,32 +249,32 @@ class NaiveADP:
         args, teacher = self.args, self.teacher
         parts = make_rngs(args, teacher.device, "adp", step)
         loss_G = 0
-        for rows in parts:
-            numbers = rows.integers(len(self.pairs))
-            x_T, rows.x_0 = self.pairs.batch(numbers)
+        for b in parts:
+            numbers = b.integers(len(self.pairs))
+            x_T, b.x_0 = self.pairs.batch(numbers)
             prompts = self.pairs.prompts(numbers)
-            rows.cond = teacher.encode(prompts)
-            u = rows.uniform()
+            b.cond = teacher.encode(prompts)
+            u = b.uniform()
             t = (1 - (u if args.time_power == 1 else u * u * u)) * T
             r = over(t / T, x_T)
-            x_t = (1 - r) * rows.x_0 + r * x_T
-            velocity = teacher.call(self.G.net, x_t, t, rows.cond)
-            error = (velocity - (x_T - rows.x_0)).square().mean()
+            x_t = (1 - r) * b.x_0 + r * x_T
+            velocity = teacher.call(self.G.net, x_t, t, b.cond)
+            error = (velocity - (x_T - b.x_0)).square().mean()
             if step < args.warmup:
                 loss_G = loss_G + error / len(parts)
                 continue
-            rows.fake = x_t - r * velocity
-            rows.t = rows.uniform() * T
-            rows.eps = rows.normal(*teacher.latent_shape)
-            value = self.weigh(*self.judge(rows.fake, rows.eps, rows.t, rows.cond))
+            b.fake = x_t - r * velocity
+            b.t = b.uniform() * T
+            b.eps = b.normal(*teacher.latent_shape)
+            value = self.weigh(*self.judge(b.fake, b.eps, b.t, b.cond))
             loss_G = loss_G + (args.mse * error - value) / len(parts)
         self.G.step(loss_G)
         if step < args.warmup:
             return
         loss_D = 0
-        for rows in parts:
-            fake = self.judge(rows.fake.detach(), rows.eps, rows.t, rows.cond)
-            real = self.judge(rows.x_0, rows.normal(*teacher.latent_shape), rows.t, rows.cond)
+        for b in parts:
+            fake = self.judge(b.fake.detach(), b.eps, b.t, b.cond)
+            real = self.judge(b.x_0, b.normal(*teacher.latent_shape), b.t, b.cond)
             loss_D = loss_D + self.weigh(*[(1 + D).clamp(min=0) for D in fake]) / len(parts)
             loss_D = loss_D + self.weigh(*[(1 - D).clamp(min=0) for D in real]) / len(parts)
         self.D.step(loss_D)

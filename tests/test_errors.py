@@ -18,7 +18,7 @@ import collect_ode
 import evaluate
 import helpers
 import sample
-from support.errors import UserError, check_ranks, explain, launch, note
+from support.errors import UserError, explain, launch, note
 from support.files import read_json, write_atomically
 from support.inputs import check_inputs
 from support.pairs import find_problem
@@ -289,9 +289,10 @@ def test_what_is_known_without_weights_is_said_before_they_are_read(place, monke
     """Those of a real teacher take minutes."""
     monkeypatch.chdir(place)
     monkeypatch.setattr("support.loading.load_part", None)
-    wanted = sentence.removeprefix("pip install ").removesuffix("_torch").replace("-", "_")
-    if wanted != sentence:
-        monkeypatch.setitem(sys.modules, wanted, None)
+    if sentence.startswith("pip install "):
+        package = sentence.split()[-1].removesuffix("_torch").replace("-", "_")
+        for name in (package, f"{package}.modeling"):
+            monkeypatch.setitem(sys.modules, name, None)
     script, *rest = words.split()
     with pytest.raises(UserError, match=re.escape(sentence)):
         (MAIN | {"evaluate.py": evaluate.main})[script](rest)
@@ -402,18 +403,22 @@ HALF_RANKS = (
     ({"RANK": "", "WORLD_SIZE": "1"}, "the environment has RANK= and WORLD_SIZE=1"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "the environment has RANK=2 and WORLD_SIZE=2"),
     ({"RANK": "0", "WORLD_SIZE": "two"}, "the environment has RANK=0 and WORLD_SIZE=two"),
+    ({"RANK": "one", "WORLD_SIZE": "2"}, "the environment has RANK=one and WORLD_SIZE=2"),
 )
 
 
 @pytest.mark.parametrize("environment, sentence", HALF_RANKS)
-def test_ranks_without_torchrun(monkeypatch, environment, sentence):
+def test_ranks_without_torchrun(monkeypatch, capfd, environment, sentence):
     """Else a process with RANK=1 alone would train, and write nothing."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("sys.argv", ["adm.py"])
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=sentence):
-        check_ranks()
+    with pytest.raises(SystemExit) as end:
+        launch(lambda: pytest.fail("the work began"))
+    check(end.value.code, capfd.readouterr().err, "adm.py", sentence)
 
 
 def test_samples_are_drawn_by_one_process(monkeypatch):
@@ -426,6 +431,7 @@ def test_samples_are_drawn_by_one_process(monkeypatch):
 def test_output_that_the_shell_has_closed_goes_nowhere(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     launch(lambda: print("a picture"))
+    sys.stdout.close()
 
 
 class DeadTerminal:
@@ -456,6 +462,7 @@ def test_training_outlives_its_terminal(adm_arguments, tmp_path, monkeypatch, pa
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
         monkeypatch.setattr("support.run.tqdm.update", break_pipe)
+        monkeypatch.setattr("support.run.tqdm.close", break_pipe)
     adm.main([*adm_arguments, "--loss", "dmd", "--iterations", "2", "--out", str(tmp_path / "run")])
     assert (tmp_path / "run" / "step_000002" / "meta.json").exists()
 

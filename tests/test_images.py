@@ -423,6 +423,19 @@ def test_outputs_where_they_are_without_being_told(tmp_path, monkeypatch):
     assert reached == [True]
 
 
+@pytest.mark.parametrize("student", ("runs/adm", "runs/adm/best", "runs/adm/step_000001"))
+@pytest.mark.parametrize("out", ("runs", "runs/adm"))
+def test_results_do_not_go_into_a_students_run(tmp_path, monkeypatch, student, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/adm/step_000001").mkdir(parents=True)
+    (tmp_path / "runs/adm/best").write_text("step_000001\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(UserError, match="would be in the student's run"):
+        evaluate.main(["--student", f"adm={student}", "--prompts", "prompts.txt", "--out", out])
+    assert not (tmp_path / "runs/adm/adm").exists()
+
+
 PACKAGES = {"clip": "open_clip", "hpsv2": "open_clip", "lpips": "lpips", "fid": "torchmetrics"}
 
 
