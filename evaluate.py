@@ -93,9 +93,8 @@ def parse(argv):
     args.names = [*(["teacher"] if args.teacher else []), *args.student, *args.images]
     if not args.names:
         raise UserError("give a --teacher, a --student, --images, or several of them")
-    if not args.teacher and any(
-        value is not None for value in (args.steps, args.guidance, args.negative_prompt)
-    ):
+    of_the_teacher = (args.steps, args.guidance, args.negative_prompt)
+    if not args.teacher and any(value is not None for value in of_the_teacher):
         its = "--steps, --guidance and --negative-prompt are the teacher's"
         raise UserError(f"{its}, and it is not measured: add --teacher, or leave them out")
     args.reference = args.reference or args.names[0]

@@ -77,7 +77,7 @@ def find_images(name, out, source, prompts=None):
         files, others = list_images(source)
     except OSError as error:
         raise UserError(f"the folder {source} cannot be read: {error.strerror}") from error
-    others = [name for name in others if name not in ("grid.png", "index.json")]  # sample.py's
+    others = [name for name in others if name not in ("grid.png", "index.json", ".lock")]  # sample.py's
     if others:
         few = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         note(f"{len(others)} files of {source} are no images and are passed over: {few}")
