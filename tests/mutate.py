@@ -23,7 +23,7 @@ OF_CHECKPOINTS = ["tests/test_lora_files.py", "tests/test_resume.py", "tests/tes
 OF_FILES = {  # a file's or folder's, where they are others or come in another order
     "adm.py": OF_THE_STAGES + OF_THE_PARTS + SLOW,
     "adp.py": OF_THE_STAGES + OF_THE_PARTS + SLOW,
-    "metrics/": ["tests/test_metrics.py", "tests/test_evaluate.py", "tests/test_resume.py"],
+    "metrics/": ["tests/test_metrics.py", "tests/test_evaluate.py", "tests/test_indexes.py"],
     "support/checkpoints.py": OF_CHECKPOINTS,
     "support/errors.py": ["tests/test_errors.py"],
     "support/files.py": ["tests/test_errors.py"],
