@@ -71,16 +71,16 @@ def parse_arguments(argv):
     for seed in args.seeds:
         if args.seeds.count(seed) > 1:
             raise UserError(f"--seeds has {seed} twice")
-    exporting = args.export is not None or args.export_lora is not None
-    if exporting and (args.prompt or args.prompts or not args.student):
+    args.exporting = args.export is not None or args.export_lora is not None
+    if args.exporting and (args.prompt or args.prompts or not args.student):
         raise UserError("--export and --export-lora take a --student and no prompts")
     if args.export is not None and args.export_lora is not None:
         raise UserError("give either --export or --export-lora: they take a command each")
     if args.rank and args.export_lora is None:
         raise UserError("--rank is for --export-lora FILE: give that, too")
-    if args.report and not exporting:
+    if args.report and not args.exporting:
         raise UserError("--report is for the model card of --export or --export-lora: give one of them, too")
-    if not exporting and bool(args.prompt) == bool(args.prompts):
+    if not args.exporting and bool(args.prompt) == bool(args.prompts):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
     if args.prompt_column and not args.prompts:
         raise UserError("--prompt-column says where the prompts of --prompts FILE are: give that, too")
@@ -97,7 +97,7 @@ def parse_arguments(argv):
     if args.export_lora is not None:
         check_lora_file(args.export_lora)
         args.export_lora = os.path.abspath(args.export_lora)
-    elif exporting:
+    elif args.exporting:
         args.export = os.path.abspath(args.export)  # without a slash at the end
         check_new(args.export)
     else:
@@ -122,11 +122,10 @@ def main(argv=None):
         args.student, _ = find_checkpoint(args.student)
     students = [args.student] if args.student else []
     fill_from_students(args, students)
-    exporting = args.export is not None or args.export_lora is not None
-    if not exporting and common.read_family(args.teacher).video:
+    if not args.exporting and common.read_family(args.teacher).video:
         require_video_writer()
     teacher = common.load_teacher_of_students(args, students)
-    if exporting:
+    if args.exporting:
         write = export_student if args.export_lora is None else export_student_lora
         write(args, teacher, table)
         return
