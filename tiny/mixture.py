@@ -24,6 +24,7 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import adm
@@ -56,6 +57,9 @@ LOSSES = {
     "adm": "--dt {dt} --r1 {weight} --r2 {weight}",
     "projected": "--dt {dt} --r1 {weight} --r2 {weight} --project",
     "secant": "--dt {dt} --r1 0 --r2 0 --loss secant",
+    "penalised secant": "--dt {dt} --r1 {weight} --r2 {weight} --loss secant",
+    "line": "--dt {dt} --loss line",
+    "unit line": "--dt {dt} --loss unit-line",
     "plain": "--dt {dt} --r1 0 --r2 0",
     "dmd": "--loss dmd",
     "adm / alpha": "--dt {dt} --r1 {weight} --r2 {weight}",
@@ -65,6 +69,7 @@ LOSSES = {
 # which the DMD loss's has not. The last two losses take it from the one and give it to the other: the
 # gradient of x0_hat is multiplied by this power of alpha_t.
 POWERS = {"adm / alpha": -1, "dmd * alpha": 1}
+DRAWN = ("adm", "projected", "plain", "dmd", *POWERS)  # in docs/mixture.md's figure
 STARTS = ("good", "bad", "collapsed")
 KEPT = (0, 1, 2)  # the modes of the collapsed start
 PAIRS = 4096
@@ -76,6 +81,7 @@ SAMPLES = 20000  # that a student is judged by
 WATCHED = 4000  # by which it is judged while it trains
 SHOWN = 400  # of them in a panel
 FRAMES = 30  # of the animation, after its first
+SLOPES = ("slope_0", "slope_1", "slope_2", "slope_3")  # logged of --loss secant
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -172,6 +178,7 @@ class MixtureADP(adp.ADP):
 
 
 class MixtureADM(adm.ADM):
+    student_losses = {**adm.ADM.student_losses, "line": "line_loss", "unit-line": "unit_line_loss"}
     power = 0  # of POWERS
 
     def draw(self, step, update):
@@ -185,6 +192,31 @@ class MixtureADM(adm.ADM):
             weight = alpha.clamp(min=0.02) ** self.power
             b.x0_hat.register_hook(lambda gradient: weight * gradient)
         return x_t, t
+
+    def secant_loss(self, b):
+        """ADM's, and logs the slope that D gives the line in each quarter of the times."""
+        loss = super().secant_loss(b)
+        with torch.no_grad():
+            D_real, D_fake = self.heads(b.maps_real, b.maps_fake)
+        rise = (D_real - D_fake).mean(1)
+        square = (b.x_real - b.x_fake).square().mean(1)
+        quarters = (4 * b.s / T).long()
+        for quarter, name in enumerate(SLOPES):
+            rows = quarters == quarter
+            self.log(**{name: rise[rows].sum() / square[rows].sum()})
+        return loss
+
+    def line_loss(self, b):
+        """secant_loss with a constant in the place of D's slope: the difference of the two scores alone."""
+        x_fake = self.step_ode(b)
+        line = b.x_real - b.x_fake
+        return self.log(loss_G=-(line / self.args.dt * x_fake).mean())
+
+    def unit_line_loss(self, b):
+        """line_loss that moves every sample as far, however long its line is."""
+        x_fake = self.step_ode(b)
+        line = F.normalize(b.x_real - b.x_fake, dim=1)
+        return self.log(loss_G=-(line * x_fake).mean())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -260,7 +292,7 @@ def run_adm(teacher, loss, options, seed, iterations):
     torch.manual_seed(seed)
     begin = time.process_time()
     words = make_words(f"{ADM_WORDS} {options}", teacher.denoiser.members, seed, iterations)
-    args = parse_adm_arguments(__doc__, words, common.TEACHERS, common.FAMILIES, adm.ADM.student_losses)
+    args = parse_adm_arguments(__doc__, words, common.TEACHERS, common.FAMILIES, MixtureADM.student_losses)
     method = MixtureADM(args, teacher, [""])
     method.power = POWERS.get(loss, 0)
     rates = {method.opt_G: args.lr, method.opt_f: args.fake_lr, method.opt_heads: args.head_lr}
@@ -366,7 +398,7 @@ GAUGES = ("cosine", "across", "D_gap", "D_abs")
 def make_table(rows):
     """Rows of report.json -> a Markdown table, mean ± standard deviation over the seeds. A column that says
     the same in all rows is left out."""
-    lines = [["dim", "start", "loss", "options", *COLUMNS.values(), *GAUGES, "CPU s"]]
+    lines = [["dim", "start", "loss", "options", *COLUMNS.values(), *GAUGES, "slope by t", "CPU s"]]
     for row in rows:
         cells = [str(row[name]) for name in ("dim", "start", "loss", "options")]
         seeds = [{**seed, "light": seed["masses"][LIGHT]} for seed in row["seeds"]]
@@ -375,10 +407,17 @@ def make_table(rows):
         log = row.get("log", {})
         for name in GAUGES:
             cells.append(f"{log[name]:.2g}" if name in log else "")
+        cells.append(format_slopes(log))
         cells.append(str(row.get("seconds", "")))
         lines.append(cells)
     columns = [column for column in zip(*lines) if len(set(column[1:])) > 1]
     return format_markdown(list(zip(*columns)))
+
+
+def format_slopes(log):
+    """D's slope in the four quarters of the times, of which 1 is the mean; nothing where none was logged."""
+    slopes = [log[name] for name in SLOPES if name in log]
+    return " ".join(f"{slope / statistics.mean(slopes):.2f}" for slope in slopes)
 
 
 def read_arguments(argv):
@@ -387,7 +426,8 @@ def read_arguments(argv):
     dimension = number(int, "at least 2", lambda value: value >= 2)
     add("--dim", "dimensions of the samples", type=dimension, nargs="+", default=[2], shown="2")
     add("--starts", "of ADM", choices=STARTS, nargs="+", default=STARTS, shown="all")
-    add("--losses", "of ADM's student", choices=LOSSES, nargs="+", default=list(LOSSES), shown="all")
+    drawn = "those of docs/mixture.md's figure"
+    add("--losses", "of ADM's student", choices=LOSSES, nargs="+", default=DRAWN, shown=drawn)
     add("--dt", "of adm.py", nargs="+", default=["1/64"], shown="1/64")
     add("--weight", "--r1 and --r2 of adm.py", nargs="+", default=["0.25"], shown="0.25")
     add("--options", "more words for adm.py, as --options='--fake-lr 1e-4'", default="", shown="none")
