@@ -99,6 +99,7 @@ def parse(argv):
         raise UserError(f"{its}, and it is not measured: add --teacher, or leave them out")
     args.reference = args.reference or args.names[0]
     args.metrics = list(dict.fromkeys(args.metrics.split(","))) if args.metrics else []
+    arguments.note_idle_scorers(parser, args, args.metrics or ["clip"])
     return args
 
 

@@ -80,6 +80,8 @@ def parse_arguments(argv):
         raise UserError("--rank is for --export-lora FILE: give that, too")
     if args.report and not args.exporting:
         raise UserError("--report is for the model card of --export or --export-lora: give one of them, too")
+    if args.exporting:
+        parser.note_idle(args, ["--out", "--seeds", "--fps", "--batch"], "--prompt or --prompts")
     if not args.exporting and bool(args.prompt) == bool(args.prompts):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
     if args.prompt_column and not args.prompts:
@@ -124,6 +126,8 @@ def main(argv=None):
     fill_from_students(args, students)
     if not args.exporting and common.read_family(args.teacher).video:
         require_video_writer()
+    elif args.fps and not args.exporting:
+        raise UserError(f"--fps is for videos, and the teacher {args.teacher} draws pictures")
     teacher = common.load_teacher_of_students(args, students)
     if args.exporting:
         write = export_student if args.export_lora is None else export_student_lora

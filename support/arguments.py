@@ -18,6 +18,11 @@ EVAL_METRICS = ("oracle", "clip", "pick", "hpsv2", "mps", "lpips")
 # first versions
 CLIP = ("ViT-g-14", "laion2b_s12b_b42k", "A photo depicts ")
 LPIPS = ("alex", 512)
+OF_METRICS = {  # options that no other metric reads
+    "clip": ("--clip-model", "--clip-weights", "--clip-prefix"),
+    "hpsv2": ("--hps-version",),
+    "lpips": ("--lpips-net", "--lpips-size"),
+}
 GPU_GB = 80  # of the cards that most have
 MAY_BE_EMPTY = ("negative_prompt", "clip_prefix", "options", "prompt")  # sample.py says more of the last
 PROMPTS_HELP = "a prompt a line; or a .csv, .tsv, .jsonl, .json or .parquet file"
@@ -57,6 +62,16 @@ class Parser(argparse.ArgumentParser):
             if "" in values and given is not action.default and action.dest not in MAY_BE_EMPTY:
                 self.error(f"{action.option_strings[0]} is empty: give it a value, or leave it out")
         return args
+
+    def note_idle(self, args, names, without):
+        """Tells of those of these options that are given, and have no effect without `without`."""
+        idle = []
+        for name in names:
+            place = name.removeprefix("--").replace("-", "_")
+            if getattr(args, place) != self.get_default(place):
+                idle.append(name)
+        if idle:
+            note(f"{', '.join(idle)}: of no effect without {without}")
 
     def default_of(self, name):
         """What each family's default is, in words: the paper's; the others are not imported for it."""
@@ -205,6 +220,13 @@ def add_scorer_arguments(parser, title):
     add("--lpips-size", "pixels, images are resized to it", type=size, default=pixels)
 
 
+def note_idle_scorers(parser, args, metrics):
+    """Tells of the options of scorers that are not among the metrics."""
+    for metric, names in OF_METRICS.items():
+        if metric not in metrics:
+            parser.note_idle(args, names, f"the metric {metric}")
+
+
 def add_training_prompts(parser):
     """The same of a stage, with prompts to begin with."""
     shown = "prompts/general.txt, 64 of our own to try things with"
@@ -267,6 +289,8 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     args = parse_training_arguments(parser, argv, ADM_RATES, "adm")
     if args.project and args.loss != "adm":
         parser.error("--project is for --loss adm: no other has a gradient of D to project")
+    if not (args.r1 or args.r2):
+        parser.note_idle(args, ["--r-noise"], "an --r1 or --r2 above 0")
     if args.warmup >= args.iterations:
         note("--warmup covers all iterations, so that the student never learns")
     low, high = args.t_range or (args.dt, 1.0)
@@ -308,6 +332,8 @@ def parse_adp_arguments(doc, argv, teachers, families):
     only_warms_up = args.warmup is not None and args.warmup >= args.iterations
     if not (args.lambda_latent or args.lambda_pixel or args.mse or only_warms_up):
         parser.error("after the warm-up nothing moves the student: give a --lambda or --mse above 0")
+    if not args.lambda_pixel:
+        parser.note_idle(args, ["--pixel-backbone"], "a --lambda-pixel above 0")
     return args
 
 
@@ -323,8 +349,10 @@ def parse_training_arguments(parser, argv, rates, stage):
     args = parser.parse_args(argv)
     if args.eval_every and not args.eval_prompts:
         parser.error("--eval-every scores the student on prompts of its own: give --eval-prompts FILE")
-    if args.eval_prompts and not args.eval_every:
-        note("--eval-prompts are not scored without --eval-every")
+    if not args.eval_every:
+        names = ("--eval-prompts", "--eval-prompt-column", "--eval-metric", "--eval-seeds", "--weights-dir")
+        parser.note_idle(args, names, "--eval-every")
+    note_idle_scorers(parser, args, [args.eval_metric] if args.eval_every else [])
     if args.lora and args.compile:
         parser.error("--compile is for networks that train whole; --lora has none")
     if args.lora_targets and not args.lora:

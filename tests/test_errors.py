@@ -18,6 +18,7 @@ import collect_ode
 import evaluate
 import helpers
 import sample
+from support.arguments import parse_adm_arguments, parse_adp_arguments
 from support.errors import UserError, explain, launch, note
 from support.files import read_json, write_atomically
 from support.inputs import check_inputs
@@ -188,6 +189,10 @@ CASES = (
     (f"{WITH_PROMPTS} --init=", "--init is empty: give it a value, or leave it out"),
     (f"{LATENT} --pairs=", "--pairs is empty"),
     ("sample.py --student run --export=", "--export is empty"),
+    (
+        f"{SAMPLE} --teacher teacher --prompt circle --fps 4",
+        "--fps is for videos, and the teacher teacher draws",
+    ),
     (f"{SAMPLE} --student= --teacher teacher --prompts prompts.txt", "--student is empty"),
     (f"{COLLECT} --prompts prompts.txt --teacher-lora=", "--teacher-lora is empty"),
     # options that would do nothing
@@ -248,6 +253,44 @@ def test_wrong_input(place, monkeypatch, capfd, words, sentence):
         launch(MAIN[script])
     check(end.value.code, capfd.readouterr().err, script, sentence)
     assert helpers.take_snapshot(place) == before
+
+
+EVALUATE = "evaluate.py --teacher teacher --prompts prompts.txt"
+IDLE = (
+    (f"{ADM} --r1 0 --r2 0 --r-noise 0.2", "--r-noise: of no effect without an --r1 or --r2 above 0"),
+    (f"{ADM} --r1 0 --r-noise 0.2", ""),
+    (
+        f"{LATENT} --pixel-backbone text.pth",
+        "--pixel-backbone: of no effect without a --lambda-pixel above 0",
+    ),
+    (f"{ADP} --pixel-backbone text.pth", ""),
+    (
+        f"{LATENT} --eval-seeds 2 --eval-prompts x",
+        "--eval-prompts, --eval-seeds: of no effect without --eval",
+    ),
+    (f"{ADM} --lpips-net vgg", "--lpips-net: of no effect without the metric lpips"),
+    (f"{ADM} --eval-every 1 --eval-prompts x --eval-metric lpips --lpips-net vgg", ""),
+    (f"{EVALUATE} --metrics fid,clip --hps-version 2.1 --clip-prefix x", "--hps-version: of no effect"),
+    (f"{EVALUATE} --metrics hpsv2 --hps-version 2.1", ""),
+    (f"{EVALUATE} --clip-prefix x", ""),  # the metric of most teachers
+    ("sample.py --student run --export new --seeds 1 2 --batch 2", "--seeds, --batch: of no effect without"),
+    ("sample.py --student run --prompt circle --seeds 1 2 --batch 2", ""),
+)
+PARSE = {
+    "adm.py": lambda words: parse_adm_arguments("", words, {}, {}, ["adm"]),
+    "adp.py": lambda words: parse_adp_arguments("", words, {}, {}),
+    "sample.py": sample.parse_arguments,
+    "evaluate.py": evaluate.parse,
+}
+
+
+@pytest.mark.parametrize("words, sentence", IDLE)
+def test_options_without_effect_are_told_of(place, monkeypatch, capfd, words, sentence):
+    monkeypatch.chdir(place)
+    script, *rest = words.split()
+    PARSE[script](rest)
+    said = capfd.readouterr().err
+    assert sentence in said if sentence else not said
 
 
 KNOWN_WITHOUT_WEIGHTS = (

@@ -235,7 +235,7 @@ def test_scores_of_other_prompts_do_not_count(scored, train, tmp_path, prompts_f
     words = f"--resume --keep 1 --eval-prompts {prompts_file}"
     train(run, f"{words} --iterations 4 --eval-every 0")
     assert list_steps(run) == ["step_000002", "step_000004"]
-    assert "--eval-prompts are not scored without --eval-every" in capfd.readouterr().err
+    assert "--eval-prompts: of no effect without --eval-every" in capfd.readouterr().err
     train(run, f"{words} --iterations 5", [0.125])
     assert "the held-out score of" in capfd.readouterr().err
     assert (run / "best").read_text() == "step_000005\n"
