@@ -23,10 +23,10 @@ from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError
 from support.hub import TEACHERS
-from support.inputs import check_inputs, fill_from_students, find_start
+from support.inputs import check_inputs, find_start
 from support.lora import make_adapted
 from support.lora_files import add_adapter, count_factors, merge_into_network, merge_into_teacher
-from support.parallel import choose_dtype, compile_blocks, freeze_named, own_device, shard
+from support.parallel import choose_dtype, compile_blocks, freeze_named, shard
 from support.prompts import check_vocabulary
 from support.schedulers import (
     make_flow_scheduler,
@@ -629,13 +629,6 @@ def load_teacher_from(args, device):
     return loading.place(open_teacher_from(args, device))
 
 
-def load_teacher_of_students(args, students):
-    """The teacher of the command line, by default that of the first student (a folder), at its resolution and
-    length."""
-    fill_from_students(args, students)
-    return load_teacher_from(args, own_device())
-
-
 def load_training_teacher(args, device, prompts=()):
     """open_teacher_from's, made ready to train with: a GPU gets what it will keep, no more. UserError for
     what the stage cannot do with it, and for prompts that its tokenizer cannot express."""
@@ -672,6 +665,9 @@ class Student:
         if self.first_time < 1 and (parametrisation == "velocity" or teacher.prediction == "flow"):
             raise UserError("--first-time: on a straight path x_t has the size of pure noise at t = T alone")
         self.times = teacher.student_times(steps, self.first_time * T)
+        if len(set(self.times)) < steps:
+            few = "times are whole numbers up to 1000, and there are not so many"
+            raise UserError(f"--first-time {self.first_time:g} with {steps} steps: {few}")
 
     def diffuse(self, x_0, eps, t):
         """x_0 and noise -> the input at times t [B]."""

@@ -33,7 +33,7 @@ from support.folders import check_index
 from support.inputs import fill_from_students
 from support.media import require_video_writer, save_grid, save_video
 from support.outputs import check_folder, check_new
-from support.parallel import world_size
+from support.parallel import own_device, world_size
 from support.prompts import is_encodable, read_prompts
 from support.systems import System
 
@@ -128,7 +128,7 @@ def main(argv=None):
         require_video_writer()
     elif args.fps and not args.exporting:
         raise UserError(f"--fps is for videos, and the teacher {args.teacher} draws pictures")
-    teacher = common.load_teacher_of_students(args, students)
+    teacher = common.load_teacher_from(args, own_device())
     if args.exporting:
         write = export_student if args.export_lora is None else export_student_lora
         write(args, teacher, table)

@@ -3,7 +3,7 @@
 import os
 import re
 
-from common import load_student, load_teacher_of_students
+from common import load_student, load_teacher_from
 from metrics.images import Images
 from metrics.report import FILES, name_sheet
 from support.checkpoints import find_checkpoint
@@ -12,6 +12,8 @@ from support.escapes import make_printable
 from support.files import read_json, read_sealed, short_name
 from support.folders import describe_difference
 from support.images import list_images
+from support.inputs import fill_from_students
+from support.parallel import own_device
 from support.systems import System
 
 
@@ -41,7 +43,8 @@ def open_systems(args, prompts, out):
     # found once, as a run that goes on may have other ones soon
     checkpoints = {name: find_checkpoint(folder)[0] for name, folder in args.student.items()}
     if args.teacher or args.student:
-        teacher = load_teacher_of_students(args, list(checkpoints.values()))
+        fill_from_students(args, list(checkpoints.values()))
+        teacher = load_teacher_from(args, own_device())
         teacher.check(prompts)
     if "teacher" in args.names:
         system = System(teacher, steps=args.steps, guidance=args.guidance)

@@ -102,7 +102,7 @@ def test_the_licence_is_the_teachers(teacher, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", (None, "{}", "[]", '{"rows": []}', '{"rows": [1], "paper": []}', "no json"))
 def test_what_is_no_report_is_refused(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(common, "load_teacher_of_students", None)
+    monkeypatch.setattr(common, "load_teacher_from", None)
     path = str(tmp_path / "report.json")
     if text:
         with open(path, "w") as file:

@@ -122,7 +122,7 @@ def test_folders_that_cannot_be_written_are_refused_before_anything_loads(
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "load_teacher_of_students", None)
+    monkeypatch.setattr(common, "load_teacher_from", None)
     before = list(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=sentence):
         sample.main(["--student", "run", "--export", path])
