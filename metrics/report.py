@@ -24,6 +24,8 @@ def check_outputs(args):
     paths = list(filter(None, given.values()))
     if args.out:
         check_folder(args.out)
+        if os.path.exists(os.path.join(args.out, "index.json")):  # whose grid.png would be lost
+            raise UserError(f"{args.out} has what another command made: give another --out")
         sheets = [name_sheet(name) for name in args.names]
         paths += [os.path.join(args.out, file) for file in (*FILES, *sheets) if not given.get(file)]
         for name in args.names:

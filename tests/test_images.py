@@ -386,6 +386,7 @@ OUTPUTS = {
     "out, below a file": (["--out", "file/out"], "the folder file/out cannot be made"),
     "out, the report a folder": (["--out", "taken"], "'taken/report.json' cannot be written"),
     "out, a system a file": (["--out", "system"], "the folder system/x cannot be made"),
+    "out, another command's samples": (["--out", "drawn"], "drawn has what another command made"),
     "out, not permitted": (["--out", "locked/out"], "the folder locked/out cannot be written to"),
     "json, not permitted": (["--json", "locked/a.json"], "the folder locked cannot be written to"),
 }
@@ -394,9 +395,9 @@ OUTPUTS = {
 @pytest.mark.parametrize("words, sentence", OUTPUTS.values(), ids=OUTPUTS)
 def test_wrong_outputs_are_refused_before_the_work(tmp_path, monkeypatch, words, sentence):
     monkeypatch.chdir(tmp_path)
-    for folder in ("folder", "folder.png", "taken/report.json", "system", "images", "locked"):
+    for folder in ("folder", "folder.png", "taken/report.json", "system", "images", "locked", "drawn"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("file", "system/x"):
+    for file in ("file", "system/x", "drawn/index.json"):
         (tmp_path / file).write_text("")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     Image.new("RGB", (32, 32)).save(tmp_path / "images/0.png")
