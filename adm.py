@@ -48,13 +48,14 @@ class MicroBatch:
     x_fake: torch.Tensor = None  # latents at time s, detached
     x_real: torch.Tensor = None  # latents at time s
     maps_fake: list = None  # D's maps of x_fake, detached: [B, C_i, (F,) H_i, W_i] each
-    maps_real: list = None  # of x_real, by secant_loss
+    maps_real: list = None  # of x_real, where secant_loss made them
 
 
 class ADM:
     """The networks of Algorithm 1, and a method for each of its lines."""
 
-    student_losses = {"adm": "generator_loss", "secant": "secant_loss", "dmd": "dmd_loss"}  # --loss: method
+    # --loss: the method that is line 3, or in its place
+    losses = {"adm": "generator_loss", "secant": "secant_loss", "line": "secant_loss", "dmd": "dmd_loss"}
 
     def __init__(self, args, teacher, prompts):
         self.args = args
@@ -126,16 +127,20 @@ class ADM:
         return self.log(loss_G=hinge_generator(self.heads(maps_fake)))
 
     def secant_loss(self, b):
-        """Ours, in line 3's place: D's mean slope from x_fake to x_real; see docs/paper-gaps.md."""
+        """Ours, in line 3's place: D's slope on the line to x_real, or 1/dt; see docs/paper-gaps.md."""
         x_fake = self.step_ode(b)
-        with torch.no_grad():
-            b.maps_fake = self.teacher.features(b.x_fake, b.s, b.cond)
-            b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)
-            D_real, D_fake = self.heads(b.maps_real, b.maps_fake)
-            line = b.x_real - b.x_fake
-            rise = broadcast((D_real - D_fake).mean(1), line)
-            slope = rise / mean_of_rows(line.square()).clamp(min=1e-12)  # 0 where the two are the same
+        line = b.x_real - b.x_fake
+        slope = self.measure_slope(b, line) if self.heads else 1 / self.args.dt
         return self.log(loss_G=-(slope * line * x_fake).mean())
+
+    @torch.no_grad()
+    def measure_slope(self, b, line):
+        """D(x_real) - D(x_fake) over the mean square of the line [B, ...] between them, [B, 1, ...]."""
+        b.maps_fake = self.teacher.features(b.x_fake, b.s, b.cond)
+        b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)
+        D_real, D_fake = self.heads(b.maps_real, b.maps_fake)
+        rise = broadcast((D_real - D_fake).mean(1), line)
+        return rise / mean_of_rows(line.square()).clamp(min=1e-12)  # 0 where the two are the same
 
     def dmd_loss(self, b):
         """The baseline in line 3's place (DMD): a loss whose gradient in x0_hat is DMD's direction."""
@@ -154,10 +159,8 @@ class ADM:
 
     def discriminator_loss(self, b):
         """Line 4: L(tau) = E relu(1 + D_tau(x_fake, t - dt, c)) + E relu(1 - D_tau(x_real, ..)) + R1 + R2."""
-        maps_real = b.maps_real
-        if maps_real is None:  # all but secant_loss leave them to this line
-            with torch.no_grad():
-                maps_real = self.teacher.features(b.x_real, b.s, b.cond)
+        with torch.no_grad():
+            maps_real = b.maps_real or self.teacher.features(b.x_real, b.s, b.cond)
         D_real, D_fake = self.heads_train(maps_real, b.maps_fake)
         self.log(D_gap=(D_real - D_fake).mean(), D_abs=torch.cat([D_real, D_fake]).abs().mean())
         r1 = self.penalty(b.x_real, D_real, b, self.args.r1)
@@ -180,7 +183,7 @@ class ADM:
 def iterate(adm, step, minimise):
     """--ttur updates of f_psi and D_tau, then one of G_theta. minimise: support.training's, or tools' own."""
     args = adm.args
-    student_loss = getattr(adm, adm.student_losses[args.loss])
+    student_loss = getattr(adm, adm.losses[args.loss])
     for update in range(args.ttur):  # paper silent: ttur: each update has samples of its own
         student_learns = step >= args.warmup and update == args.ttur - 1
         batch = adm.draw(step, update)
@@ -201,7 +204,7 @@ def iterate(adm, step, minimise):
 
 
 def main(argv=None):
-    args = parse_adm_arguments(__doc__, argv, common.TEACHERS, common.FAMILIES, ADM.student_losses)
+    args = parse_adm_arguments(__doc__, argv, common.TEACHERS, common.FAMILIES, ADM.losses)
     if args.plan:
         return print_plan(args, ADM, iterate)
     prompts = read_training_prompts(args.prompts, args.prompt_column)

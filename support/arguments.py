@@ -263,7 +263,7 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     add("--steps", "steps of the student", type=sampler_steps, shown=shown)
     first = "the student's first time, in units of T, where it predicts noise or v; DMD2's one step: 0.4"
     add("--first-time", first, type=student_time, shown="that of --init, else 1")
-    loss = "what moves the student; dmd has no discriminator: --r1, --r2 and --head-lr are of no use to it"
+    loss = "what moves the student; dmd and line have no discriminator, and no use for --r1, --r2, --head-lr"
     add("--loss", loss, choices=list(losses), default="adm")
     # paper silent: guidance: DMD2's 8 for SDXL, the pipelines' own defaults for the others
     shown = parser.default_of("adm_guidance")

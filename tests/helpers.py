@@ -97,7 +97,7 @@ def save_sam(encoder, path):
 
 def training_arguments(stage, words):
     """The parsed arguments of adm.py or adp.py. stage: "adm" or "adp"; words: of its command line."""
-    losses = [adm.ADM.student_losses] if stage == "adm" else []
+    losses = [adm.ADM.losses] if stage == "adm" else []
     return PARSERS[stage](__doc__, words, common.TEACHERS, common.FAMILIES, *losses)
 
 

@@ -66,9 +66,11 @@ TABLE = {
         ("a secant that may be none over none", ".clamp(min=1e-12)", ""),
         (
             "the secant's maps of x_real are x_fake's",
-            "features(b.x_real, b.s, b.cond)\n            D_real",
-            "features(b.x_fake, b.s, b.cond)\n            D_real",
+            "b.maps_real = self.teacher.features(b.x_real",
+            "b.maps_real = self.teacher.features(b.x_fake",
         ),
+        ("a line's slope is dt", "else 1 / self.args.dt", "else self.args.dt"),
+        ("a line away from x_real", "line = b.x_real - b.x_fake", "line = b.x_fake - b.x_real"),
         # the networks
         ("dt in T's units", "self.args.dt * T", "self.args.dt"),
         (
@@ -219,13 +221,13 @@ TABLE = {
         ("D's labels swapped", "hinge_discriminator(D_real, D_fake)", "hinge_discriminator(D_fake, D_real)"),
         (
             "D without the prompt for x_real",
-            " maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
-            " maps_real = self.teacher.features(b.x_real, b.s, self.teacher.null(len(b.x_real)))",
+            "b.maps_real or self.teacher.features(b.x_real, b.s, b.cond)",
+            "b.maps_real or self.teacher.features(b.x_real, b.s, self.teacher.null(len(b.x_real)))",
         ),
         (
             "D's real sample is the fake one",
-            " maps_real = self.teacher.features(b.x_real, b.s, b.cond)",
-            " maps_real = self.teacher.features(b.x_fake, b.s, b.cond)",
+            "b.maps_real or self.teacher.features(b.x_real, b.s, b.cond)",
+            "b.maps_real or self.teacher.features(b.x_fake, b.s, b.cond)",
         ),
         ("D_gap flipped", "D_gap=(D_real - D_fake).mean()", "D_gap=(D_fake - D_real).mean()"),
         ("R1 with R2's weight", "D_real, b, self.args.r1)", "D_real, b, self.args.r2)"),

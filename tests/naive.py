@@ -172,6 +172,9 @@ class NaiveADM:
             b.x_real = diffuse(teacher, real_0, real_eps, b.s)
             if args.loss == "secant":
                 loss_G = loss_G + self.secant(b) / len(parts)
+            elif args.loss == "line":
+                difference = (b.x_real - b.x_fake).detach() / args.dt
+                loss_G = loss_G - (difference * b.x_fake).mean() / len(parts)
             elif self.D:
                 maps = maps_of(teacher, b.x_fake, b.s, b.cond)
                 loss = -logits_of(self.D.net, maps).mean() / len(parts)

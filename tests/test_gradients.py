@@ -89,6 +89,7 @@ ADM_UPDATES = (
     ("--warmup 1", "f heads  f G heads"),
     ("--accumulate 3 --ttur 2", "f heads f G heads  f heads f G heads"),
     ("--loss secant", "f G heads  f G heads"),
+    ("--loss line", "f G  f G"),
     ("--loss dmd", "f G  f G"),
     ("--loss dmd --ttur 2", "f f G  f f G"),
     ("--no-checkpointing", "f G heads  f G heads"),

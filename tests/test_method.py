@@ -78,6 +78,7 @@ ADM_CASES = (
     ("sdxl", "--steps 2 --clip 0.05"),
     ("sdxl", "--steps 2 --project --accumulate 2 --dt 1/8"),
     ("sdxl", "--steps 2 --loss secant --accumulate 2 --ttur 2 --warmup 1 --dt 1/8"),
+    ("sdxl", "--steps 2 --loss line --accumulate 2 --dt 1/8 --clip 0.05"),
     ("sdxl", "--steps 2 --first-time 0.4 --t-range 0.3 0.6"),
     ("sdxl", "--steps 1 --loss dmd --first-time 0.4 --dt 0.2 --t-range 0.02 0.5"),
     ("sd3", "--steps 2 --guidance 5"),

@@ -212,35 +212,35 @@ def test_gradient_of_a_sample_is_weighed_by_a_power_of_alpha(loss, power):
     torch.testing.assert_close(b.x0_hat.grad, (3 * alpha**power).expand(6, 2).float())
 
 
-@pytest.mark.parametrize("name, length", [("line_loss", 8.0), ("unit_line_loss", 1.0)])
-def test_line_losses_push_along_the_line_with_a_constant_weight(name, length):
-    """From x_fake to x_real, however long the way and whatever D says: it is not asked."""
-    method = mixture.MixtureADM.__new__(mixture.MixtureADM)
-    method.log, method.args = Means(), SimpleNamespace(dt=0.25)
-    x_fake = torch.zeros(2, 2, requires_grad=True)
-    x_real = torch.tensor([[0.0, 2.0], [0.5, 0.0]])
-    method.step_ode = lambda b: x_fake
-    b = SimpleNamespace(x_fake=x_fake.detach(), x_real=x_real)
-    getattr(method, name)(b).backward()
-    shorter = length / 4 if name == "line_loss" else length
-    torch.testing.assert_close(-4 * x_fake.grad, torch.tensor([[0.0, length], [shorter, 0.0]]))
-
-
-def test_slopes_are_those_of_the_secant_in_quarters_of_the_times():
-    """D is the sum of a sample's two numbers; its slope is that sum over the mean of their squares."""
+def make_method():
+    """A MixtureADM whose D is the sum of a sample's two numbers."""
     method = mixture.MixtureADM.__new__(mixture.MixtureADM)
     method.log, method.args = Means(), SimpleNamespace(dt=0.25)
     method.heads = lambda real, fake: (real, fake)
     method.teacher = SimpleNamespace(features=lambda x, s, cond: x.sum(1, keepdim=True))
-    x_fake = torch.zeros(4, 2, requires_grad=True)
+    return method
+
+
+def test_unit_line_pushes_as_far_along_every_line():
+    method = make_method()
+    x_fake = torch.zeros(2, 2, requires_grad=True)
     method.step_ode = lambda b: x_fake
-    lines = torch.tensor([[2.0, -1.0], [1.0, 1.0], [2.0, 0.0], [1.0, 1.0]])
-    s = torch.tensor([100.0, 300.0, 600.0, 900.0])
-    b = SimpleNamespace(x_fake=x_fake.detach(), x_real=lines, s=s, cond={})
-    method.secant_loss(b)
+    lines = torch.tensor([[0.0, 2.0], [0.5, 0.0]])
+    method.unit_line_loss(SimpleNamespace(x_fake=x_fake.detach(), x_real=lines)).backward()
+    torch.testing.assert_close(-4 * x_fake.grad, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+
+def test_slopes_are_those_of_the_secant_in_quarters_of_the_times():
+    """A slope is the sum of a line over the mean of its squares."""
+    method = make_method()
+    lines = torch.tensor([[2.0, -1.0], [1.0, 1.0], [2.0, 0.0], [1.0, 1.0], [3.0, 1.0]])
+    s = torch.tensor([100.0, 300.0, 600.0, 900.0, 999.0])
+    b = SimpleNamespace(x_fake=torch.zeros(5, 2), x_real=lines, s=s, cond={})
+    slope = method.measure_slope(b, lines)
+    assert slope.flatten().tolist() == pytest.approx([1 / 2.5, 2, 1, 2, 4 / 5])
     logged = {name: value.item() for name, value in method.log.take().items()}
-    assert [logged[name] for name in mixture.SLOPES] == pytest.approx([1 / 2.5, 2, 1, 2])
-    assert mixture.format_slopes(logged) == "0.30 1.48 0.74 1.48"
+    assert [logged[name] for name in mixture.SLOPES] == pytest.approx([1 / 2.5, 2, 1, 6 / 6])
+    assert mixture.format_slopes(logged) == "0.36 1.82 0.91 0.91"
 
 
 def test_dmd_loss_moves_samples_into_modes(monkeypatch):

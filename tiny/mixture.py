@@ -178,7 +178,7 @@ class MixtureADP(adp.ADP):
 
 
 class MixtureADM(adm.ADM):
-    student_losses = {**adm.ADM.student_losses, "line": "line_loss", "unit-line": "unit_line_loss"}
+    losses = {**adm.ADM.losses, "unit-line": "unit_line_loss"}
     power = 0  # of POWERS
 
     def draw(self, step, update):
@@ -193,27 +193,18 @@ class MixtureADM(adm.ADM):
             b.x0_hat.register_hook(lambda gradient: weight * gradient)
         return x_t, t
 
-    def secant_loss(self, b):
-        """ADM's, and logs the slope that D gives the line in each quarter of the times."""
-        loss = super().secant_loss(b)
-        with torch.no_grad():
-            D_real, D_fake = self.heads(b.maps_real, b.maps_fake)
-        rise = (D_real - D_fake).mean(1)
-        square = (b.x_real - b.x_fake).square().mean(1)
+    def measure_slope(self, b, line):
+        """ADM's, of which the mean in each quarter of the times is logged; long lines weigh more in it."""
+        slope = super().measure_slope(b, line)
+        square = line.square().mean(1)
         quarters = (4 * b.s / T).long()
         for quarter, name in enumerate(SLOPES):
             rows = quarters == quarter
-            self.log(**{name: rise[rows].sum() / square[rows].sum()})
-        return loss
-
-    def line_loss(self, b):
-        """secant_loss with a constant in the place of D's slope: the difference of the two scores alone."""
-        x_fake = self.step_ode(b)
-        line = b.x_real - b.x_fake
-        return self.log(loss_G=-(line / self.args.dt * x_fake).mean())
+            self.log(**{name: (slope[rows, 0] * square[rows]).sum() / square[rows].sum()})
+        return slope
 
     def unit_line_loss(self, b):
-        """line_loss that moves every sample as far, however long its line is."""
+        """--loss line with a line of length 1, so that every sample is moved as far."""
         x_fake = self.step_ode(b)
         line = F.normalize(b.x_real - b.x_fake, dim=1)
         return self.log(loss_G=-(line * x_fake).mean())
@@ -292,7 +283,7 @@ def run_adm(teacher, loss, options, seed, iterations):
     torch.manual_seed(seed)
     begin = time.process_time()
     words = make_words(f"{ADM_WORDS} {options}", teacher.denoiser.members, seed, iterations)
-    args = parse_adm_arguments(__doc__, words, common.TEACHERS, common.FAMILIES, MixtureADM.student_losses)
+    args = parse_adm_arguments(__doc__, words, common.TEACHERS, common.FAMILIES, MixtureADM.losses)
     method = MixtureADM(args, teacher, [""])
     method.power = POWERS.get(loss, 0)
     rates = {method.opt_G: args.lr, method.opt_f: args.fake_lr, method.opt_heads: args.head_lr}

@@ -53,7 +53,7 @@ def run(words, out, threads):
 
 def plan(words):
     """GB that --plan adds up for the words of an adm.py command, without text encoders."""
-    args = parse_adm_arguments(__doc__, words, common.TEACHERS, common.FAMILIES, adm.ADM.student_losses)
+    args = parse_adm_arguments(__doc__, words, common.TEACHERS, common.FAMILIES, adm.ADM.losses)
     networks = Networks(args, adm.ADM, adm.iterate)
     rows = count_states(args, networks, 1) | count_activations(args, networks)
     rows.pop("text encoders", None)
