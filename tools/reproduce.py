@@ -82,6 +82,7 @@ RUNS = {
     "projected-860": f"{LONG} --iterations 860 --lr 1e-4 --project",
     "secant-600": f"{TRIAL} --lr 1e-4 --loss secant",
     "bare-600": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0",
+    "line-600": f"{TRIAL} --lr 1e-4 --loss line",
     "bare-1100": f"{LONG} --iterations 1100 --lr 1e-4 --loss secant --r1 0 --r2 0",
     "bare-3650": f"{LONG} --iterations 3650 --lr 1e-4 --loss secant --r1 0 --r2 0",
     # what else ADM could be trained with
@@ -120,6 +121,7 @@ RUNS = {
     "sd3-adm-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5",
     "sd3-dmd-490": f"{SD3} --guidance 2 --iterations 490 --lr 5e-5 --loss dmd",
     "sd3-projected-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --project",
+    "sd3-line-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --loss line",
     "sd3-dmd-980": f"{SD3} --guidance 2 --iterations 980 --lr 5e-5 --loss dmd",
     "sd3-projected-600": f"{SD3} --guidance 2 --iterations 600 --lr 3e-5 --project",
     "video-start": f"{VIDEO} --guidance 2 --iterations 1 --warmup 1",
@@ -164,6 +166,7 @@ TABLES = {
         ),
         EVALUATE,
     ),
+    "weight": (("adp", "dmd-600", "projected-600", "bare-600", "line-600"), EVALUATE),
     "pipeline": (("A1-uniform", "A3", "A4", "adp", "B1-400", "B2-400", "dmd", "dmdx"), EVALUATE),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
     "health": (
@@ -179,7 +182,7 @@ TABLES = {
         EVALUATE_SD3,
     ),
     "sd3-control": (
-        ("sd3-start", "sd3-dmd", "sd3-dmd-490", "sd3-adm-300", "sd3-projected-300"),
+        ("sd3-start", "sd3-dmd", "sd3-dmd-490", "sd3-adm-300", "sd3-projected-300", "sd3-line-300"),
         EVALUATE_SD3,
     ),
     "sd3-long": (("sd3-start", "sd3-dmd-980", "sd3-projected-600"), EVALUATE_SD3),

@@ -67,6 +67,7 @@ LABELS = {
     "sd3-adm-unguided": "ADM, no guidance",
     "sd3-adm-300": "ADM, guidance 2, 300 iterations",
     "sd3-projected-300": "ADM `--project`, guidance 2",
+    "sd3-line-300": "`--loss line`, guidance 2",
     "sd3-projected-600": "ADM `--project`, guidance 2, 600 iterations",
     "video-start": "the teacher's network in eight steps",
     "video-dmd": "the DMD loss",
@@ -80,6 +81,7 @@ METHODS = {  # of the runs whose names end with their iterations
     "projected": "ADM `--project`",
     "secant": "`--loss secant`",
     "bare": "`--loss secant --r1 0 --r2 0`",
+    "line": "`--loss line`",
 }
 
 
