@@ -3,7 +3,7 @@
 # make demo-sd3    a four-step student of tiny-sd3, 6 minutes: report.json and samples/ in runs/demo-sd3
 # make demo-video  an eight-step student of tiny-cogvideox, 6 minutes: runs/demo-video
 # make test        ruff, and every test
-# make faults      kills, signals, full disks, damage, odd commands and files, an hour or two; docs/tests.md
+# make faults      kills, signals, full disks, damage, odd commands and files, half an hour; docs/tests.md
 # make mutations   how many careless changes of one line no test notices; docs/tests.md
 # make full-size   iterations of the real architectures with random weights, on a CPU with 24 GB; docs/memory.md
 # make setup       the virtual environment that all use; make sets it up by itself

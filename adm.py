@@ -1,7 +1,7 @@
 """Stage 2: adversarial distribution matching (ADM), the paper's Algorithm 1.
 
-    torchrun --nproc_per_node=8 adm.py --teacher sdxl --init runs/adp-sdxl --prompts prompts.txt  # one step
-    torchrun --nproc_per_node=8 adm.py --teacher cogvideox --prompts prompts.txt  # eight steps
+    torchrun --nproc_per_node=8 adm.py --teacher sdxl --init runs/adp-sdxl --prompts prompts.txt --shard zero1
+    torchrun --nproc_per_node=8 adm.py --teacher cogvideox --prompts prompts.txt --shard zero1  # eight steps
 
 F_phi is the frozen teacher: the real score, and the backbone of the discriminator D_tau. f_psi is the fake
 score, which follows the student G_theta. Algorithm 1 [method of class ADM], T = 1000, dt = --dt times T:
@@ -169,7 +169,7 @@ class ADM:
 
     def penalty(self, x, D, b, weight):
         """R1 of x_real, R2 of x_fake: weight N (dt/T) |grad D|^2 by finite differences, N the size of x."""
-        # paper silent: penalties: without them D drifts; with them grad D follows x_real - x_fake
+        # paper silent: penalties: nothing else holds D's level; with them grad D is nearer x_real - x_fake
         if not weight:
             return 0
         with torch.no_grad():
@@ -181,7 +181,7 @@ class ADM:
 
 
 def iterate(adm, step, minimise):
-    """--ttur updates of f_psi and D_tau, then one of G_theta. minimise: support.training's, or tools' own."""
+    """--ttur updates of f_psi and D_tau, and one of G_theta, between the last two. minimise: a function."""
     args = adm.args
     student_loss = getattr(adm, adm.losses[args.loss])
     for update in range(args.ttur):  # paper silent: ttur: each update has samples of its own

@@ -22,7 +22,7 @@ from support.files import lock_folder, make_folder, read_sealed, short_name, wri
 from support.folders import check_index
 from support.loading import describe_teacher, name_both
 from support.pairs import find_problem, identify, shard_path, write_shard
-from support.parallel import is_main, own_device, rank, world_size
+from support.parallel import is_main, leave_together, own_device, rank, world_size
 from support.prompts import read_training_prompts
 from support.rng import RowRNG
 
@@ -67,6 +67,7 @@ def main(argv=None):
     teacher.check(index["prompts"])
     with lock_folder(out):
         collect_missing(args, teacher, prompts, index, out)
+    leave_together()
 
 
 def draw(args, numbers, device):

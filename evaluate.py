@@ -47,7 +47,7 @@ from support.escapes import make_printable
 from support.files import lock_folder, make_folder
 from support.media import require_video_writer
 from support.packages import check_packages
-from support.parallel import is_main, world_size
+from support.parallel import is_main, leave_together, world_size
 from support.prompts import has_closed_vocabulary
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # they warn of the workers' forks otherwise
@@ -148,6 +148,7 @@ def main(argv=None):
         out = args.out or temporary
         with lock_folder(out):
             evaluate(args, prompts, dimensions, out)
+    leave_together()
 
 
 def evaluate(args, prompts, dimensions, out):

@@ -68,6 +68,20 @@ def wait_for_all():
         dist.barrier()
 
 
+def leave_together():
+    """Waits for the processes of the other nodes, where they share files and no group. torchrun's agents wait
+    for each other for five minutes alone, and then end those that still work."""
+    is_alone = world_size() == read_number("LOCAL_WORLD_SIZE", world_size())
+    if is_alone or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with contextlib.suppress(RuntimeError):  # the node that has the store may be gone
+        store = dist.TCPStore(*place, is_master=False)
+        if store.add("dmdx/done", 1) == world_size():
+            store.set("dmdx/all done", "")
+        store.wait(["dmdx/all done"], datetime.timedelta(days=30))
+
+
 def average(values):
     """{name: scalar tensor or float} -> {name: float}, averaged over the ranks."""
     scalars = [torch.as_tensor(value, dtype=torch.float32).detach().cpu() for value in values.values()]
@@ -97,6 +111,9 @@ def wrap_ddp(module):
     if not dist.is_initialized() or isinstance(module, FSDPModule):
         return module
     on_gpu = next(module.parameters()).is_cuda
+    for p in module.parameters():
+        if p.requires_grad:  # DDP puts these into its buckets; none would be made beside them by --accumulate
+            p.grad = torch.zeros_like(p)
     return nn.parallel.DistributedDataParallel(
         module,
         device_ids=[torch.cuda.current_device()] if on_gpu else None,

@@ -349,6 +349,7 @@ class Run:
         is_best = self._measure(step)
         if is_due or is_best:
             self.save(step, prompts, is_best)
+            self._ask_whether_to_leave()  # a signal meanwhile: there is a checkpoint of this iteration
 
     def _measure(self, step):
         """Whether the student has a held-out score now, a line of its own in metrics.jsonl, that is higher
@@ -367,7 +368,7 @@ class Run:
             self._write_line({"step": step, **line, "held_out_seconds": seconds})
         score = next(iter(values.values()))
         self.score = score if math.isfinite(score) else None
-        is_best = score > self.best
+        is_best = average({"best": float(score > self.best)})["best"] == 1  # on a slow disk they may differ
         if is_best:
             self.best = score
         return is_best
@@ -375,12 +376,15 @@ class Run:
     def is_due(self, step):
         """Whether to save now: every --save-every, at the end, and on every rank when one was told to
         stop."""
+        self._ask_whether_to_leave()
+        last = step == self.args.iterations
+        return self.leaving or last or step % self.args.save_every == 0
+
+    def _ask_whether_to_leave(self):
         told = average({"told": float(self.signal is not None)})["told"]
         if told and not self.leaving:
             note("told to stop: the run ends with a checkpoint of this iteration")
         self.leaving = told > 0
-        last = step == self.args.iterations
-        return self.leaving or last or step % self.args.save_every == 0
 
     def save(self, step, prompts, is_best=False):
         """A checkpoint, in one move, and samples of the first prompts from fixed noise. All ranks gather and
@@ -472,7 +476,10 @@ class Run:
                 if problem is None:
                     kept += 1
             elif is_ours(folder) and os.path.basename(folder) != os.path.basename(best):
-                remove(folder)
+                try:
+                    remove(folder)
+                except OSError as error:  # of NFS, where somebody reads it
+                    note(f"{folder} is not removed: {first_line(error)}")
 
 
 def describe_data(method):

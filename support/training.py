@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from support.backbones import check_backbone
 from support.errors import UserError
@@ -110,7 +111,7 @@ def minimise(loss_of, batch, net, optimizer, clip):
     norm = clip_gradient(optimizer, clip)
     if norm.isfinite():  # one bad batch must not end a run
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not isinstance(net, DistributedDataParallel))  # its buckets stay
     return norm
 
 

@@ -4,10 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from forks import Command
 
 import adm
@@ -18,6 +21,8 @@ from support import run
 from support.checkpoints import LORA_FILE, find_checkpoint
 from support.errors import UserError
 from support.offload import TOGETHER
+from support.parallel import leave_together
+from support.training import minimise, prepare
 from tiny import families
 from tools.bench import free_port
 
@@ -305,6 +310,53 @@ def test_two_torchruns_are_two_nodes(arguments_of, run_alone, tmp_path):
     assert "dmd_loss" in said[0]  # rank 0 alone shows its progress
     assert "dmd_loss" not in said[1]
     compare(run_alone("dmd"), tmp_path / "two")
+
+
+def test_micro_batches_add_up_in_the_buckets_of_ddp():
+    """Gradients beside them would take 4 bytes a parameter."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        args = SimpleNamespace(betas=(0.9, 0.99), weight_decay=0, shard="ddp")
+        train, optimizer = prepare(net, 0.1, args)
+        storages = []
+
+        def loss_of(x):
+            storages.append({p.grad.untyped_storage().data_ptr() for p in net.parameters()})
+            return train(x).square().mean()
+
+        for _ in range(3):
+            minimise(loss_of, [torch.ones(1, 4), torch.ones(2, 4)], train, optimizer, 1.0)
+    finally:
+        dist.destroy_process_group()
+    assert [len(found) for found in storages[1:]] == [1] * 5  # the first has what DDP has not seen yet
+
+
+def test_nodes_that_share_no_group_leave_together(monkeypatch):
+    port = free_port()
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**place, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    first = threading.Thread(target=leave_together, daemon=True)
+    first.start()
+    while store.add("dmdx/done", 0) < 1:
+        first.join(0.01)
+    first.join(0.1)
+    assert first.is_alive()
+    leave_together()
+    first.join(60)
+    assert not first.is_alive()
+
+
+def test_processes_of_one_node_leave_alone(monkeypatch):
+    """torchrun waits for them all. There is no store at port 1."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    leave_together()
 
 
 FAILING = """

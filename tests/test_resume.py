@@ -21,7 +21,7 @@ import adp
 import common
 import evaluate
 import helpers
-from support import files
+from support import files, inputs
 from support import run as runs
 from support.checkpoints import find_checkpoint
 from support.errors import UserError
@@ -416,6 +416,39 @@ def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path):
     assert [line["step"] for line in helpers.read_metrics(run)] == list(range(1, last + 1))
     adm.main([*arguments, "--resume", "--iterations", str(last + 1), "--batch", "4"])
     assert helpers.read_metrics(run)[-1]["step"] == last + 1
+
+
+def test_a_signal_during_a_checkpoint_asks_for_no_second_one(dmd, tmp_path, monkeypatch):
+    """Those of real teachers take minutes."""
+    save = runs.Run.save
+
+    def save_and_hear(run, *arguments):
+        save(run, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runs.Run, "save", save_and_hear)
+    adm.main(dmd(tmp_path / "run", "--iterations 4 --save-every 2"))
+    assert [line["step"] for line in helpers.read_metrics(tmp_path / "run")] == [1, 2]
+    assert find_checkpoint(str(tmp_path / "run"))[1]["step"] == 2
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(dmd, tmp_path, monkeypatch, capfd):
+    """As on NFS, where somebody reads it."""
+
+    def refuse(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    monkeypatch.setattr(runs, "remove", refuse)
+    adm.main(dmd(tmp_path / "run", "--iterations 2 --save-every 1 --keep 1"))
+    assert (tmp_path / "run/step_000002/meta.json").exists()
+    assert "step_000001 is not removed: " in capfd.readouterr().err
+
+
+def test_ranks_that_would_start_from_two_checkpoints_stop(finished, dmd, tmp_path, monkeypatch):
+    """As where the run of --init still trains."""
+    monkeypatch.setattr(inputs, "average", lambda values: {"step": values["step"] - 0.5})
+    with pytest.raises(UserError, match="is not the newest on all nodes: give --init a step_... folder"):
+        adm.main(dmd(tmp_path / "run", f"--init {finished}"))
 
 
 def test_only_the_newest_checkpoints_are_kept(adm_arguments, tmp_path):

@@ -16,6 +16,7 @@ import sample
 from metrics import held_out
 from metrics.scorer import Scorer, read_pixels
 from metrics.scorers import SCORERS
+from support import run as runs
 from support.arguments import EVAL_METRICS
 from support.checkpoints import find_checkpoint, follow
 from support.errors import UserError
@@ -227,6 +228,18 @@ def test_a_resumed_run_finds_the_best_again(scored, train, tmp_path, capfd, name
     assert (run / "best").read_text() == f"{best}\n"
     is_said = "step_000002, the best one, is passed over" in capfd.readouterr().err
     assert is_said == (leave is damage_the_best)
+
+
+def test_the_best_is_that_of_all_ranks(train, tmp_path, monkeypatch):
+    """One that saw other checkpoints, on a slow disk, would save alone."""
+
+    def average(values):
+        return {name: 0.5 if name == "best" else float(value) for name, value in values.items()}
+
+    monkeypatch.setattr(runs, "average", average)
+    train(tmp_path / "run", "--iterations 2", [0.5, 0.75])
+    assert list_steps(tmp_path / "run") == ["step_000002"]
+    assert not (tmp_path / "run/best").exists()
 
 
 def test_scores_of_other_prompts_do_not_count(scored, train, tmp_path, prompts_file, capfd):
