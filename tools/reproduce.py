@@ -166,7 +166,7 @@ TABLES = {
         ),
         EVALUATE,
     ),
-    "weight": (("adp", "dmd-600", "projected-600", "bare-600", "line-600"), EVALUATE),
+    "weight": (("adp", "dmd-600", "bare-600", "line-600"), EVALUATE),
     "pipeline": (("A1-uniform", "A3", "A4", "adp", "B1-400", "B2-400", "dmd", "dmdx"), EVALUATE),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
     "health": (
