@@ -71,6 +71,8 @@ def place(tmp_path_factory, teacher_folder, prompts_file, pairs_folder):
 
 
 COLLECT = "collect_ode.py --teacher teacher --out new"
+COLLECT_AGAIN = "collect_ode.py --teacher teacher --out pairs --prompts prompts.txt --count 12 --shard-size 5"
+COLLECT_AGAIN += " --steps 2"
 ADP = "adp.py --teacher teacher --out new"
 LATENT = f"{ADP} --lambda-pixel 0"
 ADM = "adm.py --teacher teacher --out new"
@@ -190,6 +192,14 @@ CASES = (
     (f"{WITH_PROMPTS} --init=", "--init is empty: give it a value, or leave it out"),
     (f"{LATENT} --pairs=", "--pairs is empty"),
     ("sample.py --student run --export=", "--export is empty"),
+    (f"{ADM} --teacher none --prompts table.csv --prompt-column description", "no teacher 'none'"),
+    (f"{COLLECT} --teacher none --prompts table.csv --prompt-column description", "no teacher 'none'"),
+    (f"{SAMPLE} --teacher none --prompts table.csv --prompt-column description", "no teacher 'none'"),
+    (f"{COLLECT_AGAIN} --guidance 3", "its guidance is 5.0, not 3.0"),
+    (f"{COLLECT_AGAIN} --guidance 0", "its guidance is 5.0, not 0.0"),
+    (f"{COLLECT_AGAIN} --seed 1", "its seed is 0, not 1"),
+    (f"{COLLECT_AGAIN} --precision bf16", "its precision is 'float32', not 'bfloat16'"),
+    (f"{LATENT} --pairs pairs --resolution 64", "check --resolution"),
     (
         f"{SAMPLE} --teacher teacher --prompt circle --fps 4",
         "--fps is for videos, and the teacher teacher draws",

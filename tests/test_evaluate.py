@@ -243,6 +243,16 @@ def test_folders_of_images(folders):
             assert len(image.convert("RGB").getcolors(1 << 24)) > 3
 
 
+def test_variety_is_compared_with_the_references(folders, tmp_path):
+    """Whichever system that is."""
+    systems = ["--images", f"good={folders}/good", "--images", f"bad={folders}/bad", "--workers", "0"]
+    words = ["--prompts", str(folders / "prompts.txt"), "--metrics", "oracle", "--reference", "bad"]
+    evaluate.main([*systems, *words, "--json", str(tmp_path / "report.json")])
+    good, bad = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert bad["tv"] == bad["tv_uniform"]
+    assert good["tv"] != good["tv_uniform"]
+
+
 NOT_FOLDERS = [
     (["--images", "x=/nowhere"], "no folder of images '/nowhere'"),
     (["--images", "x=GOOD", "--images", "x=BAD"], "two systems called 'x'"),

@@ -448,6 +448,12 @@ def test_text_lengths(teachers):
     assert text["cogvideox"].shape[1] == 16
 
 
+def test_a_long_prompt_is_cut_as_the_pipeline_does(teacher):
+    prompt = "a small red circle on a white background " * 6
+    wanted, *_ = teacher.pipe.encode_prompt(prompt, device=teacher.device, do_classifier_free_guidance=False)
+    torch.testing.assert_close(teacher.encode([prompt])["encoder_hidden_states"], wanted)
+
+
 def test_the_position_table_survives_every_load(teachers):
     """CogVideoX-2b's table is not in its file: the student's must be the teacher's."""
     teacher = teachers["cogvideox"]
@@ -727,6 +733,12 @@ def test_a_students_parts_have_the_precision_of_the_teachers(kind, folders, tmp_
     assert {name: weight.dtype for name, weight in student.state_dict().items()} == wanted
     assert torch.bfloat16 in wanted.values()
     assert (torch.float32 in wanted.values()) == (kind == "wan")
+    x = draw_noise(1, *teacher.latent_shape).float()
+    raw = teacher.raw(teacher.denoiser, x, torch.tensor([500.0]), teacher.null(1))
+    assert raw.dtype == torch.float32  # what is computed of it is
+    trains = teacher.trainable(helpers.TRAINING, "student").state_dict()
+    exact = load(kind, folders[kind]).denoiser.state_dict()
+    assert all(weight.equal(exact[name]) for name, weight in trains.items())  # nothing is rounded
     tables = {name: table for name, table in student.named_buffers() if name not in wanted}
     assert all(table.dtype != torch.bfloat16 for table in tables.values())
     assert bool(tables) == (kind in ("cogvideox", "wan"))

@@ -270,3 +270,18 @@ def test_a_gradient_that_is_not_finite_makes_no_step(stage, factor, moves):
     assert net.weight.equal(before) != moves
     assert bool(norm.isfinite()) == moves
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_micro_batches_keep_no_graph_of_their_samples(adm_arguments):
+    """Line 3 makes each anew: --accumulate is to cost no memory."""
+    method = helpers.make_method(
+        adm, [*adm_arguments, *["--accumulate", "2", "--steps", "1", "--loss", "dmd"]]
+    )
+    kept = []
+
+    def minimise(loss_of, batch, *rest):
+        kept.append([b.x0_hat.requires_grad for b in batch])
+        return torch.zeros(())
+
+    adm.iterate(method, 0, minimise)
+    assert kept[0] == [False, False]

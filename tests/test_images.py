@@ -1,6 +1,10 @@
 """Users' pictures: every kind gives its right pixels or one sentence; folders, and what lies there beside."""
 
+import base64
+import io
+import json
 import os
+import re
 import struct
 import sys
 import warnings
@@ -11,7 +15,10 @@ import pytest
 from PIL import Image
 
 import evaluate
+from metrics import plots
 from metrics.fid import Fid
+from metrics.images import Images
+from metrics.page import save_page
 from metrics.rows import describe_samples, format_table, make_row, round_values
 from metrics.systems import find_images, find_reference
 from support.errors import UserError
@@ -454,3 +461,78 @@ def test_a_missing_package_is_named_before_anything_is_drawn(tmp_path, monkeypat
     with pytest.raises(UserError, match=f"pip install {package.replace('open_clip', 'open_clip_torch')}"):
         evaluate.main([*words, "--weights-dir", str(tmp_path / "weights"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+# What people look at --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def greys(tmp_path):
+    """Two systems with two samples of one prompt, videos of three frames: each system, sample and frame has a
+    grey of its own, 100 s + 50 k + 10 (frame + 1)."""
+    systems = []
+    for s in (0, 1):
+        paths = []
+        for k in (0, 1):
+            values = np.repeat(np.array([10, 20, 30], np.uint8) + 50 * k + 100 * s, 16)
+            pixels = np.broadcast_to(values[:, None, None], (48, 16, 3))
+            paths.append(str(tmp_path / f"{s}-{k}.png"))
+            Image.fromarray(np.ascontiguousarray(pixels)).save(paths[-1])
+        images = Images(f"s{s}", str(tmp_path / f"s{s}"), [paths], {})
+        images.frames, images.fps = 3, 8
+        systems.append(images)
+    return systems
+
+
+def read_grey(image):
+    return round(float(np.asarray(image.convert("RGB")).mean()))
+
+
+def test_frames_are_those_of_their_sample(greys):
+    assert [read_grey(frame) for frame in greys[1].read_frames(0, 1)] == [160, 170, 180]
+
+
+def test_every_sample_is_a_video_of_its_own(greys, monkeypatch):
+    """As VBench reads them."""
+    means = []
+
+    def save_video(pixels, path, fps):
+        means.append(round(float(pixels.mean() + 1) * 127.5))
+
+    monkeypatch.setattr("metrics.images.save_video", save_video)
+    greys[0].write_videos()
+    assert means == [20, 70]
+
+
+def test_a_page_shows_both_systems(greys, tmp_path):
+    save_page(*greys, {"s0": {}, "s1": {}}, ["a"], str(tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    (shown,) = json.loads(re.search(r"const pages = (\[.*?\]), names", text)[1])
+    for side, wanted in (("a", 10), ("b", 110)):
+        picture = base64.b64decode(shown[side].split(",")[1])
+        assert abs(read_grey(Image.open(io.BytesIO(picture))) - wanted) < 3
+
+
+def test_a_grid_has_a_row_for_every_system(greys, monkeypatch):
+    rows = []
+    for images in greys:
+        images.frames = 1
+    monkeypatch.setattr(plots, "save_labelled_grid", lambda grid, *rest: rows.extend(grid.mean((1, 2, 3, 4))))
+    plots.save_examples({images.name: images for images in greys}, ["a"], "x")
+    assert [round(float(row + 1) * 127.5) for row in rows] == [20, 120]
+
+
+def test_differences_are_a_systems_minus_the_references(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    plots.save_differences({"r": {"clip": np.zeros(3)}, "s": {"clip": np.ones(3)}}, "r", "x")
+    assert "100% of the prompts" in figures[0].axes[0].get_xlabel()
+
+
+def test_the_best_prompts_come_before_the_worst(greys, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    greys[0].files = greys[0].files * 4
+    plots.save_sheet(greys[0], "clip", np.arange(4.0), list("abcd"), "x")
+    titles = [axes.get_title().split("\n")[0] for axes in figures[0].axes]
+    assert titles == ["clip 3.000", "clip 2.000", "clip 0.000", "clip 1.000"]

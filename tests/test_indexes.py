@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import common
+import evaluate
 import helpers
 import sample
 from metrics.images import Images, wait_for_scores
@@ -383,3 +385,51 @@ def test_a_teacher_that_draws_nothing_makes_way_for_the_student(
     monkeypatch.setattr(teacher.denoiser, "to", moved.append)
     sample.load_system(SimpleNamespace(side_by_side=side_by_side, student=checkpoint), teacher)
     assert moved == moves
+
+
+# Which noise, which samples -------------------------------------------------------------------------------
+
+
+def test_pictures_that_were_made_anew_are_scored_anew(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "in/0.png")
+
+    def find():
+        return find_images("x", str(tmp_path / "out"), str(tmp_path / "in"), ["a"])
+
+    find().prepare_folder()
+    find().check()
+    os.utime(tmp_path / "in/0.png", (1, 1))
+    with pytest.raises(UserError, match="files"):
+        find().check()
+
+
+def test_a_table_is_drawn_from_its_first_seed_on():
+    drawn = []
+    images = SimpleNamespace(draw=lambda prompts, seeds, batch: drawn.append(list(seeds)), files=[])
+    evaluate.draw(SimpleNamespace(seed=5, seeds=2, batch=1), ["a"], {"x": images})
+    assert drawn == [[5, 6]]
+
+
+def test_a_sample_has_the_noise_of_its_prompts_number(monkeypatch):
+    """In the second batch, too."""
+    drawn = []
+
+    def images(prompts, numbers, seeds):
+        drawn.append(list(numbers))
+        return torch.zeros(len(prompts), 1, 3, 4, 4)
+
+    monkeypatch.setattr(sample, "save_sample", lambda *arguments: None)
+    monkeypatch.setattr(sample, "save_grid", lambda *arguments: None)
+    system = SimpleNamespace(teacher=SimpleNamespace(video=False), images=images)
+    sample.draw(SimpleNamespace(batch=2, seeds=[0], out=""), [system], ["a", "b", "c"])
+    assert drawn == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize("given, wanted", ((None, 8), (24, 24)))
+def test_a_video_has_the_frames_a_second_that_are_asked_for(monkeypatch, given, wanted):
+    saved = []
+    monkeypatch.setattr(sample, "save_video", lambda pixels, path, fps: saved.append(fps))
+    teacher = SimpleNamespace(video=True, fps=8)
+    sample.save_sample(SimpleNamespace(fps=given), teacher, torch.zeros(3, 1, 4, 4), "x")
+    assert saved == [wanted]

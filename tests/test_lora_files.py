@@ -17,7 +17,7 @@ from support.checkpoints import LORA_FILE
 from support.errors import UserError
 from support.export import describe_split, write_lora_lines
 from support.files import read_json
-from support.lora import find_targets
+from support.lora import Adapted, find_targets
 from support.lora_files import factorise, list_lora_parts, save_layers, split_change
 
 RANK = 3
@@ -376,3 +376,18 @@ def test_files_that_are_no_lora_of_the_teacher_are_refused(tuned, tmp_path, monk
     with pytest.raises(UserError, match=sentence) as caught:
         load("--teacher", folder, "--teacher-lora", name)
     assert "\n" not in str(caught.value)
+
+
+def test_adapters_train_in_float32(teacher_folder):
+    """On a teacher in bf16, too."""
+    teacher = common.load_teacher(teacher_folder, torch.device("cpu"), torch.bfloat16)
+    adapted = Adapted(teacher.denoiser, "student", 2)
+    assert {weight.dtype for weight in adapted.parameters()} == {torch.float32}
+
+
+def test_an_adapter_of_other_layers_does_not_go_on(adm_arguments, tmp_path):
+    """Be they of the same shapes."""
+    words = [*adm_arguments, *f"--loss dmd --steps 1 --lora 2 --out {tmp_path / 'run'}".split()]
+    adm.main([*words, "--lora-targets", "attn1.to_q", "--iterations", "1"])
+    with pytest.raises(UserError, match="its --lora-targets is"):
+        adm.main([*words, "--lora-targets", "attn1.to_k", "--iterations", "2", "--resume"])

@@ -13,8 +13,10 @@ import helpers
 from common import T
 from support.errors import UserError
 from support.pairs import Pairs
+from support.parallel import start_processes
 from support.prompts import read_prompts
 from support.rng import RowRNG, make_rngs
+from support.systems import System
 from support.training import MovingAverage, set_lr
 
 SDXL = {
@@ -431,3 +433,36 @@ def test_no_moving_average():
     ema.step()
     with ema.use():
         assert net.weight.item() == 3
+
+
+def test_pictures_are_decoded_in_parts_of_a_megapixel(teacher, monkeypatch):
+    """The same pixels and gradients as at once."""
+    latents = torch.randn(3, *teacher.latent_shape, generator=torch.manual_seed(0))
+    decode, sizes, results = teacher._decode, [], []
+
+    def watch(part):
+        sizes.append(len(part))
+        return decode(part)
+
+    monkeypatch.setattr(teacher, "_decode", watch)
+    for resolution in (teacher.resolution, [1024, 1024]):
+        monkeypatch.setattr(teacher, "resolution", resolution)
+        x = latents.clone().requires_grad_()
+        pixels = teacher.decode(x)
+        pixels.square().mean().backward()
+        results.append((pixels.detach(), x.grad))
+    assert sizes[:4] == [3, 1, 1, 1]
+    torch.testing.assert_close(*results)
+
+
+def test_guidance_may_be_none_at_all(teacher):
+    """0 is a scale, and not the default: the unconditional teacher."""
+    assert System(teacher, guidance=0).guidance == 0
+
+
+def test_the_seed_is_that_of_initial_weights():
+    drawn = []
+    for seed in (3, 3, 4):
+        start_processes(seed)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1] != drawn[2]

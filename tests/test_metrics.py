@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from metrics import variety
-from metrics.clip import Clip
+from metrics.clip import Clip, OpenClip
 from metrics.fid import Fid
 from metrics.lpips import Lpips
 from metrics.oracle import Oracle
 from metrics.paper import VIDEOS, read_table, select_rows
 from metrics.plots import save_differences
 from metrics.preference import Hpsv2, Mps, PickScore, fit_into_square
-from metrics.rows import bootstrap_interval, format_table, take_mean
+from metrics.rows import bootstrap_interval, format_table, take_interval, take_mean
 from metrics.vbench import QUALITY, SEMANTIC, summarise
 from support.arguments import CLIP, LPIPS
 from support.errors import UserError
@@ -600,3 +600,48 @@ def test_vbenchs_table_has_the_papers_rows():
     assert lines[0].startswith("| VBench | mine | CogVideoX-2b ADM (paper, table 3) |")
     assert lines[2] == "| total, % | 80.500 | 78.584 | 80.036 | 82.067 | 81.226 |"
     assert lines[5] == "| color | 0.9000 |  |  |  |  |"
+
+
+def test_an_interval_leaves_out_prompts_without_a_number():
+    assert np.isfinite(take_interval(np.array([1.0, np.nan, 3.0]))).all()
+
+
+def test_a_description_names_all_that_scores_depend_on(monkeypatch):
+    """Scores that are kept are taken again where it is the same."""
+    for kind in (OpenClip, Lpips):
+        monkeypatch.setattr(kind, "load", lambda *arguments: None)
+
+    def build(scorer, *arguments, **options):
+        scorer.model = torch.nn.Identity()
+
+    monkeypatch.setattr(Lpips, "build", build)
+    usual = {"clip_model": "a", "clip_weights": "b", "clip_prefix": "c", "weights_dir": None}
+    usual |= {"lpips_net": "alex", "lpips_size": 64}
+
+    def describe(kind, **changed):
+        return kind(argparse.Namespace(**usual | changed), [], False).description
+
+    for name in ("clip_model", "clip_weights", "clip_prefix"):
+        assert describe(Clip) != describe(Clip, **{name: "x"}), name
+    assert describe(Lpips) != describe(Lpips, lpips_size=128)
+    assert describe(Lpips) != describe(Lpips, lpips_net="vgg")
+
+
+def test_clip_is_made_as_its_weights_say(monkeypatch, tmp_path):
+    """Activation, mean and standard deviation differ between the weights of one architecture."""
+    open_clip = pytest.importorskip("open_clip")
+    (tmp_path / "owner/name").mkdir(parents=True)
+    (tmp_path / "owner/name/open_clip_model.safetensors").write_text("")
+    tag = {"hf_hub": "owner/name/", "mean": (1, 1, 1), "std": (2, 2, 2), "quick_gelu": True}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *arguments: tag)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda *arguments: None)
+    given = {}
+
+    def create(*arguments, **options):
+        given.update(options)
+        return torch.nn.Identity(), None, None
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
+    OpenClip.__new__(Clip).load("ViT-B-32", "x", str(tmp_path))
+    assert given["force_quick_gelu"]
+    assert (given["image_mean"], given["image_std"]) == ((1, 1, 1), (2, 2, 2))

@@ -245,3 +245,10 @@ def test_a_change_of_the_method_changes_the_plan(capsys, teacher_folder):
     args = parse(adm, "--teacher", teacher_folder, "--plan", 8)
     print_plan(args, OnePassMore, adm.iterate)
     assert "an iteration makes 6 full and 4 partial forward passes" in capsys.readouterr().out
+
+
+def test_a_moving_average_is_as_large_as_the_student(teacher_folder):
+    args = helpers.training_arguments("adm", ["--teacher", teacher_folder, "--ema", "0.9"])
+    networks = Networks(args, adm.ADM, adm.iterate)
+    states = count_states(args, networks, 1)
+    assert states["EMA of the student"] == (4 * count_parameters(networks.teacher.denoiser), 0, 0)

@@ -21,7 +21,7 @@ import adp
 import common
 import evaluate
 import helpers
-from support import files, inputs
+from support import files, inputs, training
 from support import run as runs
 from support.checkpoints import find_checkpoint
 from support.errors import UserError
@@ -214,6 +214,7 @@ OTHER_RUNS = (
     ("--loss dmd --steps 2 --lora 2", "its --lora is 0, not 2"),
     ("--loss dmd --steps 2 --head-width 64", "its --head-width is 128, not 64"),
     ("--loss dmd --steps 2 --ema 0.5", "its --ema is 0.0, not 0.5"),
+    ("--loss dmd --steps 2 --resolution 64", r"its resolution is \[32, 32\], not \[64, 64\]"),
 )
 
 
@@ -480,6 +481,65 @@ def test_no_damaged_checkpoint_is_kept_in_a_whole_ones_place(finished, dmd, tmp_
     remove(run / "step_000005/meta.json")
     words = "--save-every 2 --keep 2 --iterations 6"
     assert go_on(words) == ["step_000004", "step_000005", "step_000006"]
+
+
+def make_run(**args):
+    """A Run that only counts and logs; the lines of its metrics are in `lines`."""
+    run = runs.Run.__new__(runs.Run)
+    run.args = SimpleNamespace(**args)
+    run.left_out = run.streak = run.logged = 0
+    run.clock = 0.0
+    run.lines = []
+    run._write_line = run.lines.append
+    run._show = lambda *shown: None
+    return run
+
+
+def test_a_good_update_ends_the_streak_of_bad_ones():
+    run = make_run(patience=3)
+    for _ in range(4):
+        run._count_left_out({"norm_G": torch.tensor(float("inf"))})
+        run._count_left_out({"norm_G": torch.tensor(1.0)})
+    assert (run.streak, run.left_out) == (0, 4)
+
+
+def test_a_line_of_metrics_is_of_the_iterations_since_the_last(monkeypatch):
+    """Its seconds are an iteration's, and what was left out is counted once."""
+    run = make_run(patience=9, log_every=2, out="")
+    norms = iter([float("inf"), 1.0, 1.0, 1.0])
+    run.method = SimpleNamespace(log=SimpleNamespace(take=lambda: {"norm_G": torch.tensor(next(norms))}))
+    clock = iter([20.0, 30.0])
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(clock))
+    for step in (1, 2, 3, 4):
+        run.log(step)
+    assert [line["left_out"] for line in run.lines] == [1, 0]
+    assert [line["seconds"] for line in run.lines] == [10.0, 5.0]
+
+
+def test_peak_memory_is_in_mebibytes(monkeypatch):
+    usage = SimpleNamespace(ru_maxrss=2048)  # Linux: in KiB
+    monkeypatch.setattr(training.resource, "getrusage", lambda who: usage)
+    assert training.peak_memory_mb() == 2
+
+
+def test_a_damaged_student_is_no_start(teacher, teacher_folder, prompts_file, tmp_path):
+    student = helpers.save_checkpoint(tmp_path / "student", teacher)
+    with open(os.path.join(student, "student/diffusion_pytorch_model.safetensors"), "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    words = f"--teacher {teacher_folder} --prompts {prompts_file} --init {student} --out {tmp_path / 'run'}"
+    args = helpers.training_arguments("adm", words.split())
+    with pytest.raises(UserError, match="is damaged"):
+        common.start_student(args, teacher)
+
+
+def test_offloading_forgets_the_prompts_of_before():
+    """Those of a real encoder fill the machine's memory otherwise."""
+    encode = lambda prompts: {"text": torch.zeros(len(prompts))}
+    offload = Offload(SimpleNamespace(), [], encode, torch.device("cpu"))
+    offload.encode_ahead(["a"])
+    offload.encode_ahead(["b"])
+    assert list(offload.conditions) == ["b"]
 
 
 def test_runs_that_are_not_finite_end_and_keep_their_checkpoints(finished, dmd, tmp_path):

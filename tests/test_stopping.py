@@ -230,6 +230,11 @@ def test_a_resumed_run_finds_the_best_again(scored, train, tmp_path, capfd, name
     assert is_said == (leave is damage_the_best)
 
 
+def test_the_last_student_is_scored_whatever_its_number(train, tmp_path):
+    train(tmp_path / "run", "--iterations 3 --eval-every 2", [0.5, 0.75])
+    assert list(read_held_out(tmp_path / "run")) == [2, 3]
+
+
 def test_the_best_is_that_of_all_ranks(train, tmp_path, monkeypatch):
     """One that saw other checkpoints, on a slow disk, would save alone."""
 

@@ -20,7 +20,7 @@ import helpers
 import sample
 from metrics import weights
 from support import configs, hub
-from support.checkpoints import list_settings
+from support.checkpoints import compute_fingerprint, list_settings
 from support.errors import UserError
 from tools import meta
 
@@ -377,3 +377,9 @@ def test_a_fingerprint_outlives_a_new_field_of_diffusers():
     assert list_settings(Older(3.0)) == list_settings(Newer(3.0)) == {"shift": 3.0}
     assert list_settings(Newer(3.0, novelty=False)) == {"shift": 3.0, "novelty": False}
     assert list_settings(Older(3.0, (1, 3))) == {"shift": 3.0, "blocks": [1, 3]}
+
+
+def test_a_fingerprint_is_of_the_schedule_too(teacher):
+    config = teacher.pipe.scheduler.config
+    other = diffusers.DDIMScheduler.from_config(config, prediction_type="v_prediction")
+    assert compute_fingerprint(teacher.denoiser, other) != teacher.fingerprint
