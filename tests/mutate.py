@@ -23,14 +23,19 @@ OF_CHECKPOINTS = ["tests/test_lora_files.py", "tests/test_resume.py", "tests/tes
 OF_FILES = {  # a file's or folder's, where they are others or come in another order
     "adm.py": OF_THE_STAGES + OF_THE_PARTS + SLOW,
     "adp.py": OF_THE_STAGES + OF_THE_PARTS + SLOW,
-    "metrics/": ["tests/test_metrics.py", "tests/test_evaluate.py", "tests/test_indexes.py"],
+    "evaluate.py": ["tests/test_indexes.py", "tests/test_evaluate.py"],
+    "metrics/": [f"tests/test_{name}.py" for name in ("metrics", "images", "indexes", "evaluate")],
+    "sample.py": ["tests/test_indexes.py", "tests/test_errors.py"],
+    "support/offload.py": ["tests/test_resume.py"],
+    "support/parallel.py": ["tests/test_maths.py", "tests/test_distributed.py"],
+    "tools/plan.py": ["tests/test_plan.py"],
     "support/checkpoints.py": OF_CHECKPOINTS,
     "support/errors.py": ["tests/test_errors.py"],
     "support/files.py": ["tests/test_errors.py"],
     "support/inputs.py": ["tests/test_errors.py", "tests/test_resume.py"],
     "support/outputs.py": ["tests/test_errors.py"],
     "support/lora_files.py": OF_CHECKPOINTS,
-    "support/run.py": ["tests/test_resume.py", "tests/test_errors.py"],
+    "support/run.py": ["tests/test_resume.py", "tests/test_stopping.py", "tests/test_errors.py"],
     "teachers/": ["tests/test_families.py", *OF_THE_STAGES, "test_smoke.py"],
 }
 PATIENCE = 1800  # seconds for one change
@@ -59,6 +64,12 @@ EQUAL = {}
 # {file: (name, piece of a line, what it becomes) each}
 TABLE = {
     "adm.py": [
+        ("--accumulate keeps every graph", "student_learns and len(batch) == 1):", "student_learns):"),
+        (
+            "adm.py's --prompt-column forgotten",
+            "read_training_prompts(args.prompts, args.prompt_column)",
+            "read_training_prompts(args.prompts)",
+        ),
         # the secant
         ("a secant from x_real", "(D_real - D_fake).mean(1), line)", "(D_fake - D_real).mean(1), line)"),
         ("a secant of any length", "rise / mean_of_rows(line.square()).clamp(min=1e-12)", "rise"),
@@ -369,6 +380,18 @@ TABLE = {
         ("latents' deviation divided by", "latents * std + mean", "latents / std + mean"),
     ],
     "collect_ode.py": [
+        ("pairs of any guidance", '"guidance": args.guidance,', '"guidance": teacher.guidance,'),
+        ("pairs of any seed", '"seed": args.seed,', '"seed": 0,'),
+        (
+            "pairs without guidance have the default",
+            "teacher.guidance if args.guidance is None else args.guidance",
+            "args.guidance or teacher.guidance",
+        ),
+        (
+            "the pairs' --prompt-column forgotten",
+            "read_training_prompts(args.prompts, args.prompt_column)",
+            "read_training_prompts(args.prompts)",
+        ),
         ("pairs without the seed", '("pairs", args.seed)', '("pairs", 0)'),
         (
             "pairs keyed by their place in the batch",
@@ -387,6 +410,29 @@ TABLE = {
         ("shards overlap", "range(k * args.shard_size, min(", "range(k * args.shard_size // 2, min("),
     ],
     "common.py": [
+        (
+            "all parts are the first",
+            "checkpoint(self._decode, part, use_reentrant=False)",
+            "checkpoint(self._decode, parts[0], use_reentrant=False)",
+        ),
+        ("pictures decoded all at once", "max(1, 2**20 // math.prod(self.resolution))", "max(1, 2**20)"),
+        (
+            "students start rounded",
+            "folder, name, torch.float32, variant)",
+            "folder, name, self.dtype, variant)",
+        ),
+        (
+            "SDXL's output is not float32",
+            "added_cond_kwargs=added, return_dict=False)[0].float()",
+            "added_cond_kwargs=added, return_dict=False)[0]",
+        ),
+        (
+            "SDXL cuts no prompt",
+            'padding="max_length", truncation=True, return_tensors="pt")\n            out',
+            'padding="max_length", return_tensors="pt")\n            out',
+        ),
+        ("a damaged start is taken", 'found = find_start(args, "student")', "found = find_start(args)"),
+        ("times that repeat", "if len(set(self.times)) < steps:", "if False:"),
         # the schedule
         ("data at t = 1", "[torch.ones(1, dtype=torch.float64), abar]", "[abar[:1], abar]"),
         (
@@ -621,6 +667,11 @@ TABLE = {
         ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
     ],
     "support/checkpoints.py": [
+        (
+            "a fingerprint of any schedule",
+            "configs = [list_settings(net), list_settings(scheduler)]",
+            "configs = [list_settings(net)]",
+        ),
         ("an adapter's checksum is not compared", '("student/", LORA_FILE)', '("student/", "student")'),
         ("the optimisers' settings are the checkpoint's", "group.update(own)", "group.update({})"),
         ("a fingerprint of default settings, too", "if value != default:", "if True:"),
@@ -630,8 +681,114 @@ TABLE = {
         ("Wan's float32 parts in bf16", "and not kept.intersection(name", "and not set().intersection(name"),
     ],
     "metrics/images.py": [
+        (
+            "every video is the first",
+            "save_video(self.read_pixels(p, k), path, self.fps)",
+            "save_video(self.read_pixels(p), path, self.fps)",
+        ),
+        (
+            "every frame is the first",
+            "tops = [i * height for i in range(self.frames)]",
+            "tops = [0 for i in range(self.frames)]",
+        ),
         ("ranks that found two checkpoints", "self.check()  # the main", "pass  # the main"),
         ("no system comes to the device", "with self.system.on_device():", "if True:"),
+    ],
+    "metrics/systems.py": [
+        (
+            "pictures known by their names alone",
+            "stamps = [[file, os.path.getsize(path), os.path.getmtime(path)] for",
+            "stamps = [[file] for",
+        ),
+    ],
+    "metrics/clip.py": [
+        ("CLIP's prefix not in its description", ", prefix {args.clip_prefix!r}", ""),
+        ("CLIP's activation", 'force_quick_gelu=tag.get("quick_gelu", False)', "force_quick_gelu=False"),
+    ],
+    "metrics/lpips.py": [
+        (
+            "LPIPS's size not in its description",
+            'f"{args.lpips_net}, {self.size} pixels, in [-1, 1]"',
+            'f"{args.lpips_net}, in [-1, 1]"',
+        ),
+    ],
+    "metrics/page.py": [
+        ("a page of one system", '"b": embed(b, p)', '"b": embed(a, p)'),
+    ],
+    "metrics/plots.py": [
+        (
+            "a grid of one system",
+            "torch.stack([images.read_pixels(p, size=size) for p",
+            "torch.stack([first.read_pixels(p, size=size) for p",
+        ),
+        (
+            "the reference minus a system",
+            "values[system][name] - values[reference][name])",
+            "values[reference][name] - values[system][name])",
+        ),
+        ("the worst are the best", "np.argsort(-values, kind", "np.argsort(values, kind"),
+    ],
+    "metrics/rows.py": [
+        (
+            "an interval of nothing",
+            "bootstrap_interval(value[np.isfinite(value)]) if",
+            "bootstrap_interval(value) if",
+        ),
+    ],
+    "evaluate.py": [
+        (
+            "seeds from 0",
+            "    seeds = range(args.seed, args.seed + args.seeds)\n    seconds",
+            "    seeds = range(args.seeds)\n    seconds",
+        ),
+        (
+            "the reference is the first",
+            'name = args.reference if metric == "fid" or args.reference in systems else args.names[0]',
+            "name = args.names[0] if args.reference in systems else args.reference",
+        ),
+    ],
+    "sample.py": [
+        (
+            "noise repeats in every batch",
+            "system.images(some, numbers, [seed])[:, 0]",
+            "system.images(some, range(len(some)), [seed])[:, 0]",
+        ),
+        (
+            "sample.py's --prompt-column forgotten",
+            "read_prompts(args.prompts, args.prompt_column) if",
+            "read_prompts(args.prompts) if",
+        ),
+        ("--fps forgotten", 'f"{path}.mp4", args.fps or teacher.fps)', 'f"{path}.mp4", teacher.fps)'),
+    ],
+    "support/offload.py": [
+        (
+            "conditions are never forgotten",
+            "self.conditions = {}\n        self._remember(prompts)",
+            "pass\n        self._remember(prompts)",
+        ),
+    ],
+    "support/systems.py": [
+        (
+            "no guidance is the default",
+            "teacher.guidance if guidance is None else guidance",
+            "guidance or teacher.guidance",
+        ),
+    ],
+    "support/pairs.py": [
+        ("pairs of any size", "if tuple(shape) != teacher.latent_shape:", "if False:"),
+    ],
+    "support/parallel.py": [
+        ("weights of one seed", "torch.manual_seed(seed)", "torch.manual_seed(0)"),
+        ("gradients beside DDP's buckets", "p.grad = torch.zeros_like(p)", "p.grad = None"),
+        ("the first node leaves", 'store.wait(["dmdx/all done"], datetime.timedelta(days=30))', "pass"),
+        ("one node waits for others", 'read_number("LOCAL_WORLD_SIZE", world_size())', "0"),
+    ],
+    "tools/plan.py": [
+        (
+            "an average of an eighth",
+            'rows["EMA of the student"] = (4 * trained / weight_ranks, 0, 0)',
+            'rows["EMA of the student"] = (4 * trained / weight_ranks / 8, 0, 0)',
+        ),
     ],
     "support/errors.py": [
         ("a rank as large as the world", "int(given[0]) < int(given[1])", "int(given[0]) <= int(given[1])"),
@@ -653,11 +810,49 @@ TABLE = {
         ("results within a pipeline", 'os.path.exists(f"{place}/model_index.json")', "False"),
     ],
     "support/inputs.py": [
-        ("a run that goes on wants --init", "return own or find", "return find"),
+        ("ranks start from what each finds", '!= meta["step"]:', '== "":'),
+        ("a run that goes on wants --init", "= own or find", "= find"),
         ("a scorer's package is looked for late", "check_packages(args.eval_metric)", "pass"),
         ("peft is looked for late", "if args.lora:", "if False:"),
     ],
     "support/run.py": [
+        (
+            "bad updates of any time add up",
+            "self.streak + 1 if losses else 0",
+            "self.streak + 1 if losses else self.streak",
+        ),
+        ("other LoRA targets go on", '"lora", "lora_targets", "head_width")', '"lora", "head_width")'),
+        (
+            "another resolution goes on",
+            'IDENTITY = ("stage", "fingerprint", "resolution", "frames",',
+            'IDENTITY = ("stage", "fingerprint", "frames",',
+        ),
+        (
+            "the last student is not scored",
+            "self.leaving or not last and step % self.args.eval_every:",
+            "self.leaving or step % self.args.eval_every:",
+        ),
+        ("seconds of all iterations", "(now - self.clock) / (step - self.logged)", "now - self.clock"),
+        (
+            "what was left out counts for ever",
+            "self._show(shown)\n        self.left_out = 0",
+            "self._show(shown)\n        pass",
+        ),
+        (
+            "a second checkpoint for a signal",
+            "self._ask_whether_to_leave()  # a signal meanwhile",
+            "pass  # a signal meanwhile",
+        ),
+        (
+            "a rank alone saves the best",
+            'average({"best": float(score > self.best)})["best"] == 1',
+            "score > self.best",
+        ),
+        (
+            "a checkpoint that stays ends the run",
+            "except OSError as error:  # of NFS",
+            "except KeyError as error:  # of NFS",
+        ),
         ("previews of one sample again and again", "range(first, first + len(some))", "range(len(some))"),
         ("what is damaged is kept in a whole one's place", "if problem is None:", "if True:"),
         ("a bar that nobody reads ends a run", "self.bar.disable = True", "raise"),
@@ -704,12 +899,18 @@ TABLE = {
         ),
     ],
     "support/training.py": [
+        ("memory in GiB", "ru_maxrss / 2**10", "ru_maxrss / 2**20"),
+        (
+            "DDP's gradients are made anew",
+            "set_to_none=not isinstance(net, DistributedDataParallel)",
+            "set_to_none=True",
+        ),
         ("what --offload leaves is moved, too", "if name not in waiting:", "if True:"),
         ("the micro-batches are summed", "loss_of(b) / len(batch)", "loss_of(b)"),
         ("the last micro-batch alone", "loss.backward()", "optimizer.zero_grad() or loss.backward()"),
         ("the clip ignored", "= clip_gradient(optimizer, clip)", "= clip_gradient(optimizer, 1e9)"),
         ("a step by what is not finite", "if norm.isfinite():", "if True:"),
-        ("gradients are kept", "optimizer.zero_grad(set_to_none=True)", "optimizer"),
+        ("gradients are kept", "optimizer.zero_grad(", "dict("),
         (
             "ADM with the sampler's guidance",
             "args.guidance = family.adm_guidance",
@@ -783,6 +984,7 @@ TABLE = {
         ("maps keep their graphs", "[m.detach() for m in maps]", "[m for m in maps]"),
     ],
     "support/lora.py": [
+        ("adapters train in bf16", "weight.data = weight.data.float()", "weight.data = weight.data"),
         ("LoRA's scale", "lora_alpha=rank", "lora_alpha=2 * rank"),
         ("LoRA's adapter is off", "with self.switch_on([self.name]):", "with self.switch_on([]):"),
         ("LoRA's blocks again without it", "with self.switch_on(names):", "with self.switch_on([]):"),
