@@ -181,7 +181,10 @@ CASES = (
     (f"{WITH_PROMPTS} --dt 1/0", "--dt: invalid number value: '1/0'"),
     (f"{WITH_PROMPTS} --t-range 1/4 1/8", "--t-range: HIGH must be above LOW and above --dt, not 0.125"),
     (f"{WITH_PROMPTS} --first-time 3/2", "--first-time: must be from 0.001 to 1, not 3/2"),
-    (f"{WITH_PROMPTS} --first-time 0.003 --steps 4", "--first-time 0.003 with 4 steps: times are whole"),
+    (
+        f"{WITH_PROMPTS} --first-time 0.003 --steps 4 --iterations 1",
+        "--first-time 0.003 with 4 steps: times are whole",
+    ),
     (f"{WITH_PROMPTS} --first-time 0.0004", "--first-time: must be from 0.001 to 1, not 0.0004"),
     (f"{WITH_PROMPTS} --t-range 0.6 0.5", "--t-range: HIGH must be above LOW and above --dt, not 0.5"),
     (

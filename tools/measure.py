@@ -50,6 +50,7 @@ STAGES = {
     "adm": Stage(adm, [*ONE_STEP, "--r1", "0", "--r2", "0"], 5, 2, (1, 1, 1, 1)),
     "adm+r1r2": Stage(adm, ONE_STEP, 5, 4, (1, 1, 1, 1)),
     "secant": Stage(adm, [*ONE_STEP, "--loss", "secant"], 5, 4, (1, 1, 0, 1)),
+    "line": Stage(adm, [*ONE_STEP, "--loss", "line"], 5, 0, (1, 1, 0, 1)),
     "dmd": Stage(adm, [*ONE_STEP, "--loss", "dmd"], 5, 0, (1, 0, 0, 1)),
 }
 

@@ -116,14 +116,15 @@ RUNS = {
     " --t-range 0.125 0.5",
     "sd3-adm-low-noise": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --t-range 0.125 0.5",
     "sd3-adm-unguided": f"{SD3} --guidance 1 --iterations 300 --lr 3e-5",
-    # as many iterations as the DMD loss's; --project is all that the two differ in. 490 iterations of the DMD
-    # loss take as long as 300 of ADM, and 980 as 600
+    # as many iterations as the DMD loss's; they differ in --project or --loss alone. 490 iterations of the DMD
+    # loss take as long as 300 of ADM, and 980 as 600 and as 800 of the line
     "sd3-adm-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5",
     "sd3-dmd-490": f"{SD3} --guidance 2 --iterations 490 --lr 5e-5 --loss dmd",
     "sd3-projected-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --project",
     "sd3-line-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --loss line",
     "sd3-dmd-980": f"{SD3} --guidance 2 --iterations 980 --lr 5e-5 --loss dmd",
     "sd3-projected-600": f"{SD3} --guidance 2 --iterations 600 --lr 3e-5 --project",
+    "sd3-line-800": f"{SD3} --guidance 2 --iterations 800 --lr 3e-5 --loss line",
     "video-start": f"{VIDEO} --guidance 2 --iterations 1 --warmup 1",
     "video-dmd": f"{VIDEO} --guidance 2 --iterations 300 --lr 5e-5 --loss dmd",
     "video-bare": f"{VIDEO} --guidance 2 --iterations 300 --lr 5e-5 --loss secant --r1 0 --r2 0",
@@ -185,7 +186,7 @@ TABLES = {
         ("sd3-start", "sd3-dmd", "sd3-dmd-490", "sd3-adm-300", "sd3-projected-300", "sd3-line-300"),
         EVALUATE_SD3,
     ),
-    "sd3-long": (("sd3-start", "sd3-dmd-980", "sd3-projected-600"), EVALUATE_SD3),
+    "sd3-long": (("sd3-start", "sd3-dmd-980", "sd3-projected-600", "sd3-line-800"), EVALUATE_SD3),
     "video": (
         ("video-start", "video-dmd", "video-bare", "video-adm"),
         "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --steps 100"

@@ -68,6 +68,7 @@ LABELS = {
     "sd3-adm-300": "ADM, guidance 2, 300 iterations",
     "sd3-projected-300": "ADM `--project`, guidance 2",
     "sd3-line-300": "`--loss line`, guidance 2",
+    "sd3-line-800": "`--loss line`, guidance 2, 800 iterations",
     "sd3-projected-600": "ADM `--project`, guidance 2, 600 iterations",
     "video-start": "the teacher's network in eight steps",
     "video-dmd": "the DMD loss",
