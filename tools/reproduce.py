@@ -116,8 +116,8 @@ RUNS = {
     " --t-range 0.125 0.5",
     "sd3-adm-low-noise": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --t-range 0.125 0.5",
     "sd3-adm-unguided": f"{SD3} --guidance 1 --iterations 300 --lr 3e-5",
-    # as many iterations as the DMD loss's; they differ in --project or --loss alone. 490 iterations of the DMD
-    # loss take as long as 300 of ADM, and 980 as 600 and as 800 of the line
+    # as many iterations as the DMD loss's; --project or --loss is all that they differ in. 490 iterations of
+    # the DMD loss take as long as 300 of ADM, and 980 as 600 and as 800 of the line
     "sd3-adm-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5",
     "sd3-dmd-490": f"{SD3} --guidance 2 --iterations 490 --lr 5e-5 --loss dmd",
     "sd3-projected-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --project",
