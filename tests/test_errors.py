@@ -202,7 +202,7 @@ CASES = (
     (f"{COLLECT_AGAIN} --guidance 0", "its guidance is 5.0, not 0.0"),
     (f"{COLLECT_AGAIN} --seed 1", "its seed is 0, not 1"),
     (f"{COLLECT_AGAIN} --precision bf16", "its precision is 'float32', not 'bfloat16'"),
-    (f"{LATENT} --pairs pairs --resolution 64", "check --resolution"),
+    (f"{LATENT} --pairs pairs --resolution 64 --iterations 1", "check --resolution"),
     (
         f"{SAMPLE} --teacher teacher --prompt circle --fps 4",
         "--fps is for videos, and the teacher teacher draws",
