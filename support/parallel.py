@@ -112,7 +112,7 @@ def wrap_ddp(module):
         return module
     on_gpu = next(module.parameters()).is_cuda
     for p in module.parameters():
-        if p.requires_grad:  # DDP puts these into its buckets; none would be made beside them by --accumulate
+        if p.requires_grad:  # DDP takes them into its buckets; --accumulate would make a second set else
             p.grad = torch.zeros_like(p)
     return nn.parallel.DistributedDataParallel(
         module,
