@@ -124,6 +124,7 @@ RUNS = {
     "sd3-line-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --loss line",
     "sd3-dmd-980": f"{SD3} --guidance 2 --iterations 980 --lr 5e-5 --loss dmd",
     "sd3-projected-600": f"{SD3} --guidance 2 --iterations 600 --lr 3e-5 --project",
+    "sd3-dmd-slow": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --loss dmd",
     "sd3-line-800": f"{SD3} --guidance 2 --iterations 800 --lr 3e-5 --loss line",
     "video-start": f"{VIDEO} --guidance 2 --iterations 1 --warmup 1",
     "video-dmd": f"{VIDEO} --guidance 2 --iterations 300 --lr 5e-5 --loss dmd",
@@ -186,6 +187,7 @@ TABLES = {
         ("sd3-start", "sd3-dmd", "sd3-dmd-490", "sd3-adm-300", "sd3-projected-300", "sd3-line-300"),
         EVALUATE_SD3,
     ),
+    "sd3-rate": (("sd3-start", "sd3-dmd", "sd3-dmd-slow", "sd3-line-300"), EVALUATE_SD3),
     "sd3-long": (("sd3-start", "sd3-dmd-980", "sd3-projected-600", "sd3-line-800"), EVALUATE_SD3),
     "video": (
         ("video-start", "video-dmd", "video-bare", "video-adm"),

@@ -59,6 +59,7 @@ LABELS = {
     "sd3-adm": "ADM, guidance 2",
     "sd3-adm-mild": "ADM, guidance 1.5",
     "sd3-dmd": "the DMD loss, guidance 2",
+    "sd3-dmd-slow": "the DMD loss at the line's rate, guidance 2",
     "sd3-dmd-490": "the DMD loss, guidance 2, 490 iterations",
     "sd3-dmd-980": "the DMD loss, guidance 2, 980 iterations",
     "sd3-bare-low-noise": "`--loss secant --r1 0 --r2 0`, guidance 2, t up to T/2",
