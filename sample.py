@@ -124,10 +124,8 @@ def main(argv=None):
         args.student, _ = find_checkpoint(args.student)
     students = [args.student] if args.student else []
     fill_from_students(args, students)
-    if not args.exporting and common.read_family(args.teacher).video:
-        require_video_writer()
-    elif args.fps and not args.exporting:
-        raise UserError(f"--fps is for videos, and the teacher {args.teacher} draws pictures")
+    if not args.exporting:
+        check_media(args)
     teacher = common.load_teacher_from(args, own_device())
     if args.exporting:
         write = export_student if args.export_lora is None else export_student_lora
@@ -143,6 +141,14 @@ def main(argv=None):
     draw(args, systems, prompts)
     kind = "videos" if teacher.video else "images"
     print(f"{len(prompts) * len(args.seeds)} {kind} in {make_printable(args.out)}")
+
+
+def check_media(args):
+    """UserError where videos cannot be written, and for --fps of pictures; without reading weights."""
+    if common.read_family(args.teacher).video:
+        require_video_writer()
+    elif args.fps:
+        raise UserError(f"--fps is for videos, and the teacher {args.teacher} draws pictures")
 
 
 def load_system(args, teacher):

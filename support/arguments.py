@@ -18,7 +18,7 @@ EVAL_METRICS = ("oracle", "clip", "pick", "hpsv2", "mps", "lpips")
 # first versions
 CLIP = ("ViT-g-14", "laion2b_s12b_b42k", "A photo depicts ")
 LPIPS = ("alex", 512)
-OF_METRICS = {  # options that no other metric reads
+METRIC_OPTIONS = {  # that no other metric reads
     "clip": ("--clip-model", "--clip-weights", "--clip-prefix"),
     "hpsv2": ("--hps-version",),
     "lpips": ("--lpips-net", "--lpips-size"),
@@ -67,8 +67,8 @@ class Parser(argparse.ArgumentParser):
         """Tells of those of these options that are given, and have no effect without `without`."""
         idle = []
         for name in names:
-            place = name.removeprefix("--").replace("-", "_")
-            if getattr(args, place) != self.get_default(place):
+            attribute = find_attribute(name)
+            if getattr(args, attribute) != self.get_default(attribute):
                 idle.append(name)
         if idle:
             note(f"{', '.join(idle)}: of no effect without {without}")
@@ -80,6 +80,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         leave(message, 2, wait=not is_main())
+
+
+def find_attribute(option):
+    """ "--fake-lr" -> "fake_lr", which the arguments have its value under."""
+    return option.removeprefix("--").replace("-", "_")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -222,7 +227,7 @@ def add_scorer_arguments(parser, title):
 
 def note_idle_scorers(parser, args, metrics):
     """Tells of the options of scorers that are not among the metrics."""
-    for metric, names in OF_METRICS.items():
+    for metric, names in METRIC_OPTIONS.items():
         if metric not in metrics:
             parser.note_idle(args, names, f"the metric {metric}")
 
@@ -371,9 +376,9 @@ def parse_training_arguments(parser, argv, rates, stage):
         if not args.plan:
             check_folder(args.out)
     for name, (_, full, lora) in rates.items():
-        key = name.removeprefix("--").replace("-", "_")
-        if getattr(args, key) is None:
-            setattr(args, key, lora if args.lora else full)
+        attribute = find_attribute(name)
+        if getattr(args, attribute) is None:
+            setattr(args, attribute, lora if args.lora else full)
     return args
 
 

@@ -6,7 +6,7 @@ from support.checkpoints import find_checkpoint, find_newest, list_checkpoints
 from support.errors import UserError, require
 from support.packages import check_packages
 from support.pairs import read_index
-from support.parallel import average
+from support.parallel import agree
 from support.prompts import read_prompts
 
 
@@ -40,7 +40,7 @@ def find_start(args, part=None):
         return None
     own = find_newest(args.out, part) if args.resume else None
     folder, meta = own or find_checkpoint(args.init, part)
-    if average({"step": meta["step"]})["step"] != meta["step"]:
+    if not agree(meta["step"]):
         raise UserError(f"{folder} is not the newest on all nodes: give --init a step_... folder")
     return folder, meta
 

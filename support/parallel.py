@@ -91,6 +91,15 @@ def average(values):
     return dict(zip(values, packed.tolist()))
 
 
+def agree(number):
+    """Whether all ranks have the same number. All call this, and hear the same."""
+    if not dist.is_initialized():
+        return True
+    numbers = torch.zeros(world_size(), dtype=torch.float64)
+    numbers[rank()] = number
+    return len(add_up(numbers).unique()) == 1
+
+
 def add_up(x):
     """A tensor of each rank, on the CPU -> their sum, on all of them and on the CPU."""
     if not dist.is_initialized():
@@ -120,6 +129,11 @@ def wrap_ddp(module):
         gradient_as_bucket_view=True,
         forward_sync_buffers=False,  # they are constants
     )
+
+
+def is_in_ddp(net):
+    """Whether wrap_ddp gave it."""
+    return isinstance(net, nn.parallel.DistributedDataParallel)
 
 
 def shard(net, args, dtype):
@@ -185,7 +199,7 @@ def freeze_named(net, parts):
 def sync_gradients(net, now):
     """Inside, a backward pass of `net` exchanges gradients over the ranks if `now`, else it only adds them
     up."""
-    waits = isinstance(net, nn.parallel.DistributedDataParallel) and not now
+    waits = is_in_ddp(net) and not now
     with net.no_sync() if waits else contextlib.nullcontext():
         yield
 

@@ -45,7 +45,7 @@ from support.lora import Adapted
 from support.lora_files import save_adapter
 from support.media import save_curves, save_grid, save_video
 from support.pairs import identify
-from support.parallel import average, gather, gather_zero1, is_main, lay_out, wait_for_all, world_size
+from support.parallel import agree, average, gather, gather_zero1, is_main, lay_out, wait_for_all, world_size
 from support.rng import RowRNG
 from support.training import peak_memory_mb
 
@@ -137,7 +137,7 @@ class Run:
         if self.held_out:
             best_folder, self.best = find_best(self.folder, self.held_out.identity, self.start)
         # this waits for all, too: every rank has looked before the main one writes
-        if average({"start": self.start})["start"] != self.start:
+        if not agree(self.start):
             raise UserError(f"{self.folder} is not the same on all nodes: give an --out that they share")
         make_folder(os.path.join(self.folder, "samples"))
         if is_main():

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from support.backbones import check_backbone
 from support.errors import UserError
 from support.inputs import find_start
 from support.loading import list_networks
 from support.offload import Offload
-from support.parallel import shard, sync_gradients, wrap_ddp
+from support.parallel import is_in_ddp, shard, sync_gradients, wrap_ddp
 
 
 def set_up_for_training(teacher, args):
@@ -111,7 +110,7 @@ def minimise(loss_of, batch, net, optimizer, clip):
     norm = clip_gradient(optimizer, clip)
     if norm.isfinite():  # one bad batch must not end a run
         optimizer.step()
-    optimizer.zero_grad(set_to_none=not isinstance(net, DistributedDataParallel))  # its buckets stay
+    optimizer.zero_grad(set_to_none=not is_in_ddp(net))  # its buckets stay
     return norm
 
 

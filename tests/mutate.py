@@ -778,6 +778,7 @@ TABLE = {
         ("pairs of any size", "if tuple(shape) != teacher.latent_shape:", "if False:"),
     ],
     "support/parallel.py": [
+        ("ranks that differ agree", "unique()) == 1", "unique()) > 0"),
         ("weights of one seed", "torch.manual_seed(seed)", "torch.manual_seed(0)"),
         ("gradients beside DDP's buckets", "p.grad = torch.zeros_like(p)", "p.grad = None"),
         ("the first node leaves", 'store.wait(["dmdx/all done"], datetime.timedelta(days=30))', "pass"),
@@ -810,7 +811,7 @@ TABLE = {
         ("results within a pipeline", 'os.path.exists(f"{place}/model_index.json")', "False"),
     ],
     "support/inputs.py": [
-        ("ranks start from what each finds", '!= meta["step"]:', '== "":'),
+        ("ranks start from what each finds", 'if not agree(meta["step"]):', "if False:"),
         ("a run that goes on wants --init", "= own or find", "= find"),
         ("a scorer's package is looked for late", "check_packages(args.eval_metric)", "pass"),
         ("peft is looked for late", "if args.lora:", "if False:"),
@@ -902,7 +903,7 @@ TABLE = {
         ("memory in GiB", "ru_maxrss / 2**10", "ru_maxrss / 2**20"),
         (
             "DDP's gradients are made anew",
-            "set_to_none=not isinstance(net, DistributedDataParallel)",
+            "set_to_none=not is_in_ddp(net)",
             "set_to_none=True",
         ),
         ("what --offload leaves is moved, too", "if name not in waiting:", "if True:"),

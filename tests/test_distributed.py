@@ -17,7 +17,7 @@ import adm
 import adp
 import common
 import helpers
-from support import run
+from support import parallel, run
 from support.checkpoints import LORA_FILE, find_checkpoint
 from support.errors import UserError
 from support.offload import TOGETHER
@@ -330,6 +330,23 @@ def test_micro_batches_add_up_in_the_buckets_of_ddp():
     finally:
         dist.destroy_process_group()
     assert [len(found) for found in storages[1:]] == [1] * 5  # the first has what DDP has not seen yet
+
+
+@pytest.mark.parametrize("numbers, same", (([5, 5, 5], True), ([4, 5, 6], False), ([5, 5, 6], False)))
+def test_every_rank_hears_whether_all_agree(monkeypatch, numbers, same):
+    """Also the one whose number is the mean of them all."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    own = []
+
+    def add_up(x):
+        own.append(x.tolist())
+        return torch.tensor(numbers, dtype=x.dtype)
+
+    monkeypatch.setattr(parallel, "add_up", add_up)
+    assert parallel.agree(numbers[1]) == same
+    assert own == [[0, numbers[1], 0]]
 
 
 def test_nodes_that_share_no_group_leave_together(monkeypatch):

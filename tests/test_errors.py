@@ -18,7 +18,6 @@ import collect_ode
 import evaluate
 import helpers
 import sample
-from support.arguments import parse_adm_arguments, parse_adp_arguments
 from support.errors import UserError, explain, launch, note
 from support.files import read_json, write_atomically
 from support.inputs import check_inputs
@@ -291,8 +290,8 @@ IDLE = (
     ("sample.py --student run --prompt circle --seeds 1 2 --batch 2", ""),
 )
 PARSE = {
-    "adm.py": lambda words: parse_adm_arguments("", words, {}, {}, ["adm"]),
-    "adp.py": lambda words: parse_adp_arguments("", words, {}, {}),
+    "adm.py": lambda words: helpers.training_arguments("adm", words),
+    "adp.py": lambda words: helpers.training_arguments("adp", words),
     "sample.py": sample.parse_arguments,
     "evaluate.py": evaluate.parse,
 }

@@ -274,9 +274,8 @@ def test_a_gradient_that_is_not_finite_makes_no_step(stage, factor, moves):
 
 def test_micro_batches_keep_no_graph_of_their_samples(adm_arguments):
     """Line 3 makes each anew: --accumulate is to cost no memory."""
-    method = helpers.make_method(
-        adm, [*adm_arguments, *["--accumulate", "2", "--steps", "1", "--loss", "dmd"]]
-    )
+    words = ["--accumulate", "2", "--steps", "1", "--loss", "dmd"]
+    method = helpers.make_method(adm, [*adm_arguments, *words])
     kept = []
 
     def minimise(loss_of, batch, *rest):

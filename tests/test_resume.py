@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -447,7 +448,7 @@ def test_a_checkpoint_that_cannot_be_removed_ends_no_run(dmd, tmp_path, monkeypa
 
 def test_ranks_that_would_start_from_two_checkpoints_stop(finished, dmd, tmp_path, monkeypatch):
     """As where the run of --init still trains."""
-    monkeypatch.setattr(inputs, "average", lambda values: {"step": values["step"] - 0.5})
+    monkeypatch.setattr(inputs, "agree", lambda step: False)
     with pytest.raises(UserError, match="is not the newest on all nodes: give --init a step_... folder"):
         adm.main(dmd(tmp_path / "run", f"--init {finished}"))
 
@@ -524,9 +525,7 @@ def test_peak_memory_is_in_mebibytes(monkeypatch):
 
 def test_a_damaged_student_is_no_start(teacher, teacher_folder, prompts_file, tmp_path):
     student = helpers.save_checkpoint(tmp_path / "student", teacher)
-    with open(os.path.join(student, "student/diffusion_pytorch_model.safetensors"), "r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\1")
+    flip_a_byte(Path(student, "student/diffusion_pytorch_model.safetensors"))
     words = f"--teacher {teacher_folder} --prompts {prompts_file} --init {student} --out {tmp_path / 'run'}"
     args = helpers.training_arguments("adm", words.split())
     with pytest.raises(UserError, match="is damaged"):
@@ -535,7 +534,10 @@ def test_a_damaged_student_is_no_start(teacher, teacher_folder, prompts_file, tm
 
 def test_offloading_forgets_the_prompts_of_before():
     """Those of a real encoder fill the machine's memory otherwise."""
-    encode = lambda prompts: {"text": torch.zeros(len(prompts))}
+
+    def encode(prompts):
+        return {"text": torch.zeros(len(prompts))}
+
     offload = Offload(SimpleNamespace(), [], encode, torch.device("cpu"))
     offload.encode_ahead(["a"])
     offload.encode_ahead(["b"])
@@ -638,13 +640,8 @@ def test_a_damaged_line_of_metrics_costs_that_line_alone(finished, dmd, tmp_path
 
 
 def test_nodes_that_find_different_checkpoints_are_refused(adm_arguments, tmp_path, monkeypatch):
-    """The main rank's mean of all starts is not its own where another node's --out is another disk's."""
-    average = runs.average
-
-    def average_with_another(values):
-        return {"start": 250.0} if "start" in values else average(values)
-
-    monkeypatch.setattr(runs, "average", average_with_another)
+    """As where another node's --out is another disk's."""
+    monkeypatch.setattr(runs, "agree", lambda start: False)
     with pytest.raises(UserError, match="not the same on all nodes"):
         adm.main([*adm_arguments, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
