@@ -5,6 +5,8 @@ import platform
 import subprocess
 import sys
 
+import torch
+
 from support.files import ROOT
 
 
@@ -19,10 +21,11 @@ def run_script(words, log, threads, **environment):
 
 
 def describe_machine():
-    """The number of cores, and what they are."""
+    """The number of cores, and what they are; the GPU, where there is one."""
     model = platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         model = names[0] if names else model
-    return f"{os.cpu_count()} x {model}"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} x {model}{gpu}"

@@ -141,8 +141,11 @@ def enlarge(command):
     return f"{command} --precision fp32"
 
 
-for name in ("pairs", "adp", "dmd-600", "dmdx-600", "projected-600", "bare-600", "line-600"):
+ENLARGED = ("pairs", "adp", "dmd-600", "dmdx-600", "projected-600", "bare-600", "line-600")
+ENLARGED += ("dmd-1500", "dmdx-860", "projected-860", "bare-1100")
+for name in ENLARGED:
     RUNS[f"large-{name}"] = enlarge(RUNS[name])
+RUNS["large-line-1360"] = enlarge(f"{LONG} --iterations 1360 --lr 1e-4 --loss line")
 
 EVALUATE = "evaluate.py --teacher assets/tiny-sdxl --guidance 1.75 --steps 12"
 EVALUATE += " --prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics oracle"
@@ -185,6 +188,13 @@ TABLES = {
         (
             *("large-adp", "large-dmd-600", "large-dmdx-600", "large-projected-600"),
             *("large-bare-600", "large-line-600"),
+        ),
+        enlarge(EVALUATE),
+    ),
+    "large-1500": (
+        (
+            *("large-adp", "large-dmd-1500", "large-dmdx-860", "large-projected-860"),
+            *("large-bare-1100", "large-line-1360"),
         ),
         enlarge(EVALUATE),
     ),
