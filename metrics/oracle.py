@@ -54,16 +54,10 @@ class Oracle(Scorer):
     def check(cls, images, video):
         from tiny import shapes
 
-        side, height_of_film = shapes.SIDE, shapes.SIDE * shapes.FRAMES
-        for width, height in images.sizes:
-            if video and (width, height) != (side, height_of_film):
-                wanted = f"films of {side}x{height_of_film} pixels"
-            elif not video and not shapes.is_readable(3, height, width):
-                wanted = f"images of {side}x{side} pixels, or a multiple"
-            else:
-                continue
+        wanted = (shapes.SIDE, shapes.SIDE * shapes.FRAMES if video else shapes.SIDE)
+        for width, height in images.sizes - {wanted}:
             raise UserError(
-                f"the metric oracle is for the tiny teachers' {wanted}; "
+                f"the metric oracle is for the tiny teachers' images of {wanted[0]}x{wanted[1]} pixels; "
                 f"{images.name} has one of {width}x{height}"
             )
 

@@ -11,7 +11,7 @@ import pytest
 import helpers
 from support.errors import UserError
 from support.files import read_json
-from tools import plots, reproduce, tables
+from tools import plots, processes, reproduce, tables
 
 PLACES = ("pairs", "init", "out", "resume")
 
@@ -80,6 +80,13 @@ def commands(monkeypatch):
     monkeypatch.setattr(reproduce, "run_command", run_command)
     monkeypatch.setattr(reproduce, "find_checkpoint", lambda *_: ("step_000004", {"step": 4}))
     return noted
+
+
+def test_a_record_names_the_gpu_where_there_is_one(monkeypatch):
+    plain = processes.describe_machine()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "H100")
+    assert processes.describe_machine() == f"{plain}, H100"
 
 
 def test_what_is_complete_is_not_run_again(tmp_path, commands):

@@ -39,28 +39,11 @@ def find_offset(read, centre):
 
 def test_oracle_reads_clean_images(oracle):
     attributes, centre = shapes.draw(np.random.default_rng(0), 1500)
-    for side in (32, 64):
-        images = shapes.render(attributes, centre, side)
-        assert images.shape == (1500, 3, side, side)
-        read = oracle.read(images)
-        assert read["valid"].all()
-        for name, values in attributes.items():
-            assert (read[name] == values).all(), name
-        assert find_offset(read, centre) < 0.5
-
-
-def test_a_larger_image_is_the_same_scene_drawn_finer():
-    attributes, centre = shapes.draw(np.random.default_rng(0), 200)
-    small = shapes.render(attributes, centre)
-    large = shapes.render(attributes, centre, 64)
-    error = np.abs(shapes.shrink(large) - small)
-    assert error.max() < 0.6 and error.mean() < 0.005  # along the outline alone; white to black is 1.7
-    # an outline is as many pixels wide as before: half as wide in the scene
-    edges = []
-    for side in (32, 64):
-        masks = shapes.render_masks(attributes["shape"], attributes["size"], centre, side)
-        edges.append(((masks > 0) & (masks < 1)).mean())
-    assert edges[1] == pytest.approx(edges[0] / 2, rel=0.1)
+    read = oracle.read(shapes.render(attributes, centre))
+    assert read["valid"].all()
+    for name, values in attributes.items():
+        assert (read[name] == values).all(), name
+    assert find_offset(read, centre) < 0.5
 
 
 def test_oracle_reads_slightly_noisy_images(oracle):
@@ -92,7 +75,7 @@ def test_oracle_refuses_averages(oracle):
 
 
 def test_oracle_refuses_other_sizes(oracle):
-    for shape in ((2, 3, 48, 48), (2, 3, 64, 32), (3, 32, 32), (2, 1, 32, 32)):
+    for shape in ((2, 3, 64, 64), (3, 32, 32), (2, 1, 32, 32)):
         with pytest.raises(ValueError, match="the oracle reads pictures of shape"):
             oracle.read(np.zeros(shape))
 

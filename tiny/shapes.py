@@ -46,32 +46,28 @@ DROP = 0.3  # probability that a prompt leaves an attribute out
 # ----------------------------------------------------------------------------------------------------------
 
 
-def render_masks(shape, size, centre, side=SIDE):
-    """n shapes, shape and size int [n], centre [n, 2] -> antialiased coverage [n, side, side] in [0, 1].
-
-    On more pixels the same scene is drawn finer: sizes and centres stay in pixels of SIDE.
-    """
-    scale = side / SIDE
-    axis = (np.arange(side) + 0.5) / scale
+def render_masks(shape, size, centre):
+    """n shapes, shape and size int [n], centre [n, 2] -> antialiased coverage [n, SIDE, SIDE] in [0, 1]."""
+    axis = np.arange(SIDE) + 0.5
     x = axis - centre[:, 0, None, None]
     y = axis[:, None] - centre[:, 1, None, None]
     radius = np.array(RADII)[size][:, None, None]
     half_side = radius * np.sqrt(np.pi) / 2
     inradius = radius * np.sqrt(np.pi / (3 * np.sqrt(3)))
 
-    # signed distances from the outline, in pixels of SIDE
+    # signed distances from the outline, in pixels
     circle = np.hypot(x, y) - radius
     square = np.maximum(np.abs(x), np.abs(y)) - half_side
     upper_edges = np.abs(x) * np.sqrt(3) / 2 - y / 2  # of a triangle that points up
     triangle = np.maximum(y, upper_edges) - inradius
     chosen = np.asarray(shape)[:, None, None]
     distance = np.choose(chosen, (circle, square, triangle))
-    return np.clip(0.5 - distance * scale, 0, 1)
+    return np.clip(0.5 - distance, 0, 1)
 
 
-def render(attributes, centre, side=SIDE):
-    """Scenes -> float32 images [n, 3, side, side] in [-1, 1]."""
-    alpha = render_masks(attributes["shape"], attributes["size"], centre, side)[:, None]
+def render(attributes, centre):
+    """Scenes -> float32 images [n, 3, SIDE, SIDE] in [-1, 1]."""
+    alpha = render_masks(attributes["shape"], attributes["size"], centre)[:, None]
     colour = COLOURS[attributes["colour"]][:, :, None, None]
     background = BACKGROUNDS[attributes["background"]][:, :, None, None]
     images = alpha * colour + (1 - alpha) * background
@@ -186,19 +182,18 @@ class Oracle:
         self.energy = (self.templates**2).sum(1)
 
     def read(self, images):
-        """Images [n, 3, side, side] in [-1, 1], of SIDE or of several times as many pixels -> what they show,
-        {name: [n]}.
+        """Images [n, 3, SIDE, SIDE] in [-1, 1] -> what they show, {name: [n]}.
 
-        "size", "colour", "shape" and "background" are int, "x" and "y" float in pixels of SIDE, "residual" is
-        float, "valid" bool. ValueError for images of another shape.
+        "size", "colour", "shape" and "background" are int, "x" and "y" float in pixels, "residual" is float,
+        "valid" bool. ValueError for images of another shape.
         """
         images = np.asarray(images, np.float32)
-        if images.ndim != 4 or not is_readable(*images.shape[1:]):
-            wanted = f"[n, 3, {SIDE}, {SIDE}] or a multiple"
+        if images.ndim != 4 or images.shape[1:] != (3, SIDE, SIDE):
+            wanted = f"[n, 3, {SIDE}, {SIDE}]"
             raise ValueError(f"the oracle reads pictures of shape {wanted}, not {list(images.shape)}")
         parts = []
         for start in range(0, len(images), 512):
-            parts.append(self._read(shrink(images[start : start + 512])))
+            parts.append(self._read(images[start : start + 512]))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _read(self, images):
@@ -282,17 +277,6 @@ class VideoOracle(Oracle):
         read["residual"] = frames["residual"].mean(1)
         read["valid"] = (good.sum(1) >= FRAMES - 1) & (speed_error < self.max_speed_error)
         return read
-
-
-def is_readable(channels, height, width):
-    """Whether the oracle reads images of this size."""
-    return channels == 3 and height == width and height % SIDE == 0
-
-
-def shrink(images):
-    """Images [n, 3, side, side] -> [n, 3, SIDE, SIDE], the means of their blocks."""
-    block = images.shape[-1] // SIDE
-    return images.reshape(-1, 3, SIDE, block, SIDE, block).mean((3, 5))
 
 
 def find_nearest(points, known):

@@ -3,7 +3,6 @@
     python tiny/train.py --out assets/tiny-sdxl                          # images; 60 minutes on 2 cores
     python tiny/train.py --family sd3 --out assets/tiny-sd3              # images; 45 minutes of one core
     python tiny/train.py --family cogvideox --out assets/tiny-cogvideox  # videos; 65 minutes of one core
-    python tiny/train.py --init assets/tiny-sdxl --side 64 --out large   # images of 64x64 pixels; see --help
     python tiny/train.py --out random --random                           # random weights, in a second (tests)
     python tiny/train.py --part sam --out assets/tiny-sam.pth            # ADP's image encoder; 3 minutes
 
@@ -318,14 +317,13 @@ def fit(parameters, compute_loss, steps, lr, matrices=(), decay=0.999, name=""):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def render_scenes(attributes, centre, side=shapes.SIDE):
-    """Scenes -> images [n, 3, side, side] or, where there is a motion, videos [n, 3, 9, 32, 32]."""
-    if "motion" in attributes:
-        return torch.from_numpy(shapes.render_video(attributes, centre))
-    return torch.from_numpy(shapes.render(attributes, centre, side))
+def render_scenes(attributes, centre):
+    """Scenes -> images [n, 3, 32, 32] or, where there is a motion, videos [n, 3, 9, 32, 32]."""
+    render = shapes.render_video if "motion" in attributes else shapes.render
+    return torch.from_numpy(render(attributes, centre))
 
 
-def train_vae(vae, world, steps, seed, whole=True, side=shapes.SIDE):
+def train_vae(vae, world, steps, seed, whole=True):
     """Trains an autoencoder by squared and absolute error and a small KL term, then whitens its latents.
 
     The decoder of videos goes on alone for half as many steps, since its padded convolution undoes a mean but
@@ -338,7 +336,7 @@ def train_vae(vae, world, steps, seed, whole=True, side=shapes.SIDE):
 
     def compute_loss():
         attributes, centre = shapes.draw(rng, batch, world)
-        originals = render_scenes(attributes, centre, side).to(vae.device)
+        originals = render_scenes(attributes, centre).to(vae.device)
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=is_video):
             posterior = vae.encode(originals).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
@@ -440,13 +438,13 @@ def inflate(vae):
 
 
 @torch.no_grad()
-def encode(vae, attributes, centre, side=shapes.SIDE):
-    """Scenes -> their latents, unscaled [n, 4, side/4, side/4] or [n, 4, 3, 8, 8]: the posterior's mean."""
+def encode(vae, attributes, centre):
+    """Scenes -> their latents, unscaled [n, 4, 8, 8] or [n, 4, 3, 8, 8]: the posterior's mean."""
     latents = []
     for start in range(0, len(centre), 256):
         part = slice(start, start + 256)
         some = {name: values[part] for name, values in attributes.items()}
-        pixels = render_scenes(some, centre[part], side).to(vae.device)
+        pixels = render_scenes(some, centre[part]).to(vae.device)
         latents.append(vae.encode(pixels).latent_dist.mean)
     return torch.cat(latents)
 
@@ -511,7 +509,7 @@ def call_sdxl(pipe, x_t, timestep, prompts):
         prompts, device=x_t.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     kept = torch.tensor([prompt != "" for prompt in prompts], device=x_t.device)
-    size, crop = (read_side(pipe), read_side(pipe)), (0, 0)
+    size, crop = (shapes.SIDE, shapes.SIDE), (0, 0)
     time_ids = torch.tensor([*size, *crop, *size], device=x_t.device)
     condition = {"text_embeds": pooled * kept[:, None], "time_ids": time_ids.expand(len(x_t), 6)}
     embeds = embeds * kept[:, None, None]
@@ -581,7 +579,7 @@ def train_denoiser(pipe, family, seed):
     rng = np.random.default_rng(seed + 1)
     attributes, centre = shapes.draw(rng, family["scenes"], family["world"])
     config = pipe.vae.config
-    latents = encode(pipe.vae, attributes, centre, read_side(pipe)) - (config.shift_factor or 0)
+    latents = encode(pipe.vae, attributes, centre) - (config.shift_factor or 0)
     latents = latents * config.scaling_factor
     if latents.ndim == 5:
         latents = latents.transpose(1, 2).contiguous()  # CogVideoX's transformer takes frames before channels
@@ -681,8 +679,6 @@ def read_arguments(argv):
         help="of the autoencoder; with --init, of its decoder alone (default none)",
     )
     add("--steps", type=int, help="of the denoiser: of its last stage, without the others")
-    add("--batch", type=int, help="of the denoiser's last stage")
-    add("--side", type=int, help="sdxl with --init: pixels of its images from now on, a multiple of 32")
     add("--lr", type=float, help="of the denoiser")
     add("--sam-steps", type=int, default=1000)
     add("--seed", type=int, default=0)
@@ -691,8 +687,6 @@ def read_arguments(argv):
         parser.error(f"there is no pipeline folder {args.init!r} to go on from")
     if args.family in families.FAMILIES and not args.random:
         parser.error(f"--family {args.family} is for --random: nothing is trained of it")
-    if args.side and (args.family != "sdxl" or not args.init or args.side % shapes.SIDE):
-        parser.error(f"--side is a multiple of {shapes.SIDE}, for --family sdxl with --init")
     if (args.t5 or args.rotary) and not args.random:
         parser.error("--t5 and --rotary are for --random: nothing is trained with them")
     return args
@@ -707,29 +701,17 @@ def choose_family(args):
         family["lr"] = args.lr
     if args.init or args.steps is not None:
         family["stages"] = family["stages"][-1:]
-    *others, last = family["stages"]
-    for option in ("steps", "batch"):
-        if getattr(args, option) is not None:
-            last = last | {option: getattr(args, option)}
-    family["stages"] = [*others, last]
+    if args.steps is not None:
+        family["stages"] = [family["stages"][0] | {"steps": args.steps}]
     return family
-
-
-def read_side(pipe):
-    """The pixels of a side of a pipeline's images or videos, as its denoiser's config has it."""
-    if not hasattr(pipe, "unet"):
-        return shapes.SIDE
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 def start_pipeline(args, family):
     """The pipeline whose denoiser is to be trained: that of --init or a new one, its autoencoder trained."""
     if args.init:
         pipe = DiffusionPipeline.from_pretrained(args.init, dtype=torch.float32).to(DEVICE)
-        if args.side:
-            pipe.unet.register_to_config(sample_size=args.side // pipe.vae_scale_factor)
         if args.vae_steps:
-            train_vae(pipe.vae, family["world"], args.vae_steps, args.seed, False, read_side(pipe))
+            train_vae(pipe.vae, family["world"], args.vae_steps, args.seed, whole=False)
         return pipe
 
     switches = {}

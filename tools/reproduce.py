@@ -132,21 +132,6 @@ RUNS = {
     "video-adm": f"{VIDEO} --guidance 2 --iterations 300 --lr 2e-5",
 }
 
-
-def enlarge(command):
-    """The command with the teacher of 64 x 64 pixels, its pairs and its ADP; in float32 on a GPU, too."""
-    command = command.replace("assets/tiny-sdxl", "assets/tiny-sdxl-64")
-    for needed in ("pairs", "adp"):
-        command = command.replace(f"{{{needed}}}", f"{{large-{needed}}}")
-    return f"{command} --precision fp32"
-
-
-ENLARGED = ("pairs", "adp", "dmd-600", "dmdx-600", "projected-600", "bare-600", "line-600")
-ENLARGED += ("dmd-1500", "dmdx-860", "projected-860", "bare-1100")
-for name in ENLARGED:
-    RUNS[f"large-{name}"] = enlarge(RUNS[name])
-RUNS["large-line-1360"] = enlarge(f"{LONG} --iterations 1360 --lr 1e-4 --loss line")
-
 EVALUATE = "evaluate.py --teacher assets/tiny-sdxl --guidance 1.75 --steps 12"
 EVALUATE += " --prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics oracle"
 # this teacher and that of videos take the paper's steps, and so long that they draw a quarter as much
@@ -184,20 +169,6 @@ TABLES = {
         EVALUATE,
     ),
     "weight": (("adp", "dmd-600", "bare-600", "line-600"), EVALUATE),
-    "large": (
-        (
-            *("large-adp", "large-dmd-600", "large-dmdx-600", "large-projected-600"),
-            *("large-bare-600", "large-line-600"),
-        ),
-        enlarge(EVALUATE),
-    ),
-    "large-1500": (
-        (
-            *("large-adp", "large-dmd-1500", "large-dmdx-860", "large-projected-860"),
-            *("large-bare-1100", "large-line-1360"),
-        ),
-        enlarge(EVALUATE),
-    ),
     "pipeline": (("A1-uniform", "A3", "A4", "adp", "B1-400", "B2-400", "dmd", "dmdx"), EVALUATE),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
     "health": (

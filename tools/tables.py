@@ -150,7 +150,6 @@ def format_table(table, entry):
 
 def label_run(name):
     """A run's name -> what a table calls it."""
-    name = name.removeprefix("large-")  # its table is of nothing else
     method, _, iterations = name.partition("-")
     if method in METHODS and iterations.isdecimal():
         return f"{METHODS[method]}, {int(iterations):,} iterations"
