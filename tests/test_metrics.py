@@ -149,6 +149,20 @@ def test_chance_is_the_average_over_many_draws():
     assert abs(variety.measure_excess_tv(even, 16).mean()) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("values", "distance", "reads"), [(2, 0.1, 0.04), (6, 0.1, 0.02), (2, 0.3, 0.23), (6, 0.3, 0.15)]
+)
+def test_a_small_distance_reads_as_less(values, distance, reads):
+    """As docs/metrics.md says: what chance gives is taken off in full."""
+    rng = np.random.default_rng(0)
+    even = np.full(values, 1 / values)
+    shift = np.repeat([1, -1], values // 2) * distance / (values // 2)
+    student, reference = (rng.multinomial(64, shares, 250) / 64 for shares in (even + shift, even))
+    assert variety.measure_tv(even + shift, even[None]) == pytest.approx(distance)
+    excess = variety.measure_excess_tv_to(student, 64, reference, 64)
+    assert excess.mean() == pytest.approx(reads, abs=0.012)
+
+
 def test_coverage_counts_what_has_half_its_rate():
     shares = np.array([[0.25, 0.25, 0.5], [1 / 6, 0.16, 0.68], [0, 0, 1]])
     np.testing.assert_allclose(variety.measure_coverage(shares), [1, 2 / 3, 1 / 3])

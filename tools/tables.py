@@ -141,7 +141,7 @@ def format_table(table, entry):
     for name, runs in group_runs(entry).items():
         numbers = format_numbers([run["row"] for run in runs], columns, attributes)
         minutes = statistics.mean(run["cpu_seconds"] for run in runs) / 60
-        cells = [format_gain(gains.get(name))] if gains else []
+        cells = [format_gain(gains.get(name), list_gains(entry, name))] if gains else []
         cells += [f"{statistics.mean(run['gauges'][gauge] for run in runs):.3f}" for gauge in gauges]
         cells += paper.get(name, blank[len(cells) :])
         lines.append([label_run(name), *numbers, f"{minutes:.1f}", *cells])
@@ -176,12 +176,22 @@ def format_teacher(row, columns):
     return [*cells, ""]
 
 
-def format_gain(gain):
-    """[mean, low, high] -> "mean ± half of the interval's width", signed; nothing for None."""
+def list_gains(entry, name):
+    """What each run `name` of an entry has in accuracy over the first run of its seed."""
+    first = {run["seed"]: run["row"]["accuracy"] for run in next(iter(group_runs(entry).values()))}
+    return [run["row"]["accuracy"] - first[run["seed"]] for run in group_runs(entry)[name]]
+
+
+def format_gain(gain, of_seeds):
+    """[mean, low, high] -> "mean ± half of the interval's width", signed, and each seed's where there are
+    several; nothing for None."""
     if gain is None:
         return ""
     mean, low, high = gain
-    return f"{mean:+.3f} ± {(high - low) / 2:.3f}"
+    cell = f"{mean:+.3f} ± {(high - low) / 2:.3f}"
+    if len(of_seeds) > 1:
+        cell += f" ({' '.join(f'{own:+.3f}' for own in of_seeds)})"
+    return cell
 
 
 def format_cell(values):
@@ -205,8 +215,7 @@ def describe(entry):
     dates = sorted({run["date"] for run in runs})
     commits = sorted({run["commit"][:7] for run in runs})
     machines = sorted({run["machine"] for run in runs})
-    low, high = zip(*(run["row"]["ci"]["accuracy"] for run in runs))
-    widest = max(b - a for a, b in zip(low, high)) / 2
+    widest = max(measure_reach(run["row"]) for run in runs)
     samples = teacher["samples"] // teacher["prompts"]
     text = f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over them."
     if len(seeds) == 1:
@@ -219,6 +228,13 @@ def describe(entry):
     if entry.get("gains"):
         text += (
             " The gain in accuracy is over the first student of the same seed, prompt by prompt; ± is half "
-            "of its 95 % interval over the prompts."
+            "of its 95 % interval over the prompts, for these runs"
         )
+        text += ", and behind it stand the seeds' own." if len(seeds) > 1 else "."
     return textwrap.fill(text, 118)
+
+
+def measure_reach(row):
+    """How far the interval of a row's accuracy reaches to its wider side."""
+    low, high = row["ci"]["accuracy"]
+    return max(row["accuracy"] - low, high - row["accuracy"])
