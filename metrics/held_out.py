@@ -52,6 +52,8 @@ class HeldOut:
         system = System(method.teacher, method.student, method.G)
         numbers = choose_share(len(self.prompts))
         parts = []
+        if method.teacher.offload:  # all of them, while the encoders are here
+            method.teacher.offload.look_up([self.prompts[i] for i in numbers])
         with method.ema.use(), decode_whole(method.teacher):
             for first in range(0, len(numbers), self.batch):
                 parts.append(self._score(system, numbers[first : first + self.batch]))

@@ -12,6 +12,7 @@ from torch import nn
 from support.configs import check_configs, choose_classes, describe_sampler
 from support.errors import UserError, is_out_of_memory, note
 from support.hub import is_hub_id, is_offline
+from support.tensors import is_finite
 
 # What files may have beside a network's own weights: tables that it computes, and parts that its class
 # leaves out.
@@ -236,7 +237,7 @@ def load_network(kind, folder, part, dtype, variant=None, local=True):
     if left:
         raise UserError(f"the weights in {place} do not fit its config: {left[0]} is left over")
     for name, weight in net.named_parameters():
-        if not weight.isfinite().all():
+        if not is_finite(weight):
             raise UserError(f"the weights in {place} are damaged: {name} is not finite")
     return net
 

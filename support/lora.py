@@ -55,6 +55,7 @@ class Adapted(nn.Module):
             self.backbone.switched_on = []
         for layer in self.layers.values():
             layer._active_adapter = self.backbone.switched_on
+            layer.cast_input_dtype_enabled = False  # autocast would undo it, after 24 GB of traffic (SD3.5)
 
     @contextlib.contextmanager
     def switch_on(self, names):

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from support.errors import UserError
 from support.files import compute_checksum_of_json, read_sealed, write_atomically
 from support.loading import name_both
-from support.parallel import is_main
+from support.parallel import rank, world_size
+from support.tensors import is_finite
 
 INDEX = {"teacher", "fingerprint", "latent_shape", "count", "shard", "prompts"}  # what is read of index.json
 TENSORS = ("x_T", "x_0", "prompt")  # of a shard: [n, C, (F,) H, W] twice, and prompt numbers [n]
@@ -30,7 +31,7 @@ class Pairs:
         self.shards = []
         for k in range(math.ceil(self.index["count"] / self.index["shard"])):
             path = shard_path(folder, k)
-            problem = find_problem(path, identity, thorough=is_main())
+            problem = find_problem(path, identity, thorough=k % world_size() == rank())
             if problem:
                 raise UserError(f"the shard {path} is {problem}: delete it, and run collect_ode.py again")
             self.shards.append(safe_open(path, "pt"))
@@ -110,8 +111,7 @@ def find_problem(path, identity, thorough=True):
         return "damaged"
     if compute_checksum(tensors) != checksums[1]:
         return "damaged"
-    is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-    return None if is_finite else "not finite"
+    return None if all(is_finite(tensor) for tensor in tensors.values()) else "not finite"
 
 
 def identify(index):

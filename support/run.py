@@ -68,6 +68,7 @@ FREE = (
     "gpu_gb",
     "log_every",
     "save_every",
+    "save_minutes",
     "keep",
 )
 FREE += ("patience", "shard", "offload", "compile", "checkpointing")
@@ -153,6 +154,7 @@ class Run:
             dynamic_ncols=True,
         )
         self.clock = time.perf_counter()
+        self.saved = self.clock  # when the last checkpoint was written
         self.logged = self.start  # the iteration of the last line of metrics
 
     def _check_that_nothing_foreign_is_there(self):
@@ -236,6 +238,9 @@ class Run:
         for name in ("data", "processes"):
             if meta.get(name) != ours[name]:
                 note(f"the {name} were {meta.get(name)}, and are {ours[name]} from here on")
+        old, new = (count_rows(checkpoint) for checkpoint in (meta, ours))
+        if old != new:
+            note(f"the global batch was {old} samples, and is {new} from here on")
 
     def iterations(self):
         """The numbers of the iterations that are left.
@@ -374,17 +379,20 @@ class Run:
         return is_best
 
     def is_due(self, step):
-        """Whether to save now: every --save-every, at the end, and on every rank when one was told to
-        stop."""
-        self._ask_whether_to_leave()
+        """Whether to save now: every --save-every, --save-minutes after the last time, at the end, and on
+        every rank when one was told to stop."""
+        is_late = self._ask_whether_to_leave()
         last = step == self.args.iterations
-        return self.leaving or last or step % self.args.save_every == 0
+        return self.leaving or last or is_late or step % self.args.save_every == 0
 
     def _ask_whether_to_leave(self):
-        told = average({"told": float(self.signal is not None)})["told"]
-        if told and not self.leaving:
+        """The ranks agree on whether to leave, and -> on whether --save-minutes are over."""
+        is_late = time.perf_counter() - self.saved >= 60 * self.args.save_minutes
+        share = average({"told": float(self.signal is not None), "late": float(is_late)})
+        if share["told"] and not self.leaving:
             note("told to stop: the run ends with a checkpoint of this iteration")
-        self.leaving = told > 0
+        self.leaving = share["told"] > 0
+        return share["late"] > 0
 
     def save(self, step, prompts, is_best=False):
         """A checkpoint, in one move, and samples of the first prompts from fixed noise. All ranks gather and
@@ -423,7 +431,8 @@ class Run:
             path = os.path.join(self.folder, "samples", f"step_{step:06d}")
             save_preview(self.student, net, prompts, self.args, path)
         wait_for_all()
-        self.clock += time.perf_counter() - began  # no iteration's
+        self.saved = time.perf_counter()
+        self.clock += self.saved - began  # no iteration's
 
     def _check_finite(self, step):
         """UserError where a network's weights are not finite, before a good checkpoint goes for them."""
@@ -439,6 +448,8 @@ class Run:
         """Writes every part -> the student's whole weights, so that they need not be gathered twice."""
         if is_main():
             os.makedirs(os.path.join(folder, "state"))
+            # meta.json has checksums of our own: torch's would take a sixth of the time
+            torch.serialization.set_crc32_options(False)
         for name, part in self.parts.items():
             zero1 = isinstance(part, ZeroRedundancyOptimizer)
             state = gather_zero1(part) if zero1 else gather(part.state_dict())
@@ -482,6 +493,12 @@ class Run:
                     note(f"{folder} is not removed: {first_line(error)}")
 
 
+def count_rows(meta):
+    """The samples of an update, on all ranks together, by what a checkpoint says of its run."""
+    arguments = meta["arguments"]
+    return arguments["batch"] * arguments["accumulate"] * meta["processes"]
+
+
 def describe_data(method):
     """A short name for what a method learns from: its pairs or its prompts."""
     is_of_pairs = hasattr(method, "pairs")
@@ -502,6 +519,8 @@ def save_preview(student, net, prompts, args, path):
     count = 4 if teacher.video else 16
     prompts = list(itertools.islice(itertools.cycle(prompts), count))
     latents = []
+    if teacher.offload:
+        teacher.offload.look_up(prompts)  # all of them, while the encoders are here
     for first in range(0, count, args.batch):
         some = prompts[first : first + args.batch]
         rng = RowRNG(range(first, first + len(some)), ("preview", args.seed), teacher.device)

@@ -23,6 +23,12 @@ def concatenate(*conditions):
     return together
 
 
+def is_finite(x):
+    """Whether all numbers of a tensor, which has some, are finite. Its extremes tell, on a CPU in a twentieth
+    of the time that a look at each number takes: minutes, for a teacher's weights."""
+    return bool(torch.stack(torch.aminmax(x)).isfinite().all())
+
+
 def detach(maps):
     """A list of maps without their graphs."""
     return [m.detach() for m in maps]

@@ -27,8 +27,10 @@ OF_FILES = {  # a file's or folder's, where they are others or come in another o
     "metrics/": [f"tests/test_{name}.py" for name in ("metrics", "images", "indexes", "evaluate")],
     "sample.py": ["tests/test_indexes.py", "tests/test_errors.py"],
     "support/offload.py": ["tests/test_resume.py"],
+    "support/pairs.py": [*OF_THE_PARTS, "tests/test_resume.py"],
     "support/parallel.py": ["tests/test_maths.py", "tests/test_distributed.py"],
     "tools/plan.py": ["tests/test_plan.py"],
+    "tools/trace.py": ["tests/test_plan.py"],
     "support/checkpoints.py": OF_CHECKPOINTS,
     "support/errors.py": ["tests/test_errors.py"],
     "support/files.py": ["tests/test_errors.py"],
@@ -775,6 +777,7 @@ TABLE = {
         ),
     ],
     "support/pairs.py": [
+        ("nobody reads all pairs", "thorough=k % world_size() == rank())", "thorough=False)"),
         ("pairs of any size", "if tuple(shape) != teacher.latent_shape:", "if False:"),
     ],
     "support/parallel.py": [
@@ -783,6 +786,10 @@ TABLE = {
         ("gradients beside DDP's buckets", "p.grad = torch.zeros_like(p)", "p.grad = None"),
         ("the first node leaves", 'store.wait(["dmdx/all done"], datetime.timedelta(days=30))', "pass"),
         ("one node waits for others", 'read_number("LOCAL_WORLD_SIZE", world_size())', "0"),
+    ],
+    "tools/trace.py": [
+        ("all steps before t'", "(self.steps - 1) / 2 * self", "(self.steps - 1) * self"),
+        ("operations of one update", "ttur=updates)", "ttur=1)"),
     ],
     "tools/plan.py": [
         (
@@ -817,6 +824,10 @@ TABLE = {
         ("peft is looked for late", "if args.lora:", "if False:"),
     ],
     "support/run.py": [
+        ("no checkpoint by the clock", 'return share["late"] > 0', "return False"),
+        ("minutes of a second", ">= 60 * self.args.save_minutes", ">= self.args.save_minutes"),
+        ("encoders that come for each batch", "if teacher.offload:", "if False:"),
+        ("a batch of one rank", 'arguments["accumulate"] * meta["processes"]', 'arguments["accumulate"]'),
         (
             "bad updates of any time add up",
             "self.streak + 1 if losses else 0",

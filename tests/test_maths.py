@@ -17,6 +17,7 @@ from support.parallel import start_processes
 from support.prompts import read_prompts
 from support.rng import RowRNG, make_rngs
 from support.systems import System
+from support.tensors import is_finite
 from support.training import MovingAverage, set_lr
 
 SDXL = {
@@ -466,3 +467,14 @@ def test_the_seed_is_that_of_initial_weights():
         start_processes(seed)
         drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_one_number_that_is_not_finite_is_found(dtype):
+    numbers = torch.randn(1000, dtype=dtype)
+    assert is_finite(numbers)
+    assert is_finite(torch.arange(3))
+    for number in (math.nan, math.inf, -math.inf):
+        one = numbers.clone()
+        one[500] = number
+        assert not is_finite(one)

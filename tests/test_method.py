@@ -396,8 +396,8 @@ def test_learning_rates_have_defaults_for_the_stage_and_for_lora():
     whole = helpers.training_arguments("adm", ["--teacher", "sdxl"])
     lora = helpers.training_arguments("adm", ["--teacher", "sdxl", "--lora", "64"])
     given = helpers.training_arguments("adm", ["--teacher", "sdxl", "--lora", "64", "--lr", "0"])
-    assert (whole.lr, whole.fake_lr, whole.head_lr) == (5e-7, 5e-7, 5e-6)
-    assert (lora.lr, lora.fake_lr) == (5e-5, 5e-5)
+    assert (whole.lr, whole.fake_lr, whole.head_lr) == (5e-7, 2.5e-6, 5e-6)
+    assert (lora.lr, lora.fake_lr) == (5e-5, 2.5e-4)
     assert given.lr == 0
     pairs = helpers.training_arguments("adp", ["--teacher", "sdxl"])
     assert (pairs.lr, pairs.warmup_lr, pairs.head_lr) == (1e-5, 1e-5, 1e-4)

@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import adm
 import adp
+import common
 import helpers
 from support.errors import UserError
 from support.prompts import PROMPTS
@@ -79,7 +81,7 @@ def sd3_medium():
     """SD3-Medium with activations of 2 GB a row -> (arguments, networks, bytes of all)."""
     args = parse(adm, "--teacher", "sd3-medium", "--plan", 8)
     networks = make_networks(adm, args)
-    networks.trace = lambda args: Trace(2e9 * args.batch, 0, None)
+    networks.trace = lambda args: Trace(2e9 * args.batch, 0, 0, None)
     total = add_up(count_states(args, networks, 8) | count_activations(args, networks))
     return args, networks, total
 
@@ -107,6 +109,30 @@ def test_what_is_printed(capsys, teacher_folder):
     assert "--keep 2 has 3 of them" in out
     assert "an iteration makes 5 full and 4 partial forward passes" in out
     assert "fits 80 GB" in out
+    assert " s at 200 TFLOP/s, and for --iterations 10000 " in out
+
+
+def test_operations_are_those_that_torch_counts(teacher_folder):
+    """In real passes, of each micro-batch, of each update, and of the steps that lead to t'."""
+
+    def count(*words):
+        args = parse(adm, "--teacher", teacher_folder, "--no-checkpointing", *words)
+        return make_networks(adm, args).count_flops(args)
+
+    one = count("--steps", 1, "--batch", 1)
+    assert count("--steps", 1, "--batch", 2) == pytest.approx(2 * one, rel=0.05)  # but for the heads
+    assert count("--steps", 1, "--batch", 1, "--accumulate", 3) > 3 * one  # line 1 comes twice
+    update = count("--steps", 1, "--batch", 1, "--ttur", 2) - one
+    assert 0.3 * one < update < 0.9 * one  # of f and D alone
+    assert count("--steps", 1, "--batch", 1, "--ttur", 4) == one + 3 * update
+    more = count("--steps", 4, "--batch", 1) - one
+    assert count("--steps", 8, "--batch", 1) - one == pytest.approx(7 / 3 * more)
+
+    real = common.open_teacher(teacher_folder, torch.device("cpu"))
+    cond = real.encode(["a red circle"])
+    with FlopCounterMode(display=False) as counter:
+        real.call(real.denoiser, torch.zeros(1, *real.latent_shape), torch.zeros(1), cond)
+    assert more == pytest.approx(1.5 * counter.get_total_flops(), rel=0.02)
 
 
 def test_the_baseline_has_no_heads(capsys, teacher_folder):

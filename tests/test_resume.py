@@ -22,7 +22,7 @@ import adp
 import common
 import evaluate
 import helpers
-from support import files, inputs, training
+from support import files, inputs, pairs, training
 from support import run as runs
 from support.checkpoints import find_checkpoint
 from support.errors import UserError
@@ -231,16 +231,18 @@ def test_resuming_with_other_settings_says_so(finished, dmd, tmp_path, capfd):
     run = shutil.copytree(finished, tmp_path / "run")
     other = tmp_path / "other.txt"
     other.write_text("a small red circle\n")
-    words = f"--resume --iterations 3 --lr 2e-4 --guidance 3 --prompts {other} --keep 9"
+    words = f"--resume --iterations 3 --lr 2e-4 --guidance 3 --batch 1 --prompts {other} --keep 9"
     capfd.readouterr()
     adm.main(dmd(run, words))
     errors = capfd.readouterr().err
     said = [line for line in errors.splitlines() if " from here on" in line]
-    assert len(said) == 5
+    assert len(said) == 7
     for words in ("--lr was 0.0001, and is 0.0002", "--guidance was 8.0, and is 3.0", "--iterations was 2"):
         assert words in errors
     assert f"and is {other} from here on" in errors
     assert "the data were" in errors
+    assert "the global batch was 2 samples, and is 1" in errors
+    assert runs.count_rows({"arguments": {"batch": 2, "accumulate": 3}, "processes": 4}) == 24
 
 
 def test_other_settings_of_the_optimisers_and_the_average_are_taken(adm_arguments, tmp_path):
@@ -434,6 +436,19 @@ def test_a_signal_during_a_checkpoint_asks_for_no_second_one(dmd, tmp_path, monk
     assert find_checkpoint(str(tmp_path / "run"))[1]["step"] == 2
 
 
+def test_a_checkpoint_is_due_by_the_clock_too(dmd, tmp_path):
+    """An iteration of a video takes minutes, and --save-every of them days."""
+    for minutes, kept in ((1e-9, [1, 2, 3]), (60, [3])):
+        run = tmp_path / str(minutes)
+        adm.main(dmd(run, f"--iterations 3 --save-every 99 --keep 9 --save-minutes {minutes}"))
+        assert sorted(run.glob("step_*")) == [run / f"step_{step:06d}" for step in kept]
+    for seconds, is_late in ((60, False), (180, True)):
+        args = SimpleNamespace(save_minutes=2)
+        saved = time.perf_counter() - seconds
+        run = SimpleNamespace(args=args, saved=saved, signal=None, leaving=False)
+        assert runs.Run._ask_whether_to_leave(run) is is_late
+
+
 def test_a_checkpoint_that_cannot_be_removed_ends_no_run(dmd, tmp_path, monkeypatch, capfd):
     """As on NFS, where somebody reads it."""
 
@@ -592,6 +607,33 @@ def test_previews_are_drawn_a_batch_at_a_time_and_are_the_same(teacher, tmp_path
         runs.save_preview(student, teacher.denoiser, ["a circle", "a square"], args, str(tmp_path / "x"))
     assert sizes == [16, 5, 5, 5, 1]
     torch.testing.assert_close(drawn[0], drawn[1], rtol=0, atol=1e-4)
+
+
+def test_a_preview_brings_the_encoders_to_the_device_once(teacher, tmp_path, monkeypatch):
+    encoders = ["text_encoder", "text_encoder_2"]
+    offload = Offload(teacher.pipe, encoders, teacher._encode, teacher.device)
+    resident = offload.resident
+    visits = []
+    monkeypatch.setattr(offload, "resident", lambda *names: visits.append(names) or resident(*names))
+    monkeypatch.setattr(teacher, "offload", offload)
+    student = common.Student(teacher, "teacher", 1)
+    prompts = [f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "blue")]
+    args = SimpleNamespace(batch=1, seed=0)
+    runs.save_preview(student, teacher.denoiser, prompts, args, str(tmp_path / "x"))
+    assert visits.count(tuple(encoders)) == 1
+
+
+def test_the_ranks_share_the_reading_of_pairs(pairs_folder, monkeypatch):
+    looks = []
+    monkeypatch.setattr(
+        pairs, "find_problem", lambda path, identity, thorough: looks.append((path, thorough))
+    )
+    monkeypatch.setattr(pairs, "world_size", lambda: 2)
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        pairs.Pairs(pairs_folder)
+    read = [path for path, thorough in looks if thorough]
+    assert sorted(read) == sorted({path for path, _ in looks})
 
 
 def test_a_full_disk_is_said_and_costs_nothing_that_was_written(finished, dmd, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from tools.meta import count_parameters
 from tools.trace import Networks, change, shorten
 
 GB = 1e9
+SPEED = 200e12  # operations a second, between the 146 and the 272 T of an H200 in docs/benchmarks.md
 SHARDS = ("ddp", "zero1", "fsdp")  # from the most memory to the least
 
 
@@ -27,6 +28,7 @@ def print_plan(args, stage, iterate):
     print(f"{make_printable(args.teacher)}, --shard {args.shard}, GB on each of {args.plan} GPUs")
     print(format_table(rows))
     print(describe_passes(args, networks))
+    print(describe_time(args, networks))
     disk = count_checkpoint(args, networks) / GB
     most = args.keep + 2 if args.eval_every else args.keep + 1  # with the best, and the one that is written
     written = f"--keep {args.keep} has {most} of them while one is written"
@@ -185,6 +187,17 @@ def describe_passes(args, networks):
         else:
             passed.append(f"to the inputs of {name} {count}")
     return f"{text}; backward passes: {', '.join(learning + passed)}"
+
+
+def describe_time(args, networks):
+    """A sentence with the time of all iterations: of ADP at most that, as its warm-up's are cheaper."""
+    flops = networks.count_flops(args)
+    seconds = flops / SPEED
+    hours = seconds * args.iterations / 3600
+    return (
+        f"{flops / 1e12:,.0f} TFLOP an iteration: {seconds:.1f} s at {SPEED / 1e12:.0f} TFLOP/s, and for "
+        f"--iterations {args.iterations} {hours:,.0f} hours, {args.plan * hours:,.0f} GPU hours"
+    )
 
 
 def describe_fit(args, networks, total):

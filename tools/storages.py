@@ -1,13 +1,16 @@
-"""Counts the bytes of all tensors that are alive, on torch's meta device as well as on a real one."""
+"""Counts the bytes of all tensors that are alive, on torch's meta device as well as on a real one, and the
+operations that made them."""
 
 import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 class Storages(TorchDispatchMode):
-    """Inside, `live` is how many bytes the tensors take that were made or used; `peak` is the most so far."""
+    """Inside, `live` is how many bytes the tensors take that were made or used; `peak` is the most so far.
+    `flops` are the floating-point operations of matrix products, convolutions and attention."""
 
     def __init__(self, kind="meta", without=()):
         """kind: of the device ("cpu", "meta") whose tensors are counted; without: modules whose weights are
@@ -16,6 +19,7 @@ class Storages(TorchDispatchMode):
         self.kind = kind
         self.live = 0
         self.peak = 0
+        self.flops = 0
         self.results = {}  # on the meta device: {what is computed: what tensors that makes}
         self.known = weakref.WeakSet()
         for module in without:
@@ -33,6 +37,9 @@ class Storages(TorchDispatchMode):
         for x in [*tensors, *flatten([out])]:
             if isinstance(x, torch.Tensor) and x.device.type == self.kind:
                 self._count(x.untyped_storage())
+        count_flops = flop_registry.get(func._overloadpacket)
+        if count_flops:
+            self.flops += count_flops(*args, **kwargs, out_val=out)
         return out
 
     def _compute_on_meta(self, func, args, kwargs, inputs, tensors):

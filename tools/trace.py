@@ -20,6 +20,7 @@ class Trace:
 
     peak: int  # bytes, the most that were alive at a time beside weights, gradients and optimisers
     kept: float  # bytes that a micro-batch keeps from one update to the next
+    flops: int  # floating-point operations, forward, backward, and what checkpointing computes again
     passes: Passes
 
 
@@ -31,6 +32,7 @@ class Networks:
         known."""
         configs = read_configs(args.teacher)
         fill_training_arguments(args, find_family(configs["pipeline"]))
+        self.args = args
         self.stage = stage
         self.iterate = iterate
         self.teacher = make_teacher_on_meta(args, configs)
@@ -47,11 +49,33 @@ class Networks:
 
     def trace(self, args):
         """An iteration with these arguments -> Trace. It is not run twice for what makes no difference."""
-        short = shorten(args)
-        key = (short.batch, short.accumulate, short.shard == "fsdp", short.lora > 0)
+        return self._trace(shorten(args))
+
+    def _trace(self, short):
+        updates = getattr(short, "ttur", 1)
+        key = (short.batch, short.accumulate, short.shard == "fsdp", short.lora > 0, updates)
         if key not in self.traces:
             self.traces[key] = trace_iteration(self.make_method(short), self.iterate)
         return self.traces[key]
+
+    def count_flops(self, args):
+        """Floating-point operations of an iteration with these arguments on one GPU: the mean over the times
+        t' where the student has several."""
+        updates = getattr(args, "ttur", 1)
+        short = change(shorten(args), ttur=updates)
+        flops = self._trace(short).flops / short.accumulate
+        if self.steps > 1:
+            flops += updates * (self.steps - 1) / 2 * self.student_flops
+        return args.accumulate * flops
+
+    @functools.cached_property
+    def student_flops(self):
+        """The operations of a step of the student in backward simulation, for a micro-batch."""
+        method = self.make_method(self.args)
+        method.student.steps = 1
+        with torch.no_grad(), Storages() as storages:
+            method.generate(method.draw(0, 0)[0])
+        return storages.flops
 
     @functools.cached_property
     def preview_peak(self):
@@ -95,7 +119,7 @@ def trace_iteration(method, iterate):
 
     with Storages(without=weights) as storages, count_passes(method) as passes:
         iterate(method, 0, minimise)
-    return Trace(storages.peak, max(kept), passes)
+    return Trace(storages.peak, max(kept), storages.flops, passes)
 
 
 @contextlib.contextmanager
