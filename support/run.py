@@ -496,7 +496,7 @@ class Run:
 def count_rows(meta):
     """The samples of an update, on all ranks together, by what a checkpoint says of its run."""
     arguments = meta["arguments"]
-    return arguments["batch"] * arguments["accumulate"] * meta["processes"]
+    return arguments["batch"] * arguments["accumulate"] * meta.get("processes", 1)
 
 
 def describe_data(method):

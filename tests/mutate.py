@@ -827,7 +827,7 @@ TABLE = {
         ("no checkpoint by the clock", 'return share["late"] > 0', "return False"),
         ("minutes of a second", ">= 60 * self.args.save_minutes", ">= self.args.save_minutes"),
         ("encoders that come for each batch", "if teacher.offload:", "if False:"),
-        ("a batch of one rank", 'arguments["accumulate"] * meta["processes"]', 'arguments["accumulate"]'),
+        ("a batch of one rank", ' * meta.get("processes", 1)', ""),
         (
             "bad updates of any time add up",
             "self.streak + 1 if losses else 0",
