@@ -53,7 +53,7 @@ class HeldOut:
         numbers = choose_share(len(self.prompts))
         parts = []
         if method.teacher.offload:  # all of them, while the encoders are here
-            method.teacher.offload.look_up([self.prompts[i] for i in numbers])
+            method.teacher.offload.remember([self.prompts[i] for i in numbers])
         with method.ema.use(), decode_whole(method.teacher):
             for first in range(0, len(numbers), self.batch):
                 parts.append(self._score(system, numbers[first : first + self.batch]))

@@ -2,6 +2,7 @@
 
 import os
 
+from support.checkpoints import compute_global_batch
 from support.escapes import make_cell
 from support.files import short_name
 from support.hub import is_hub_id, is_offline
@@ -103,7 +104,7 @@ def format_settings(student, meta):
         "started from": arguments.get("init") and short_name(arguments["init"]),
     }
     if arguments.get("batch"):
-        rows["global batch"] = arguments["batch"] * arguments["accumulate"] * meta["processes"]
+        rows["global batch"] = compute_global_batch(meta)
     rows |= {name: arguments.get(name) for name in SETTINGS}
     lines = ["| setting | value |", "|---|---|"]
     for name, value in rows.items():

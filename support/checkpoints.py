@@ -169,6 +169,12 @@ def describe_files(folder):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def compute_global_batch(meta):
+    """The samples of an update, on all ranks together, by a checkpoint's meta.json."""
+    arguments = meta["arguments"]
+    return arguments["batch"] * arguments["accumulate"] * meta.get("processes", 1)
+
+
 def restore_optimizer(optimizer, state):
     """Loads a whole state_dict into an optimiser whose states may be laid out over the ranks. Its settings,
     as the betas, stay those that it was made with."""

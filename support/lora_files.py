@@ -14,6 +14,7 @@ from support.checkpoints import LORA_FILE
 from support.errors import UserError, require
 from support.files import compute_checksum, compute_checksum_of_json
 from support.loading import shorten
+from support.tensors import is_finite
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # those that have a low-rank form in peft
 OVERSAMPLE = 32  # directions beside the wanted ones, for the randomised SVD
@@ -116,7 +117,7 @@ def count_factors(path):
     if not factors:
         raise UserError(f"--teacher-lora {path} is no LoRA: no tensor in it has lora in its name")
     for name, tensor in factors.items():
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise UserError(f"--teacher-lora {path} is damaged: {name} is not finite")
     return len(factors)
 

@@ -36,15 +36,16 @@ class Offload:
         """Encodes all that the next iterations need and forgets the rest: the encoders come to the device
         once."""
         self.conditions = {}
-        self._remember(prompts)
+        self.remember(prompts)
 
     def look_up(self, prompts):
         """n prompts -> condition, on the device."""
-        self._remember(prompts)
+        self.remember(prompts)
         rows = [self.conditions[prompt] for prompt in prompts]
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
-    def _remember(self, prompts):
+    def remember(self, prompts):
+        """Encodes those that are not known yet, and forgets none."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.conditions]
         if not new:
             return

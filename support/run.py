@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from support.checkpoints import (
+    compute_global_batch,
     describe_files,
     find_best,
     find_newest,
@@ -238,7 +239,7 @@ class Run:
         for name in ("data", "processes"):
             if meta.get(name) != ours[name]:
                 note(f"the {name} were {meta.get(name)}, and are {ours[name]} from here on")
-        old, new = (count_rows(checkpoint) for checkpoint in (meta, ours))
+        old, new = compute_global_batch(meta), compute_global_batch(ours)
         if old != new:
             note(f"the global batch was {old} samples, and is {new} from here on")
 
@@ -493,12 +494,6 @@ class Run:
                     note(f"{folder} is not removed: {first_line(error)}")
 
 
-def count_rows(meta):
-    """The samples of an update, on all ranks together, by what a checkpoint says of its run."""
-    arguments = meta["arguments"]
-    return arguments["batch"] * arguments["accumulate"] * meta.get("processes", 1)
-
-
 def describe_data(method):
     """A short name for what a method learns from: its pairs or its prompts."""
     is_of_pairs = hasattr(method, "pairs")
@@ -520,7 +515,7 @@ def save_preview(student, net, prompts, args, path):
     prompts = list(itertools.islice(itertools.cycle(prompts), count))
     latents = []
     if teacher.offload:
-        teacher.offload.look_up(prompts)  # all of them, while the encoders are here
+        teacher.offload.remember(prompts)  # all of them, while the encoders are here
     for first in range(0, count, args.batch):
         some = prompts[first : first + args.batch]
         rng = RowRNG(range(first, first + len(some)), ("preview", args.seed), teacher.device)

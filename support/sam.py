@@ -8,6 +8,7 @@ from torch import nn
 
 from support.errors import UserError, first_line, require
 from support.files import fetch, read_tensors
+from support.tensors import is_finite
 
 URL = "https://dl.fbaipublicfiles.com/segment_anything"
 OFFICIAL = {
@@ -63,7 +64,7 @@ def load_sam_encoder(path):
         )
         encoder.load_state_dict(state)
         for weight in encoder.parameters():
-            if not weight.is_meta and not weight.isfinite().all():
+            if not weight.is_meta and not is_finite(weight):
                 raise ValueError("it has weights that are not finite")
     except Exception as error:  # the libraries raise many kinds for a file of another layout
         raise UserError(f"{path!r} is not a SAM checkpoint: {first_line(error)}") from error

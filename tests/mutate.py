@@ -669,6 +669,7 @@ TABLE = {
         ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
     ],
     "support/checkpoints.py": [
+        ("a batch of one rank", ' * meta.get("processes", 1)', ""),
         (
             "a fingerprint of any schedule",
             "configs = [list_settings(net), list_settings(scheduler)]",
@@ -765,8 +766,8 @@ TABLE = {
     "support/offload.py": [
         (
             "conditions are never forgotten",
-            "self.conditions = {}\n        self._remember(prompts)",
-            "pass\n        self._remember(prompts)",
+            "self.conditions = {}\n        self.remember(prompts)",
+            "pass\n        self.remember(prompts)",
         ),
     ],
     "support/systems.py": [
@@ -827,7 +828,6 @@ TABLE = {
         ("no checkpoint by the clock", 'return share["late"] > 0', "return False"),
         ("minutes of a second", ">= 60 * self.args.save_minutes", ">= self.args.save_minutes"),
         ("encoders that come for each batch", "if teacher.offload:", "if False:"),
-        ("a batch of one rank", ' * meta.get("processes", 1)', ""),
         (
             "bad updates of any time add up",
             "self.streak + 1 if losses else 0",

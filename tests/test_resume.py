@@ -24,7 +24,7 @@ import evaluate
 import helpers
 from support import files, inputs, pairs, training
 from support import run as runs
-from support.checkpoints import find_checkpoint
+from support.checkpoints import compute_global_batch, find_checkpoint
 from support.errors import UserError
 from support.files import remove
 from support.offload import Offload
@@ -242,7 +242,7 @@ def test_resuming_with_other_settings_says_so(finished, dmd, tmp_path, capfd):
     assert f"and is {other} from here on" in errors
     assert "the data were" in errors
     assert "the global batch was 2 samples, and is 1" in errors
-    assert runs.count_rows({"arguments": {"batch": 2, "accumulate": 3}, "processes": 4}) == 24
+    assert compute_global_batch({"arguments": {"batch": 2, "accumulate": 3}, "processes": 4}) == 24
 
 
 def test_other_settings_of_the_optimisers_and_the_average_are_taken(adm_arguments, tmp_path):

@@ -138,10 +138,12 @@ def format_table(table, entry):
     heads = ["student", "NFE", *columns, f"tv of {', '.join(attributes)}", "CPU minutes", *further]
     blank = [""] * len(further)
     lines = [heads, ["teacher", *format_teacher(teacher, columns), "", *blank]]
-    for name, runs in group_runs(entry).items():
+    groups = group_runs(entry)
+    first = next(iter(groups.values()))
+    for name, runs in groups.items():
         numbers = format_numbers([run["row"] for run in runs], columns, attributes)
         minutes = statistics.mean(run["cpu_seconds"] for run in runs) / 60
-        cells = [format_gain(gains.get(name), list_gains(entry, name))] if gains else []
+        cells = [format_gain(gains.get(name), list_gains(runs, first))] if gains else []
         cells += [f"{statistics.mean(run['gauges'][gauge] for run in runs):.3f}" for gauge in gauges]
         cells += paper.get(name, blank[len(cells) :])
         lines.append([label_run(name), *numbers, f"{minutes:.1f}", *cells])
@@ -176,10 +178,10 @@ def format_teacher(row, columns):
     return [*cells, ""]
 
 
-def list_gains(entry, name):
-    """What each run `name` of an entry has in accuracy over the first run of its seed."""
-    first = {run["seed"]: run["row"]["accuracy"] for run in next(iter(group_runs(entry).values()))}
-    return [run["row"]["accuracy"] - first[run["seed"]] for run in group_runs(entry)[name]]
+def list_gains(runs, first):
+    """What each of the runs has in accuracy over that of the runs `first` with its seed."""
+    start = {run["seed"]: run["row"]["accuracy"] for run in first}
+    return [run["row"]["accuracy"] - start[run["seed"]] for run in runs]
 
 
 def format_gain(gain, of_seeds):

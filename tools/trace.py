@@ -32,7 +32,6 @@ class Networks:
         known."""
         configs = read_configs(args.teacher)
         fill_training_arguments(args, find_family(configs["pipeline"]))
-        self.args = args
         self.stage = stage
         self.iterate = iterate
         self.teacher = make_teacher_on_meta(args, configs)
@@ -65,13 +64,12 @@ class Networks:
         short = change(shorten(args), ttur=updates)
         flops = self._trace(short).flops / short.accumulate
         if self.steps > 1:
-            flops += updates * (self.steps - 1) / 2 * self.student_flops
+            flops += updates * (self.steps - 1) / 2 * self._count_flops_of_step(short)
         return args.accumulate * flops
 
-    @functools.cached_property
-    def student_flops(self):
-        """The operations of a step of the student in backward simulation, for a micro-batch."""
-        method = self.make_method(self.args)
+    def _count_flops_of_step(self, short):
+        """The same of a step of the student in backward simulation, for a micro-batch."""
+        method = self.make_method(short)
         method.student.steps = 1
         with torch.no_grad(), Storages() as storages:
             method.generate(method.draw(0, 0)[0])
