@@ -21,6 +21,7 @@ from support.errors import UserError, launch, note
 from support.files import lock_folder, make_folder, read_sealed, short_name, write_sealed
 from support.folders import check_index
 from support.loading import describe_teacher, name_both
+from support.offload import at_work
 from support.pairs import find_problem, identify, shard_path, write_shard
 from support.parallel import is_main, leave_together, own_device, rank, world_size
 from support.prompts import read_training_prompts
@@ -122,7 +123,8 @@ def collect(args, teacher, prompts, places, numbers, bar):
         chosen = rng.choose(prompts)
         cond = teacher.encode(chosen)
         x_T = rng.normal(*teacher.latent_shape)
-        x_0 = teacher.sample(x_T, cond, args.steps, args.guidance)
+        with at_work(teacher, teacher.denoiser):
+            x_0 = teacher.sample(x_T, cond, args.steps, args.guidance)
         if not x_0.half().isfinite().all():
             raise UserError(
                 f"the teacher's samples are not finite at --guidance {args.guidance:g}: lower it, "

@@ -602,11 +602,6 @@ def open_teacher(name, device, dtype=torch.float32, resolution=None, frames=None
     return teacher
 
 
-def load_teacher(*args, **options):
-    """open_teacher's, on its device, and tried out."""
-    return loading.place(open_teacher(*args, **options))
-
-
 def open_teacher_from(args, device):
     """The teacher of these arguments, its networks on the CPU; its family's batch where none is given."""
     factors = count_factors(args.teacher_lora)  # what cannot be is refused before weights are read
@@ -625,8 +620,8 @@ def open_teacher_from(args, device):
 
 
 def load_teacher_from(args, device):
-    """open_teacher_from's, on its device, and tried out."""
-    return loading.place(open_teacher_from(args, device))
+    """open_teacher_from's, ready to draw, and tried out."""
+    return loading.place(open_teacher_from(args, device), args.offload)
 
 
 def load_training_teacher(args, device, prompts=()):
@@ -767,11 +762,11 @@ def read_student(folder, meta, teacher, steps=None, first_time=None):
 
 
 def load_student(path, teacher):
-    """A checkpoint -> (network to sample with, in the teacher's precision, Student, meta). UserError for a
-    student of another teacher."""
+    """A checkpoint -> (network to sample with, in the teacher's precision, Student, meta), on the device but
+    with --offload. UserError for a student of another teacher."""
     folder, student, meta = open_student(path, teacher)
     net = loading.lower_precision(teacher.network(folder).requires_grad_(False), teacher.dtype)
-    return net.to(teacher.device), student, meta
+    return net if teacher.offload else net.to(teacher.device), student, meta
 
 
 # ----------------------------------------------------------------------------------------------------------

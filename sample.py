@@ -81,7 +81,7 @@ def parse_arguments(argv):
     if args.report and not args.exporting:
         raise UserError("--report is for the model card of --export or --export-lora: give one of them, too")
     if args.exporting:
-        parser.note_idle(args, ["--out", "--seeds", "--fps", "--batch"], "--prompt or --prompts")
+        parser.note_idle(["--out", "--seeds", "--fps", "--batch", "--offload"], "--prompt or --prompts")
     if not args.exporting and bool(args.prompt) == bool(args.prompts):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
     if args.prompt_column and not args.prompts:

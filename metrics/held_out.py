@@ -1,6 +1,5 @@
 """The held-out score of a student that trains: all ranks draw and score, each its share of the prompts."""
 
-import contextlib
 import math
 
 import torch
@@ -54,7 +53,7 @@ class HeldOut:
         parts = []
         if method.teacher.offload:  # all of them, while the encoders are here
             method.teacher.offload.remember([self.prompts[i] for i in numbers])
-        with method.ema.use(), decode_whole(method.teacher):
+        with method.ema.use():
             for first in range(0, len(numbers), self.batch):
                 parts.append(self._score(system, numbers[first : first + self.batch]))
         columns = {}
@@ -72,19 +71,6 @@ class HeldOut:
             images = [to_image(sample.flatten(1, -2)) for sample in samples]  # frames below one another
             prepared.append(torch.stack([self.scorer.prepare(image) for image in images]))
         return self.scorer.score(torch.stack(prepared), prompts)
-
-
-@contextlib.contextmanager
-def decode_whole(teacher):
-    """Inside, videos are decoded as evaluate.py does. In tiles, as in training, a tiny teacher's are of
-    another size; those of others, which take much memory, no scorer takes."""
-    vae = teacher.pipe.vae
-    in_tiles = vae.use_tiling
-    vae.use_tiling = False
-    try:
-        yield
-    finally:
-        vae.use_tiling = in_tiles
 
 
 def choose_share(count):

@@ -12,6 +12,7 @@ from torch import nn
 from support.configs import check_configs, choose_classes, describe_sampler
 from support.errors import UserError, is_out_of_memory, note
 from support.hub import is_hub_id, is_offline
+from support.offload import InTurn, at_work, decode_in_tiles
 from support.tensors import is_finite
 
 # What files may have beside a network's own weights: tables that it computes, and parts that its class
@@ -264,10 +265,18 @@ def lower_precision(net, dtype):
     return net
 
 
-def place(teacher):
-    """Moves a teacher's networks to its device, and tries it out -> the teacher."""
-    for module in list_networks(teacher.pipe).values():
-        module.to(teacher.device)
+def place(teacher, in_turn=False):
+    """Moves a teacher's networks to its device, `in_turn` only while they are at work, and tries it out ->
+    the teacher."""
+    networks = list_networks(teacher.pipe)
+    if in_turn:
+        names = networks.keys() - {teacher.denoiser_name}
+        teacher.offload = InTurn(teacher.pipe, names, teacher._encode, teacher.device)
+        decode_in_tiles(teacher)
+        teacher.null(1)  # before a denoiser is at work
+    else:
+        for module in networks.values():
+            module.to(teacher.device)
     try_out(teacher)
     return teacher
 
@@ -278,7 +287,9 @@ def try_out(teacher):
     t = torch.tensor(teacher.student_times(1), dtype=torch.float64, device=teacher.device)
     try:
         x = torch.zeros(1, *teacher.latent_shape, device=teacher.device)
-        raw = teacher.raw(teacher.denoiser, x, t, teacher.encode([""]))
+        cond = teacher.encode([""])
+        with at_work(teacher, teacher.denoiser):
+            raw = teacher.raw(teacher.denoiser, x, t, cond)
     except Exception as error:  # of many kinds, as parts can misfit in many ways
         if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
             raise

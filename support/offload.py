@@ -1,9 +1,11 @@
 """--offload: modules that wait on the CPU between their uses, and conditions that are remembered."""
 
 import contextlib
+import math
 
 import torch
 
+LARGE = 2**22  # pixels of a video, all frames together; whole, one of CogVideoX takes 23 GB to decode
 TOGETHER = 4  # prompts that are encoded in one pass; of 64 Z-Image's encoder would keep 13 GB of activations
 
 
@@ -19,6 +21,10 @@ class Offload:
         self.encode = encode
         self.device = device
         self.conditions = {}  # {prompt: its condition, on the CPU}
+
+    def at_work(self, net):
+        """Inside, this denoiser is on the device, where it stays when it trains or is trained with."""
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def resident(self, *names):
@@ -55,3 +61,31 @@ class Offload:
                 cond = {name: value.cpu() for name, value in self.encode(part).items()}
                 for i, prompt in enumerate(part):
                     self.conditions[prompt] = {name: value[i] for name, value in cond.items()}
+
+
+class InTurn(Offload):
+    """The same of a teacher that only draws: its denoiser, or a student's, waits, too, so that the device has
+    one component at a time, and conditions are kept for one batch."""
+
+    @contextlib.contextmanager
+    def at_work(self, net):
+        net.to(self.device)
+        try:
+            yield
+        finally:
+            net.to("cpu")
+
+    def look_up(self, prompts):
+        self.encode_ahead(prompts)
+        return super().look_up(prompts)
+
+
+def at_work(teacher, net):
+    """Inside, a network of the teacher's kind is on its device: with --offload for that time alone."""
+    return teacher.offload.at_work(net) if teacher.offload else contextlib.nullcontext()
+
+
+def decode_in_tiles(teacher):
+    """From here on large videos are decoded piece by piece."""
+    if teacher.video and teacher.frames * math.prod(teacher.resolution) > LARGE:
+        teacher.pipe.vae.enable_tiling()

@@ -7,6 +7,7 @@ import torch
 
 from support.checkpoints import PARTS
 from support.files import compute_checksum_of_json, read_sealed
+from support.offload import at_work
 from support.rng import RowRNG
 
 
@@ -19,6 +20,7 @@ class System:
         self.teacher = teacher
         self.student = student
         self.net = net
+        self.network = net if student else teacher.denoiser  # that draws
         self.checkpoint = checkpoint
         self.guidance = teacher.guidance if guidance is None else guidance
         self.steps = student.steps if student else steps or teacher.sampler_steps
@@ -29,27 +31,29 @@ class System:
         """P prompts and their numbers (which choose the noise), K seeds -> pixels [P, K, 3, (F,) H, W] in
         [-1, 1], on the CPU."""
         cond = self.teacher.encode(prompts)
-        pixels = []
-        for seed in seeds:
-            rng = RowRNG(numbers, ("sample", seed), self.teacher.device)
-            if self.student:
-                latents = self.student.sample(self.net, rng, cond)
-            else:
-                x_T = rng.normal(*self.teacher.latent_shape)
-                latents = self.teacher.sample(x_T, cond, self.steps, self.guidance)
-            pixels.append(self.teacher.decode(latents).clamp(-1, 1).cpu())
+        rngs = [RowRNG(numbers, ("sample", seed), self.teacher.device) for seed in seeds]
+        with at_work(self.teacher, self.network):
+            latents = [self.sample(rng, cond) for rng in rngs]
+        pixels = [self.teacher.decode(x).clamp(-1, 1).cpu() for x in latents]
         return torch.stack(pixels, dim=1)
+
+    def sample(self, rng, cond):
+        """Noise and condition of B prompts -> latents [B, ...]."""
+        if self.student:
+            return self.student.sample(self.net, rng, cond)
+        x_T = rng.normal(*self.teacher.latent_shape)
+        return self.teacher.sample(x_T, cond, self.steps, self.guidance)
 
     @contextlib.contextmanager
     def on_device(self):
         """Inside, its network is on the teacher's device, and then on the CPU: systems that draw one after
-        the other take the memory of one."""
-        net = self.net if self.student else self.teacher.denoiser
-        net.to(self.teacher.device)
+        the other take the memory of one. With --offload it comes for each batch."""
+        if not self.teacher.offload:
+            self.network.to(self.teacher.device)
         try:
             yield
         finally:
-            net.to("cpu")
+            self.network.to("cpu")
 
     def describe(self):
         """All that its pictures depend on beside prompts and seeds, {name: value}, for a folder's index."""
@@ -60,6 +64,8 @@ class System:
             "precision": "fp32" if self.teacher.dtype == torch.float32 else "bf16",
             "steps": self.steps,
         }
+        if self.teacher.video and self.teacher.pipe.vae.use_tiling:
+            index["tiles"] = True
         if not self.student:
             return index | {"guidance": self.guidance, "negative_prompt": self.teacher.null_prompt}
         meta = read_sealed(os.path.join(self.checkpoint, "meta.json"))

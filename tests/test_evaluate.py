@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from forks import Command
+from diffusers import AutoencoderKLCogVideoX
+from forks import SCRIPTS, Command
 from PIL import Image
 
 import common
@@ -29,7 +30,9 @@ from metrics.systems import find_images
 from support import files
 from support.errors import UserError
 from support.inputs import fill_from_students
+from support.loading import list_networks, place
 from support.media import save_grid
+from support.offload import InTurn, decode_in_tiles
 from support.systems import System
 from tiny import shapes, train
 
@@ -41,6 +44,71 @@ def test_an_image_depends_on_its_number_and_seed_alone(teacher):
     alone = torch.cat([system.images([prompt], [i], [5]) for i, prompt in enumerate(prompts)])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
     assert (system.images(prompts, range(3), [6]) - together).abs().max() > 0.1
+
+
+def test_with_offload_components_take_turns_on_the_device(teacher_folder, monkeypatch):
+    """The same images, and of the conditions no more than a batch's."""
+    prompts = ["a red shape", "a small circle"]
+    wanted = System(helpers.load_teacher(teacher_folder, helpers.CPU), steps=2, guidance=3.0)
+    teacher = common.open_teacher(teacher_folder, helpers.CPU)
+    on, seen = set(), []
+    for name, module in list_networks(teacher.pipe).items():
+
+        def move(place, name=name, module=module):
+            (on.discard if place == "cpu" else on.add)(name)
+            seen.append(set(on))
+            return module
+
+        monkeypatch.setattr(module, "to", move)
+    place(teacher, in_turn=True)
+    system = System(teacher, steps=2, guidance=3.0)
+    drawn = []
+    with system.on_device():
+        for prompt in prompts:
+            drawn.append(system.images([prompt], [0], [5, 6]))
+            assert len(teacher.offload.conditions) == 1
+    assert torch.cat(drawn).equal(torch.cat([wanted.images([prompt], [0], [5, 6]) for prompt in prompts]))
+    turns = ({"text_encoder", "text_encoder_2"}, {"unet"}, {"vae"})
+    assert all(any(some <= turn for turn in turns) for some in seen)
+    assert all(turn in seen for turn in turns)
+    assert not on
+
+
+@pytest.mark.parametrize("frames, height, width, tiles", ((49, 480, 720, True), (9, 32, 32, False)))
+def test_large_videos_are_decoded_in_tiles(frames, height, width, tiles):
+    """Tiny ones would be of another size."""
+    vae = AutoencoderKLCogVideoX(block_out_channels=(32,) * 4, norm_num_groups=32)
+    teacher = SimpleNamespace(video=True, frames=frames, resolution=[height, width])
+    teacher.pipe = SimpleNamespace(vae=vae)
+    decode_in_tiles(teacher)
+    assert vae.use_tiling == tiles
+
+
+COMMANDS = {
+    "collect_ode": "--count 2 --steps 1",
+    "sample": "--prompts prompts.txt --steps 1",
+    "evaluate": "--prompts prompts.txt --steps 1 --seeds 1 --batch 2",
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_every_command_that_draws_has_offload(script, teacher_folder, prompts_file, tmp_path, monkeypatch):
+    """What it writes is the same."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(prompts_file, "prompts.txt")
+    words = ["--teacher", teacher_folder, "--prompts", "prompts.txt", *COMMANDS[script].split()]
+    visits = []
+    at_work = InTurn.at_work
+    monkeypatch.setattr(InTurn, "at_work", lambda self, net: visits.append(net) or at_work(self, net))
+    snapshots = []
+    for folder, options in (("before", []), ("after", ["--offload"])):
+        SCRIPTS[script].main([*words, "--out", folder, *options])
+        snapshot = helpers.take_snapshot(folder)
+        snapshots.append({os.path.relpath(path, folder): digest for path, digest in snapshot.items()})
+        assert bool(visits) == bool(options)
+    kept = [name for name in snapshots[0] if name.endswith((".png", ".safetensors"))]
+    assert kept
+    assert all(snapshots[0][name] == snapshots[1][name] for name in kept)
 
 
 class Network:
@@ -55,7 +123,7 @@ class Network:
 def test_of_several_systems_only_the_one_that_draws_is_on_the_device(tmp_path, monkeypatch):
     """A student of Qwen-Image alone takes 41 GB."""
     shown = SimpleNamespace(frames=None, fps=None, resolution=(8, 8), count_passes=lambda scale: 1)
-    teacher = SimpleNamespace(device="gpu", denoiser=Network(), **vars(shown))
+    teacher = SimpleNamespace(device="gpu", denoiser=Network(), offload=None, **vars(shown))
     students = [Network(), Network()]
     systems = [System(teacher, steps=1, guidance=1)]
     systems += [System(teacher, SimpleNamespace(steps=1), net, guidance=1) for net in students]
@@ -277,7 +345,7 @@ def test_wrong_folders(folders, arguments, sentence):
 
 
 def test_students_of_two_sizes_are_drawn_at_a_chosen_one(tmp_path):
-    teacher = common.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), torch.device("cpu"))
+    teacher = helpers.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), torch.device("cpu"))
     students = [helpers.save_checkpoint(tmp_path / "small", teacher)]
     teacher.resolution = [64, 64]
     students.append(helpers.save_checkpoint(tmp_path / "large", teacher))
