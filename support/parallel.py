@@ -2,18 +2,21 @@
 
 import contextlib
 import datetime
+import functools
 import os
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-# The other ranks wait that long for the main one, which fetches a teacher and writes checkpoints of up to
-# 260 GB.
-PATIENCE = datetime.timedelta(hours=2)
+# The other ranks wait that long for the main one, which fetches a teacher, and writes checkpoints of up to
+# 573 GB and reads them back for their checksums.
+PATIENCE = datetime.timedelta(hours=4)
+GPUS_OF_A_NODE = 8  # as --plan takes it
 
 
 def rank():
@@ -22,6 +25,11 @@ def rank():
 
 def world_size():
     return read_number("WORLD_SIZE", 1)
+
+
+def local_world_size():
+    """The ranks of this node; all of them where torchrun did not say how many."""
+    return read_number("LOCAL_WORLD_SIZE", world_size())
 
 
 def read_number(name, default):
@@ -71,7 +79,7 @@ def wait_for_all():
 def leave_together():
     """Waits for the processes of the other nodes, where they share files and no group. torchrun's agents wait
     for each other for five minutes alone, and then end those that still work."""
-    is_alone = world_size() == read_number("LOCAL_WORLD_SIZE", world_size())
+    is_alone = world_size() == local_world_size()
     if is_alone or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -136,17 +144,37 @@ def is_in_ddp(net):
     return isinstance(net, nn.parallel.DistributedDataParallel)
 
 
+def shares_weights(args):
+    """Whether a rank keeps no more than a share of the weights."""
+    return args.shard in ("fsdp", "hsdp")
+
+
 def shard(net, args, dtype):
     """With --shard fsdp each rank keeps its share of the weights of `net`, gradients and optimiser states
-    alike (FSDP2), and a block is put together, in `dtype`, while it is used. In place."""
-    if args.shard == "fsdp" and dist.is_initialized():
+    alike (FSDP2), and a block is put together, in `dtype`, while it is used; with hsdp the ranks of a node
+    share, and each node has all. In place."""
+    if shares_weights(args) and dist.is_initialized():
         # inputs stay as they are: a timestep of 999 is 1000 in bf16
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        mesh = lay_out_nodes() if args.shard == "hsdp" else None
         for module in (*reversed(find_blocks(net)), net):
-            fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return net
+
+
+@functools.cache
+def lay_out_nodes():
+    """The ranks, a row a node, as fully_shard takes those that share in rows. (init_device_mesh does not fit:
+    its groups wait ten minutes, and a checkpoint takes longer.)"""
+    rows = torch.arange(world_size()).view(-1, local_world_size())
+    sharing = [dist.new_group(row.tolist(), PATIENCE) for row in rows]
+    copies = [dist.new_group(column.tolist(), PATIENCE) for column in rows.T]
+    node, place = divmod(rank(), local_world_size())
+    groups = [copies[place], sharing[node]]
+    names = ("copies", "sharing")
+    return DeviceMesh.from_group(groups, own_device().type, mesh=rows, mesh_dim_names=names)
 
 
 def find_blocks(net):

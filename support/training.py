@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
@@ -14,7 +15,7 @@ from support.backbones import check_backbone
 from support.errors import UserError
 from support.inputs import find_start
 from support.loading import list_networks
-from support.offload import Offload
+from support.offload import Offload, decode_in_tiles
 from support.parallel import is_in_ddp, shard, sync_gradients, wrap_ddp
 
 
@@ -25,8 +26,7 @@ def set_up_for_training(teacher, args):
         teacher.denoiser.enable_gradient_checkpointing()
         if can_checkpoint(teacher.pipe.vae) and not teacher.video:
             teacher.pipe.vae.enable_gradient_checkpointing()
-    if teacher.video:
-        teacher.pipe.vae.enable_tiling()  # only previews are decoded: whole, one of CogVideoX takes 23 GB
+    decode_in_tiles(teacher)
     networks = list_networks(teacher.pipe)
     del networks[teacher.denoiser_name]
     waiting = []
@@ -76,12 +76,14 @@ def can_checkpoint(net):
 
 def prepare(net, lr, args):
     """A network that trains -> (what its updates go through: DDP, or itself if there is one rank or it is
-    sharded; its AdamW). With --shard zero1 each rank keeps the state of its share of the parameters only.
+    sharded; its AdamW). With any --shard each rank keeps the state of its share of the parameters only: of
+    a network that is sharded it has no others, and of the rest, as heads and adapters, ZeRO-1 sees to it.
     None -> twice None."""
     if net is None:
         return None, None
     options = {"lr": lr, "betas": args.betas, "weight_decay": args.weight_decay, "fused": True}
-    if args.shard == "zero1" and dist.is_initialized():
+    shares_states = args.shard != "ddp" and not isinstance(net, FSDPModule)
+    if shares_states and dist.is_initialized():
         optimizer = ZeroRedundancyOptimizer(list(net.parameters()), torch.optim.AdamW, **options)
     else:
         optimizer = torch.optim.AdamW(net.parameters(), **options)

@@ -31,12 +31,13 @@ PATIENCE = 300  # seconds after which a command counts as hanging
 
 
 class Command:
-    """A stage's command: a script's name, its words, and how many ranks it runs on."""
+    """A stage's command: a script's name, its words, and how many ranks it runs on, on how many nodes."""
 
-    def __init__(self, script, words, ranks=1):
+    def __init__(self, script, words, ranks=1, nodes=1):
         self.script = script
         self.words = words
         self.ranks = ranks
+        self.nodes = nodes
 
     def start(self, place):
         """Starts it in this working directory -> Running."""
@@ -62,6 +63,7 @@ class Command:
             os.chdir(place)
             if self.ranks > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}
+                os.environ |= {"LOCAL_WORLD_SIZE": str(self.ranks // self.nodes)}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             sys.argv = [f"{self.script}.py", *self.words]
             launch(SCRIPTS[self.script].main)

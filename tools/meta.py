@@ -15,7 +15,8 @@ from common import TEACHERS, find_family
 from support.errors import UserError
 from support.files import ROOT, read_json
 from support.loading import assemble, read_teacher
-from support.parallel import choose_dtype
+from support.offload import decode_in_tiles
+from support.parallel import choose_dtype, shares_weights
 from support.training import can_checkpoint
 
 CONFIGS = os.path.join(ROOT, "assets", "configs")  # of the known teachers
@@ -94,8 +95,7 @@ def make_teacher_on_meta(args, configs):
         teacher.denoiser.enable_gradient_checkpointing(run_again)
         if can_checkpoint(teacher.pipe.vae) and not teacher.video:
             teacher.pipe.vae.enable_gradient_checkpointing(run_again)
-    if teacher.video:
-        teacher.pipe.vae.enable_tiling()
+    decode_in_tiles(teacher)
     shapes = teacher.condition_shapes(configs["text_length"])
 
     def encode(prompts):
@@ -105,7 +105,7 @@ def make_teacher_on_meta(args, configs):
     def copy_trainable(args, adapter, folder=None):
         net = copy.deepcopy(teacher.denoiser)
         # autocast's copies of weights count, where the weights are not what the passes want
-        wanted = dtype if args.shard == "fsdp" or args.lora else torch.float32
+        wanted = dtype if shares_weights(args) or args.lora else torch.float32
         return convert(net, wanted).requires_grad_(True).train()
 
     teacher.encode = encode

@@ -8,13 +8,13 @@ import itertools
 
 from support.escapes import make_printable
 from support.lora import find_targets
-from support.parallel import find_blocks
+from support.parallel import GPUS_OF_A_NODE, find_blocks, shares_weights
 from tools.meta import count_parameters
 from tools.trace import Networks, change, shorten
 
 GB = 1e9
 SPEED = 200e12  # operations a second, between the 146 and the 272 T of an H200 in docs/benchmarks.md
-SHARDS = ("ddp", "zero1", "fsdp")  # from the most memory to the least
+SHARDS = ("ddp", "zero1", "hsdp", "fsdp")  # from the most memory to the least
 
 
 def print_plan(args, stage, iterate):
@@ -50,37 +50,43 @@ def count_states(args, networks, processes):
     size = teacher.dtype.itemsize
     whole = count_parameters(teacher.denoiser)
     buffers = sum(b.numel() for b in teacher.denoiser.buffers())
-    weight_ranks = processes if args.shard == "fsdp" else 1
-    optimiser_ranks = 1 if args.shard == "ddp" else processes
+    teacher_ranks = count_sharers(args, processes) if shares_weights(args) else 1
     if args.lora:
         kind = f"rank-{args.lora} adapters"
         trained = count_adapter(args, teacher)
-        weights = 4 * trained / weight_ranks
+        average = weights = gradients = 4 * trained  # they stay whole
     else:
         kind = "fp32"
         trained = whole
-        weights = 4 * trained / weight_ranks + 4 * buffers
-    gradients = 4 * trained / weight_ranks
-    optimiser = 8 * trained / optimiser_ranks
+        average = gradients = 4 * trained / teacher_ranks
+        weights = average + 4 * buffers
+    optimiser = 8 * trained / count_sharers(args, processes)
 
     rows = {f"student, {kind}": (weights, gradients, optimiser)}
     if networks.fake_score:
         rows[f"fake score, {kind}"] = (weights, gradients if processes > 1 else 0, optimiser)
-    rows["teacher, frozen"] = (size * (whole / weight_ranks + buffers), 0, 0)
+    rows["teacher, frozen"] = (size * (whole / teacher_ranks + buffers), 0, 0)
     if args.ema:
-        rows["EMA of the student"] = (4 * trained / weight_ranks, 0, 0)
+        rows["EMA of the student"] = (average, 0, 0)
     if networks.heads:
         heads = count_parameters(networks.heads)
-        heads_ranks = processes if args.shard == "zero1" else 1
+        heads_ranks = 1 if args.shard == "ddp" else processes
         rows["discriminator heads"] = (4 * heads, 4 * heads, 8 * heads / heads_ranks)
     if networks.backbone:
         rows["pixel backbone"] = (size * count_parameters(networks.backbone.encoder), 0, 0)
     if not args.offload:
         rows["text encoders"] = (size * networks.text_encoders, 0, 0)
         rows["VAE"] = (size * count_parameters(teacher.pipe.vae), 0, 0)
-    if args.shard == "fsdp":
+    if shares_weights(args):
         rows["gathered from the other GPUs"] = count_gathered(args, networks)
     return rows
+
+
+def count_sharers(args, processes):
+    """How many of the processes have an optimiser's states between them."""
+    if args.shard == "ddp":
+        return 1
+    return GPUS_OF_A_NODE if args.shard == "hsdp" else processes
 
 
 def count_adapter(args, teacher):
@@ -90,8 +96,8 @@ def count_adapter(args, teacher):
 
 
 def count_gathered(args, networks):
-    """Bytes of (weights, gradients, optimiser) that --shard fsdp puts together at a time: two blocks and the
-    gradients of one, and of each network what is in no block."""
+    """Bytes of (weights, gradients, optimiser) that --shard fsdp and hsdp put together at a time: two blocks
+    and the gradients of one, and of each network what is in no block."""
     denoiser = networks.teacher.denoiser
     size = networks.teacher.dtype.itemsize
     own = {}  # parameters of each block without those of the blocks inside it
@@ -213,6 +219,8 @@ def describe_fit(args, networks, total):
         changed = args
         for _, values in chosen:
             changed = change(changed, **values)
+        if changed.lora and changed.shard == "hsdp":  # which is refused
+            continue
         needed = add_up(count_states(changed, networks, args.plan))
         if needed <= limit:  # else the activations, which take seconds, make no difference
             needed += add_up(count_activations(changed, networks))
@@ -235,6 +243,8 @@ def list_smaller_options(args):
         options.append(("--offload", {"offload": True}))
     if args.plan > 1:  # one process has nobody to share with
         for shard in SHARDS[SHARDS.index(args.shard) + 1 :]:
+            if shard == "hsdp" and (args.plan == GPUS_OF_A_NODE or args.plan % GPUS_OF_A_NODE):
+                continue  # no more nodes than one, or not whole ones
             options.append((f"--shard {shard}", {"shard": shard}))
     if not args.lora:
         options.append(("--lora 64", {"lora": 64}))

@@ -3,11 +3,14 @@
 import argparse
 import contextlib
 import functools
+import os
 from dataclasses import dataclass
 
 import torch
 
 from common import find_family
+from support.inputs import find_start
+from support.parallel import shares_weights
 from support.training import fill_training_arguments
 from tools.meta import META, DataOnMeta, make_teacher_on_meta, read_configs
 from tools.passes import Passes, count_passes
@@ -32,6 +35,9 @@ class Networks:
         known."""
         configs = read_configs(args.teacher)
         fill_training_arguments(args, find_family(configs["pipeline"]))
+        if getattr(args, "init", None) and os.path.exists(args.init):  # which may be still to come
+            _, meta = find_start(args)
+            args.steps = args.steps or meta["steps"]
         self.stage = stage
         self.iterate = iterate
         self.teacher = make_teacher_on_meta(args, configs)
@@ -52,7 +58,7 @@ class Networks:
 
     def _trace(self, short):
         updates = getattr(short, "ttur", 1)
-        key = (short.batch, short.accumulate, short.shard == "fsdp", short.lora > 0, updates)
+        key = (short.batch, short.accumulate, shares_weights(short), short.lora > 0, updates)
         if key not in self.traces:
             self.traces[key] = trace_iteration(self.make_method(short), self.iterate)
         return self.traces[key]
