@@ -181,7 +181,7 @@ class ADM:
 
 
 def iterate(adm, step, minimise):
-    """--ttur updates of f_psi and D_tau, and between the last two G_theta's; minimise makes each of them."""
+    """--ttur times: an update of f_psi, then of D_tau, the last time G_theta's between them, by minimise."""
     args = adm.args
     student_loss = getattr(adm, adm.losses[args.loss])
     for update in range(args.ttur):  # paper silent: ttur: each update has samples of its own

@@ -99,7 +99,10 @@ def parse(argv):
         raise UserError(f"{its}, and it is not measured: add --teacher, or leave them out")
     args.reference = args.reference or args.names[0]
     args.metrics = list(dict.fromkeys(args.metrics.split(","))) if args.metrics else []
-    arguments.note_idle_scorers(parser, args, args.metrics or ["clip"])
+    arguments.note_idle_scorers(parser, args.metrics or ["clip"])
+    if not args.teacher and not args.student:
+        of_networks = ["--batch", "--resolution", "--frames", "--precision", "--variant", "--teacher-lora"]
+        parser.note_idle([*of_networks, "--offload"], "a --teacher or a --student")
     return args
 
 

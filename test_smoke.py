@@ -25,11 +25,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHORT = "--batch 2 --iterations 2 --log-every 1 --head-width 128 --lr 1e-4"
 
 
-def run(command, processes=1):
-    """A script of the repository with its arguments, with torchrun for several processes -> what it said."""
-    torchrun = []
-    if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def run(command, *torchrun):
+    """A script of the repository with its arguments -> what it said."""
     words = [sys.executable, *torchrun, *command.split()]
     settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment = {**os.environ, **settings}
@@ -99,32 +96,25 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def train_student(tiny, folder, processes):
-    """Pairs, ADP, and ADM from there, of one step -> what every command begins with."""
+def test_every_stage(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(support.run, "save_curves", lambda *_: None)  # a third of a short run
     teacher = f"--teacher {tiny}/teacher"
     prompts = f"--prompts {ROOT}/prompts/shapes_train.txt"
-    words = f"--out {folder}/pairs --count 8 --shard-size 4 --steps 2"
-    run(f"collect_ode.py {teacher} {prompts} {words}", processes)
-    assert list_files(folder / "pairs") == ["00000.safetensors", "00001.safetensors", "index.json"]
-    source = f"--pairs {folder}/pairs --pixel-backbone {tiny}/sam.pth"
-    run(f"adp.py {teacher} {source} --warmup 1 --out {folder}/adp {SHORT}", processes)
-    check_run(folder / "adp", tiny)
-    options = f"--init {folder}/adp --ema 0.9"
-    run(f"adm.py {teacher} {prompts} {options} --out {folder}/one {SHORT}", processes)
-    check_run(folder / "one", tiny)
-    assert (folder / "one" / "curves.png").stat().st_size > 0
-    return teacher, prompts
-
-
-def test_every_stage(tiny, tmp_path):
-    teacher, prompts = train_student(tiny, tmp_path, processes=1)
-    stages = {"four": "--steps 4", "dmd": f"--init {tmp_path}/adp --loss dmd"}
-    for name, options in stages.items():
-        call(f"adm.py {teacher} {prompts} {options} --out {tmp_path}/{name} {SHORT}")
+    call(f"collect_ode.py {teacher} {prompts} --out {tmp_path}/pairs --count 8 --shard-size 4 --steps 2")
+    assert list_files(tmp_path / "pairs") == ["00000.safetensors", "00001.safetensors", "index.json"]
+    source = f"--pairs {tmp_path}/pairs --pixel-backbone {tiny}/sam.pth"
+    call(f"adp.py {teacher} {source} --warmup 1 --out {tmp_path}/adp {SHORT}")
+    from_adp = f"{teacher} {prompts} --init {tmp_path}/adp"
+    call(f"adm.py {from_adp} --ema 0.9 --out {tmp_path}/one {SHORT}")
+    call(f"adm.py {from_adp} --loss dmd --out {tmp_path}/dmd {SHORT}")
+    run(f"adm.py {teacher} {prompts} --steps 4 --out {tmp_path}/four {SHORT}")
+    assert (tmp_path / "four" / "curves.png").stat().st_size > 0
+    students = {"one": ("velocity", 1), "four": ("teacher", 4), "dmd": ("velocity", 1)}
+    for name, expected in students.items():
         check_run(tmp_path / name, tiny)
-    for name, expected in {"one": ("velocity", 1), "four": ("teacher", 4), "dmd": ("velocity", 1)}.items():
         meta = read_json(tmp_path / name / "step_000002/meta.json")
         assert (meta["parametrisation"], meta["steps"]) == expected
+    check_run(tmp_path / "adp", tiny)
 
     run(f"sample.py --student {tmp_path}/one --prompt circle square --seeds 0 1 --out {tmp_path}/images")
     images = ["0000-0.png", "0000-1.png", "0001-0.png", "0001-1.png"]
@@ -143,8 +133,11 @@ def test_every_stage(tiny, tmp_path):
 
 
 def test_training_in_two_processes(tiny, tmp_path):
-    train_student(tiny, tmp_path, processes=2)
-    call(f"sample.py --student {tmp_path}/one --prompt circle --out {tmp_path}/images")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    source = f"--teacher {tiny}/teacher --prompts {ROOT}/prompts/shapes_train.txt"
+    run(f"adm.py {source} --steps 4 --ema 0.9 --out {tmp_path}/four {SHORT}", *torchrun)
+    check_run(tmp_path / "four", tiny)
+    call(f"sample.py --student {tmp_path}/four --prompt circle --out {tmp_path}/images")
     assert list_files(tmp_path / "images") == ["0000-0.png", "grid.png", "index.json"]
 
 
@@ -177,7 +170,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_stage_of_the_other_families(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(support.run, "save_curves", lambda *_: None)  # as SDXL's, a third of a short run
+    monkeypatch.setattr(support.run, "save_curves", lambda *_: None)
     family = FAMILIES[name]
     call(f"tiny/train.py --family {name} --random --out {tmp_path}/teacher")
     (tmp_path / "two.txt").write_text("\n".join(family.prompts) + "\n")

@@ -9,7 +9,7 @@ from fractions import Fraction
 from support.errors import leave, note
 from support.files import short_name
 from support.outputs import check_folder
-from support.parallel import is_main, world_size
+from support.parallel import GPUS_OF_A_NODE, is_main, local_world_size, world_size
 from support.prompts import COLUMNS, PROMPTS, is_encodable
 
 # of evaluate.py those that need nothing but a student's images; fid and vbench want thousands of them, too
@@ -56,6 +56,7 @@ class Parser(argparse.ArgumentParser):
         """UserError's sentence for an option that is given nothing, as by a shell's variable that is not
         set."""
         args = super().parse_args(argv)
+        self.given = {name for name, value in vars(args).items() if value != self.get_default(name)}
         for action in self._actions:
             given = getattr(args, action.dest, None)
             values = given if isinstance(given, list) else [given]
@@ -63,13 +64,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{action.option_strings[0]} is empty: give it a value, or leave it out")
         return args
 
-    def note_idle(self, args, names, without):
+    def note_idle(self, names, without):
         """Tells of those of these options that are given, and have no effect without `without`."""
-        idle = []
-        for name in names:
-            attribute = find_attribute(name)
-            if getattr(args, attribute) != self.get_default(attribute):
-                idle.append(name)
+        idle = [name for name in names if find_attribute(name) in self.given]
         if idle:
             note(f"{', '.join(idle)}: of no effect without {without}")
 
@@ -183,8 +180,10 @@ def add_teacher_arguments(parser, required=True):
 
 
 def add_sampler_arguments(parser):
-    """How the teacher itself samples."""
+    """How the teacher itself samples, and where networks wait that draw nothing."""
     add = parser.group("teacher")
+    offload = "keep on the CPU what is not at work: text encoders, denoiser and VAE take turns on the GPU"
+    add("--offload", offload, action="store_true")
     shown = parser.default_of("sampler_steps")
     add("--steps", "steps of the teacher's sampler", type=sampler_steps, shown=shown)
     shown = parser.default_of("guidance")
@@ -225,11 +224,11 @@ def add_scorer_arguments(parser, title):
     add("--lpips-size", "pixels, images are resized to it", type=size, default=pixels)
 
 
-def note_idle_scorers(parser, args, metrics):
+def note_idle_scorers(parser, metrics):
     """Tells of the options of scorers that are not among the metrics."""
     for metric, names in METRIC_OPTIONS.items():
         if metric not in metrics:
-            parser.note_idle(args, names, f"the metric {metric}")
+            parser.note_idle(names, f"the metric {metric}")
 
 
 def add_training_prompts(parser):
@@ -294,8 +293,11 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     args = parse_training_arguments(parser, argv, ADM_RATES, "adm")
     if args.project and args.loss != "adm":
         parser.error("--project is for --loss adm: no other has a gradient of D to project")
-    if not (args.r1 or args.r2):
-        parser.note_idle(args, ["--r-noise"], "an --r1 or --r2 above 0")
+    if args.loss in ("dmd", "line"):
+        of_D = ["--r1", "--r2", "--r-noise", "--head-lr", "--head-width"]
+        parser.note_idle(of_D, f"a discriminator, which --loss {args.loss} has not")
+    elif not (args.r1 or args.r2):
+        parser.note_idle(["--r-noise"], "an --r1 or --r2 above 0")
     if args.warmup >= args.iterations:
         note("--warmup covers all iterations, so that the student never learns")
     low, high = args.t_range or (args.dt, 1.0)
@@ -338,7 +340,9 @@ def parse_adp_arguments(doc, argv, teachers, families):
     if not (args.lambda_latent or args.lambda_pixel or args.mse or only_warms_up):
         parser.error("after the warm-up nothing moves the student: give a --lambda or --mse above 0")
     if not args.lambda_pixel:
-        parser.note_idle(args, ["--pixel-backbone"], "a --lambda-pixel above 0")
+        parser.note_idle(["--pixel-backbone"], "a --lambda-pixel above 0")
+    if args.warmup == 0:
+        parser.note_idle(["--warmup-lr"], "a --warmup above 0")
     return args
 
 
@@ -356,8 +360,8 @@ def parse_training_arguments(parser, argv, rates, stage):
         parser.error("--eval-every scores the student on prompts of its own: give --eval-prompts FILE")
     if not args.eval_every:
         names = ("--eval-prompts", "--eval-prompt-column", "--eval-metric", "--eval-seeds", "--weights-dir")
-        parser.note_idle(args, names, "--eval-every")
-    note_idle_scorers(parser, args, [args.eval_metric] if args.eval_every else [])
+        parser.note_idle(names, "--eval-every")
+    note_idle_scorers(parser, [args.eval_metric] if args.eval_every else [])
     if args.lora and args.compile:
         parser.error("--compile is for networks that train whole; --lora has none")
     if args.lora_targets and not args.lora:
@@ -365,12 +369,7 @@ def parse_training_arguments(parser, argv, rates, stage):
     if args.gpu_gb and not args.plan:
         parser.error("--gpu-gb is what --plan compares with: give that, too")
     args.gpu_gb = args.gpu_gb or GPU_GB
-    if (args.plan or world_size()) == 1 and args.shard != "ddp":
-        note(
-            f"one process has nobody to share with: --shard {args.shard} makes no difference; "
-            "torchrun --nproc_per_node=N starts several"
-        )
-        args.shard = "ddp"
+    choose_shard(parser, args)
     if not args.out:  # one that is given was tried by its type
         args.out = f"runs/{stage}-{short_name(args.teacher)}"
         if not args.plan:
@@ -380,6 +379,31 @@ def parse_training_arguments(parser, argv, rates, stage):
         if getattr(args, attribute) is None:
             setattr(args, attribute, lora if args.lora else full)
     return args
+
+
+def choose_shard(parser, args):
+    """--shard where that many processes, on that many nodes, have nobody to share with: what comes to the
+    same. Says so."""
+    ranks = args.plan or world_size()
+    of_node = min(GPUS_OF_A_NODE, ranks) if args.plan else local_world_size()
+    if ranks == 1 and args.shard != "ddp":
+        note(
+            f"one process has nobody to share with: --shard {args.shard} makes no difference; "
+            "torchrun --nproc_per_node=N starts several"
+        )
+        args.shard = "ddp"
+    if args.shard != "hsdp":
+        return
+    if args.lora:
+        parser.error("--shard hsdp is for networks that train whole: with --lora give --shard fsdp")
+    if ranks % of_node:
+        parser.error(f"--shard hsdp wants as many processes on every node, not {ranks} in nodes of {of_node}")
+    if ranks == of_node:
+        note("one node has no other to copy: --shard hsdp is fsdp")
+        args.shard = "fsdp"
+    elif of_node == 1:
+        note("one process a node has nobody to share with: --shard hsdp is ddp")
+        args.shard = "ddp"
 
 
 def add_training_arguments(parser):
@@ -407,9 +431,10 @@ def add_training_arguments(parser):
     add = parser.group("memory")
     shard = (
         "what the ranks share: nothing (ddp); the optimisers' states (zero1: 9 bytes a parameter that trains "
-        "on 8 GPUs, instead of 16); all states and weights, the teacher's too (fsdp: 2 bytes)"
+        "on 8 GPUs, instead of 16); all states and weights, the teacher's too (fsdp: 2 bytes), or those of a "
+        "node among its own ranks alone (hsdp, for many nodes)"
     )
-    add("--shard", shard, choices=("ddp", "zero1", "fsdp"), default="ddp")
+    add("--shard", shard, choices=("ddp", "zero1", "hsdp", "fsdp"), default="ddp")
     lora = "rank of adapters on the frozen teacher, which are all that trains; 0 trains every weight"
     add("--lora", lora, type=whole, default=0)
     targets = "endings of the names of the layers that get an adapter, as to_q to_k to_v"

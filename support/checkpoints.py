@@ -175,11 +175,32 @@ def compute_global_batch(meta):
     return arguments["batch"] * arguments["accumulate"] * meta.get("processes", 1)
 
 
+def estimate_bytes(parts):
+    """About what a checkpoint of these parts ({name of support.run.STATE: part}) takes on the disk: float32,
+    the student once more than training goes on from."""
+    networks = [parts["G"]]
+    for part in parts.values():
+        if isinstance(part, torch.optim.Optimizer):
+            networks += [part, part]  # AdamW's two averages
+        elif isinstance(part, torch.nn.Module):
+            networks.append(part)
+        elif part.average:
+            networks.append(parts["G"])
+    return 4 * sum(weight.numel() for network in networks for weight in list_weights(network))
+
+
+def list_weights(part):
+    """The parameters of a network, or of an optimiser."""
+    if isinstance(part, torch.nn.Module):
+        return list(part.parameters())
+    return [p for group in part.param_groups for p in group["params"]]
+
+
 def restore_optimizer(optimizer, state):
     """Loads a whole state_dict into an optimiser whose states may be laid out over the ranks. Its settings,
     as the betas, stay those that it was made with."""
     settings = [dict(group) for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = list_weights(optimizer)
     for i, values in state["state"].items():
         for name, value in values.items():
             if value.ndim:

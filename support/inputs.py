@@ -18,13 +18,25 @@ def check_inputs(args):
     if args.lora:
         require("peft", "peft", "adds LoRA adapters")
     check_that_no_run_is_there(args)
-    find_start(args)
+    start = find_start(args)
+    if start and not list_checkpoints(args.out):  # a run that goes on is compared whole, later
+        check_start(args, *start)
     if getattr(args, "pairs", None):
         read_index(args.pairs)
     if args.eval_every:
         check_packages(args.eval_metric)
         if not is_stream(args.eval_prompts):  # which cannot be read a second time
             read_held_out_prompts(args)
+
+
+def check_start(args, folder, meta):
+    """UserError where a student of these arguments cannot start from that of a checkpoint."""
+    kind = [meta["arguments"].get(name) for name in ("lora", "lora_targets")]
+    if args.lora and kind != [args.lora, args.lora_targets]:
+        raise UserError(
+            f"--lora {args.lora} starts from the teacher, or from a student of the same --lora and "
+            f"--lora-targets; {folder} is none"
+        )
 
 
 def is_stream(path):

@@ -132,8 +132,5 @@ def make_adapted(backbone, name, args, folder=None):
         try:
             net.load_layers(read_adapter(folder))
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"--lora {args.lora} starts from the teacher, or from a student of the same --lora and "
-                f"--lora-targets; {folder} is none"
-            ) from error
+            raise UserError(f"{folder} has no adapter as --lora {args.lora} makes: {error}") from error
     return net

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import time
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from support.checkpoints import (
     compute_global_batch,
     describe_files,
+    estimate_bytes,
     find_best,
     find_newest,
     follow,
@@ -123,6 +125,7 @@ class Run:
             "arguments": vars(args),
             "torch": torch.__version__,
         }
+        tell_of_no_scheduler(self.student)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock_folder(self.folder))
             self._open(stage)
@@ -146,6 +149,7 @@ class Run:
             self._tidy()
             if best_folder:  # a process may have been killed between the checkpoint and `best`
                 self._point("best", best_folder)
+            self._look_at_the_disk()
         self.bar = tqdm(
             desc=stage,
             total=self.args.iterations,
@@ -191,6 +195,18 @@ class Run:
                     if line and line.get("step", math.inf) <= self.start:
                         kept.write(json.dumps(line) + "\n")
 
+    def _look_at_the_disk(self):
+        """Says where it has no room for the checkpoints to come."""
+        most = self.args.keep + (2 if self.held_out else 1)  # with the best, and the one that is written
+        missing = max(0, most - len(list_checkpoints(self.folder)))
+        wanted = missing * estimate_bytes(self.parts) / 1e9
+        free = shutil.disk_usage(self.folder).free / 1e9
+        if free < wanted:
+            note(
+                f"{self.folder} has {free:.1f} GB left, and checkpoints will take {wanted:.1f} more: "
+                "make room, or give a smaller --keep or another --out"
+            )
+
     # Going on ---------------------------------------------------------------------------------------------
 
     def _restore(self, folder, meta):
@@ -224,6 +240,8 @@ class Run:
         values = {name: (meta[name], ours[name]) for name in IDENTITY}
         for name in IDENTITY_ARGUMENTS:
             values[name_option(name)] = (before.get(name), now.get(name))
+        if "heads" not in self.parts:
+            del values["--head-width"]
         values["--init"] = [path and os.path.abspath(path) for path in values["--init"]]
         for name in SWITCHES:
             old, new = before.get(name), now.get(name)
@@ -327,14 +345,14 @@ class Run:
 
     def _count_left_out(self, metrics):
         norms = {name: value for name, value in metrics.items() if name.startswith("norm_")}
-        losses = [name.replace("norm", "loss") for name, norm in norms.items() if not math.isfinite(norm)]
-        self.left_out += len(losses)
-        self.streak = self.streak + 1 if losses else 0
+        bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        self.left_out += len(bad)
+        self.streak = self.streak + 1 if bad else 0
         if self.streak >= self.args.patience:
             raise UserError(
-                f"{self.streak} iterations in a row made no update, as {' and '.join(losses)} gave gradients "
-                "that are not finite: lower the learning rates or --guidance, and go on from a checkpoint of "
-                f"before with --resume (delete those in {self.folder} that are of after)"
+                f"{self.streak} iterations in a row made no update, as {' and '.join(bad)}, the norm of a "
+                "gradient, was not finite: lower the learning rates or --guidance, and go on from an earlier "
+                f"checkpoint with --resume (delete those in {self.folder} that are of after)"
             )
 
     @contextlib.contextmanager
@@ -492,6 +510,14 @@ class Run:
                     remove(folder)
                 except OSError as error:  # of NFS, where somebody reads it
                     note(f"{folder} is not removed: {first_line(error)}")
+
+
+def tell_of_no_scheduler(student):
+    """Says before it trains that a student will not be exported."""
+    try:
+        student.scheduler()
+    except UserError as error:
+        note(f"sample.py will draw this student, and not export it: {error}")
 
 
 def describe_data(method):

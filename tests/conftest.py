@@ -9,7 +9,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import pytest
 import torch
 
-import common
 import helpers
 from support import run
 from tiny import shapes
@@ -32,7 +31,7 @@ def teacher_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher(teacher_folder):
-    return common.load_teacher(teacher_folder, torch.device("cpu"))
+    return helpers.load_teacher(teacher_folder, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import adm
 import adp
 import collect_ode
 import common
-from support import run
+from support import loading, run
 from support.arguments import parse_adm_arguments, parse_adp_arguments
 from support.checkpoints import describe_files, save_network
 from support.files import write_atomically, write_json, write_sealed
@@ -43,6 +43,11 @@ PROMPT = "a red circle"
 # ----------------------------------------------------------------------------------------------------------
 # Networks and methods
 # ----------------------------------------------------------------------------------------------------------
+
+
+def load_teacher(*args, **options):
+    """common.open_teacher's, on its device, and tried out."""
+    return loading.place(common.open_teacher(*args, **options))
 
 
 def make_teacher(folder, seed, family="sdxl"):
@@ -130,6 +135,9 @@ def save_checkpoint(folder, teacher, parametrisation="teacher", steps=1, state=N
     meta |= {"parametrisation": parametrisation, "steps": steps, "step": 1, "stage": "adm"}
     meta["first_time"] = first
     meta["arguments"] = {"student_guidance": 2.0} if teacher.embeds_guidance else {}
+    if layers:
+        rank = min(min(weight.shape) for weight in layers.values())
+        meta["arguments"] |= {"lora": rank, "lora_targets": None}
     write_sealed(os.path.join(folder, "meta.json"), meta | {"files": describe_files(folder)})
     return str(folder)
 

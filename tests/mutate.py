@@ -26,7 +26,7 @@ OF_FILES = {  # a file's or folder's, where they are others or come in another o
     "evaluate.py": ["tests/test_indexes.py", "tests/test_evaluate.py"],
     "metrics/": [f"tests/test_{name}.py" for name in ("metrics", "images", "indexes", "evaluate")],
     "sample.py": ["tests/test_indexes.py", "tests/test_errors.py"],
-    "support/offload.py": ["tests/test_resume.py"],
+    "support/offload.py": ["tests/test_resume.py", "tests/test_evaluate.py"],
     "support/pairs.py": [*OF_THE_PARTS, "tests/test_resume.py"],
     "support/parallel.py": ["tests/test_maths.py", "tests/test_distributed.py"],
     "tools/plan.py": ["tests/test_plan.py"],
@@ -769,6 +769,10 @@ TABLE = {
             "self.conditions = {}\n        self.remember(prompts)",
             "pass\n        self.remember(prompts)",
         ),
+        ("a denoiser that stays", 'net.to("cpu")', "pass"),
+        ("conditions of all batches", "self.encode_ahead(prompts)\n        return", "pass\n        return"),
+        ("no video in tiles", "> LARGE:", "> 9 * LARGE:"),
+        ("every video in tiles", "> LARGE:", "> 0:"),
     ],
     "support/systems.py": [
         (
@@ -795,8 +799,8 @@ TABLE = {
     "tools/plan.py": [
         (
             "an average of an eighth",
-            'rows["EMA of the student"] = (4 * trained / weight_ranks, 0, 0)',
-            'rows["EMA of the student"] = (4 * trained / weight_ranks / 8, 0, 0)',
+            'rows["EMA of the student"] = (average, 0, 0)',
+            'rows["EMA of the student"] = (average / 8, 0, 0)',
         ),
     ],
     "support/errors.py": [
@@ -830,8 +834,8 @@ TABLE = {
         ("encoders that come for each batch", "if teacher.offload:", "if False:"),
         (
             "bad updates of any time add up",
-            "self.streak + 1 if losses else 0",
-            "self.streak + 1 if losses else self.streak",
+            "self.streak + 1 if bad else 0",
+            "self.streak + 1 if bad else self.streak",
         ),
         ("other LoRA targets go on", '"lora", "lora_targets", "head_width")', '"lora", "head_width")'),
         (

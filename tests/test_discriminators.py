@@ -130,7 +130,7 @@ def test_features_depend_on_the_condition_and_the_time(teacher):
 
 
 def test_checkpointing_changes_no_feature_and_no_gradient(teacher_folder):
-    teacher = common.load_teacher(teacher_folder, CPU)
+    teacher = helpers.load_teacher(teacher_folder, CPU)
     results = []
     for checkpointing in (False, True):
         if checkpointing:

@@ -273,6 +273,17 @@ IDLE = (
     (f"{ADM} --r1 0 --r2 0 --r-noise 0.2", "--r-noise: of no effect without an --r1 or --r2 above 0"),
     (f"{ADM} --r1 0 --r-noise 0.2", ""),
     (
+        f"{ADM} --loss line --r1 0.1 --head-lr 1e-3 --head-width 64",
+        "--r1, --head-lr, --head-width: of no effect without a discriminator, which --loss line has not",
+    ),
+    (f"{ADM} --loss secant --r1 0.1 --head-lr 1e-3", ""),
+    (f"{ADP} --warmup 0 --warmup-lr 1e-3", "--warmup-lr: of no effect without a --warmup above 0"),
+    (f"{ADP} --warmup 9 --warmup-lr 1e-3", ""),
+    (
+        "evaluate.py --images x=run --prompts prompts.txt --batch 2 --offload",
+        "--batch, --offload: of no effect without a --teacher or a --student",
+    ),
+    (
         f"{LATENT} --pixel-backbone text.pth",
         "--pixel-backbone: of no effect without a --lambda-pixel above 0",
     ),
@@ -314,6 +325,7 @@ KNOWN_WITHOUT_WEIGHTS = (
     ),
     ("adp.py --teacher video --out new --pairs pairs", "the pixel discriminator sees single pictures"),
     (f"{WITH_PROMPTS} --student-guidance 2", "--student-guidance is for teachers that are told"),
+    (f"{WITH_PROMPTS} --init run --lora 2", "or from a student of the same --lora and --lora-targets; run/"),
     (f"{WITH_PROMPTS} --lora 2", "pip install peft"),
     (WITH_PROMPTS, "pip install matplotlib"),
     (WITH_PROMPTS, "pip install torchvision"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
+import adm
 import common
 import evaluate
 import helpers
@@ -93,6 +94,16 @@ def test_what_diffusers_cannot_do_is_refused_before_the_weights_load(
     with pytest.raises(UserError, match=sentence):
         sample.main(["--student", run, "--export", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("steps, is_told", ((2, True), (1, False)))
+def test_what_diffusers_cannot_do_is_said_before_it_is_trained(
+    teacher, teacher_folder, prompts_file, tmp_path, capsys, steps, is_told
+):
+    start = helpers.save_checkpoint(tmp_path / "start", teacher, "velocity", 1)
+    words = f"--teacher {teacher_folder} --prompts {prompts_file} --loss dmd --init {start} --steps {steps}"
+    adm.main([*helpers.QUICK, *words.split(), "--out", str(tmp_path / "run")])
+    assert ("will draw this student, and not export it" in capsys.readouterr().err) == is_told
 
 
 # Folders --------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def teachers(folders):
 def load(kind, folder, **size):
     """A teacher of this kind, of its small size where its configs say none."""
     small = families.FAMILIES.get(kind, {}).get("size", {})
-    return common.load_teacher(folder, CPU, **(small | size))
+    return helpers.load_teacher(folder, CPU, **(small | size))
 
 
 def build_part(config):
@@ -289,7 +289,7 @@ def test_sd3_shifts_its_last_step_once(teachers):
 def test_rotary_embeddings_come_from_the_config_not_the_name(folders, tmp_path, kind, name):
     """A 5b in a folder that is called 2b uses them, and a 2b in one called 5b does not."""
     shutil.copytree(folders[kind], tmp_path / name)
-    teacher = common.load_teacher(str(tmp_path / name), CPU)
+    teacher = helpers.load_teacher(str(tmp_path / name), CPU)
     assert (teacher.rotary is not None) == (kind == "cogvideox-rotary")
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 2, 1.0)
@@ -302,11 +302,11 @@ def load_changed(folder, copy, file, changes):
     shutil.copytree(folder, copy)
     config = json.loads((copy / file).read_text())
     (copy / file).write_text(json.dumps(config | changes))
-    return common.load_teacher(str(copy), CPU)
+    return helpers.load_teacher(str(copy), CPU)
 
 
 def test_the_snr_shift_comes_from_the_config(folders, tmp_path):
-    before = common.load_teacher(folders["cogvideox"], CPU)
+    before = helpers.load_teacher(folders["cogvideox"], CPU)
     changes = {"snr_shift_scale": 1.0}
     file = "scheduler/scheduler_config.json"
     after = load_changed(folders["cogvideox"], tmp_path / "copy", file, changes)
@@ -389,7 +389,7 @@ def test_sdxls_sizes_and_its_empty_prompt(teacher_folder, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     index["force_zeros_for_empty_prompt"] = False
     (folder / "model_index.json").write_text(json.dumps(index))
-    teacher = common.load_teacher(str(folder), torch.device("cpu"), resolution=(48, 32))
+    teacher = helpers.load_teacher(str(folder), torch.device("cpu"), resolution=(48, 32))
     null = teacher.null(1)
     embeds, _, pooled, _ = teacher.pipe.encode_prompt("", do_classifier_free_guidance=False)
     torch.testing.assert_close(null["encoder_hidden_states"], embeds)
@@ -516,7 +516,7 @@ def test_the_shipped_teacher_is_an_ordinary_pipeline():
         size += sum(os.path.getsize(os.path.join(place, file)) for file in files)
     assert size < 10e6
     assert DiffusionPipeline.load_config(folder).get("_name_or_path", "") == ""
-    teacher = common.load_teacher(folder, CPU)
+    teacher = helpers.load_teacher(folder, CPU)
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     x_T = draw_noise(2, *teacher.latent_shape)
     ours = teacher.sample(x_T, teacher.encode(PROMPTS), 2, 2.0)
@@ -528,14 +528,14 @@ def test_the_tiny_sd3_has_a_t5_that_says_nothing(tmp_path):
     """Plain diffusers loads it, and gives the tokens that an SD3 without T5 has: zeros."""
     train.build_sd3().save_pretrained(tmp_path)
     DiffusionPipeline.from_pretrained(tmp_path)
-    text = common.load_teacher(str(tmp_path), CPU).encode(PROMPTS)["encoder_hidden_states"]
+    text = helpers.load_teacher(str(tmp_path), CPU).encode(PROMPTS)["encoder_hidden_states"]
     assert text[:, 16:].abs().max() == 0
 
 
 @torch.no_grad()
 def test_a_textual_inversion_of_several_tokens_is_all_of_them(tmp_path):
     """As the pipeline's own encode_prompt reads it."""
-    teacher = common.load_teacher(helpers.make_teacher(tmp_path, 0), CPU)
+    teacher = helpers.load_teacher(helpers.make_teacher(tmp_path, 0), CPU)
     pipe = teacher.pipe
     torch.manual_seed(1)
     parts = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
@@ -555,7 +555,7 @@ def test_networks_in_bf16_are_told_the_times_that_their_pipelines_tell_them(tmp_
     """To the last bit, as an exported student is to draw what it draws here."""
     folder = helpers.make_teacher(tmp_path, 0, kind)
     size = families.FAMILIES[kind]["size"] if kind in families.FAMILIES else {}
-    teacher = common.load_teacher(folder, CPU, torch.bfloat16, **size)
+    teacher = helpers.load_teacher(folder, CPU, torch.bfloat16, **size)
     student = common.Student(teacher, "teacher", steps)
     told = []
 
@@ -662,12 +662,12 @@ IMPOSSIBLE = (
 @pytest.mark.parametrize("kind, options, sentence", IMPOSSIBLE)
 def test_sizes_that_a_teacher_cannot_do(folders, kind, options, sentence):
     with pytest.raises(UserError, match=sentence):
-        common.load_teacher(folders[kind], CPU, **options)
+        helpers.load_teacher(folders[kind], CPU, **options)
 
 
 @torch.no_grad()
 def test_other_sizes_than_the_default(folders):
-    teacher = common.load_teacher(folders["cogvideox-rotary"], CPU, resolution=(32, 48), frames=17)
+    teacher = helpers.load_teacher(folders["cogvideox-rotary"], CPU, resolution=(32, 48), frames=17)
     assert teacher.latent_shape == (teacher.denoiser.config.in_channels, 5, 8, 12)
     x = torch.randn(1, *teacher.latent_shape)
     raw = teacher.call(teacher.denoiser, x, torch.tensor([500.0]), teacher.null(1))
@@ -694,7 +694,7 @@ def test_a_missing_tokenizer_package_is_one_sentence(folders, monkeypatch):
 
     monkeypatch.setattr(T5Tokenizer, "from_pretrained", fail)
     with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
-        common.load_teacher(folders["cogvideox"], CPU)
+        helpers.load_teacher(folders["cogvideox"], CPU)
 
 
 @pytest.mark.parametrize("name", common.TEACHERS)

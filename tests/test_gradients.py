@@ -128,6 +128,18 @@ def test_adapters_of_every_family(tmp_path, prompts_file, family):
     assert learned == [["f"], ["G"]]
 
 
+@pytest.mark.parametrize("family", ("sdxl", "sd3", "cogvideox", *families.FAMILIES))
+def test_every_weight_that_trains_gets_a_gradient(tmp_path, prompts_file, family):
+    """DDP would wait for one without; those have no part in the output, and do not train."""
+    folder = helpers.make_teacher(tmp_path / "teacher", 0, family)
+    words = ["--teacher", folder, "--prompts", prompts_file, *helpers.size(family), *helpers.QUICK]
+    method = helpers.make_method(adm, [*words, "--fake-lr", "1e-4", "--loss", "dmd", "--steps", "1"])
+    (b,) = method.draw(0, 0)
+    method.generate(b)
+    method.fake_score_loss(b).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in method.f.parameters())
+
+
 @pytest.mark.parametrize(
     "stage, options",
     (

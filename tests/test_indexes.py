@@ -215,8 +215,8 @@ def test_every_setting_that_changes_pictures_is_compared(teacher, teacher_folder
     student = common.Student(teacher, "teacher", 1)
     velocity = common.Student(teacher, "velocity", 1)
     device = torch.device("cpu")
-    bf16 = common.load_teacher(teacher_folder, device, torch.bfloat16)
-    larger = common.load_teacher(teacher_folder, device, resolution=(40, 32))
+    bf16 = helpers.load_teacher(teacher_folder, device, torch.bfloat16)
+    larger = helpers.load_teacher(teacher_folder, device, resolution=(40, 32))
     moved = shutil.copytree(run, tmp_path / "step_000002")
     changed = shutil.copytree(run, tmp_path / "changed")
     path = changed / "student/diffusion_pytorch_model.safetensors"

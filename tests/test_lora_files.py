@@ -75,14 +75,14 @@ def test_kohyas_form_of_an_sdxl_file_is_the_same_lora(tmp_path):
     """docs/students.md converts it so for ComfyUI, which knows the layers of a U-Net by these names."""
     from diffusers.utils import convert_state_dict_to_kohya
 
-    teacher = common.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), helpers.CPU)
+    teacher = helpers.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), helpers.CPU)
     targets = list(find_targets(teacher.denoiser))
     state, layers = helpers.adapt(teacher, RANK)
     save_layers(teacher, layers, str(tmp_path))
     converted = convert_state_dict_to_kohya(load_file(tmp_path / LORA_FILE))
     assert {key.split(".")[0] for key in converted} == {f"lora_unet_{n.replace('.', '_')}" for n in targets}
     assert all(value == RANK for key, value in converted.items() if key.endswith(".alpha"))
-    pipe = common.load_teacher(str(tmp_path / "teacher"), helpers.CPU).pipe
+    pipe = helpers.load_teacher(str(tmp_path / "teacher"), helpers.CPU).pipe
     pipe.load_lora_weights(converted)
     pipe.fuse_lora(components=["unet"])
     pipe.unload_lora_weights()
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_an_adapter_is_its_whole_student(students):
     """And holds no weight of the teacher's."""
     adapter, whole = students
     assert not os.path.exists(os.path.join(adapter, "student"))
-    teacher = common.load_teacher(read_json(os.path.join(adapter, "meta.json"))["teacher"], helpers.CPU)
+    teacher = helpers.load_teacher(read_json(os.path.join(adapter, "meta.json"))["teacher"], helpers.CPU)
     weights = [common.load_student(path, teacher)[0].state_dict() for path in (adapter, whole)]
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_an_adapter_is_its_whole_student(students):
 
 def test_an_adapter_is_kept_where_the_pipeline_reads_none(tmp_path, monkeypatch):
     monkeypatch.setattr(StableDiffusionXLPipeline, "_lora_loadable_modules", [])
-    teacher = common.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), helpers.CPU)
+    teacher = helpers.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), helpers.CPU)
     state, layers = helpers.adapt(teacher, RANK)
     checkpoint = helpers.save_checkpoint(tmp_path / "adapter", teacher, layers=layers)
     student, *_ = common.load_student(checkpoint, teacher)
@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_the_adapter_that_is_drawn_with(students, prompts_fil
 def students(tmp_path_factory):
     """(folder of a student that is an adapter, that of one whose every weight trained)."""
     root = tmp_path_factory.mktemp("students")
-    teacher = common.load_teacher(helpers.make_teacher(root / "teacher", 0), helpers.CPU)
+    teacher = helpers.load_teacher(helpers.make_teacher(root / "teacher", 0), helpers.CPU)
     state, layers = helpers.adapt(teacher, RANK)
     adapter = helpers.save_checkpoint(root / "adapter", teacher, layers=layers)
     whole = helpers.save_checkpoint(root / "whole", teacher, state=state)
@@ -210,7 +210,7 @@ def tuned(tmp_path_factory):
     """(folder of an SDXL teacher, a LoRA file of its U-Net and first text encoder, their merged weights)."""
     root = tmp_path_factory.mktemp("tuned")
     folder = helpers.make_teacher(root / "teacher", 0)
-    pipe = common.load_teacher(folder, helpers.CPU).pipe
+    pipe = helpers.load_teacher(folder, helpers.CPU).pipe
     torch.manual_seed(2)
     layers, merged = {}, {}
     for part in ("unet", "text_encoder"):
@@ -319,7 +319,7 @@ def test_a_student_of_a_tuned_teacher_needs_it(tuned, prompts_file, tmp_path, ca
 @pytest.mark.parametrize("family", ("sdxl", "flux"))
 def test_the_lines_merge_a_teachers_lora_into_all_its_networks(tmp_path, family):
     folder = helpers.make_teacher(tmp_path / "teacher", 0, family)
-    pipe = common.load_teacher(folder, helpers.CPU).pipe
+    pipe = helpers.load_teacher(folder, helpers.CPU).pipe
     torch.manual_seed(2)
     layers = {}
     for part in list_lora_parts(pipe):
@@ -380,7 +380,7 @@ def test_files_that_are_no_lora_of_the_teacher_are_refused(tuned, tmp_path, monk
 
 def test_adapters_train_in_float32(teacher_folder):
     """On a teacher in bf16, too."""
-    teacher = common.load_teacher(teacher_folder, torch.device("cpu"), torch.bfloat16)
+    teacher = helpers.load_teacher(teacher_folder, torch.device("cpu"), torch.bfloat16)
     adapted = Adapted(teacher.denoiser, "student", 2)
     assert {weight.dtype for weight in adapted.parameters()} == {torch.float32}
 

@@ -75,7 +75,7 @@ def export(teachers, folder, name):
     """A case of EXPORTS -> (the lines that draw with it, its student, the student's network)."""
     family, parametrisation, steps, precision, resolution, frames, *first = EXPORTS[name]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    teacher = common.load_teacher(teachers[family], helpers.CPU, dtype, resolution, frames)
+    teacher = helpers.load_teacher(teachers[family], helpers.CPU, dtype, resolution, frames)
     checkpoint = helpers.save_checkpoint(folder / "run", teacher, parametrisation, steps, None, None, *first)
     place = str(folder / "exported" / name)
     printed = run_sample("--student", checkpoint, "--export", f"{place}/", "--precision", precision)
@@ -87,7 +87,7 @@ def export(teachers, folder, name):
 def export_lora(teachers, folder, name):
     """The same of LORAS."""
     family, parametrisation, steps, trained, resolution, frames = LORAS[name]
-    teacher = common.load_teacher(teachers[family], helpers.CPU, torch.float32, resolution, frames)
+    teacher = helpers.load_teacher(teachers[family], helpers.CPU, torch.float32, resolution, frames)
     if trained == "adapter":
         rank = []
         state, layers = helpers.adapt(teacher, RANK)

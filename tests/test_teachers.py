@@ -42,10 +42,10 @@ def test_odd_teachers(plain, tmp_path, odd):
     shutil.copytree(plain[odd.family], folder)
     odd.change(folder)
     if odd.expected == RIGHT:
-        check_against_its_pipeline(common.load_teacher(folder, CPU), folder)
+        check_against_its_pipeline(helpers.load_teacher(folder, CPU), folder)
         return
     with pytest.raises(UserError) as caught:
-        common.load_teacher(folder, CPU)
+        helpers.load_teacher(folder, CPU)
     said = str(caught.value)
     assert odd.expected in said
     assert "\n" not in said
@@ -187,7 +187,7 @@ def test_a_config_without_its_class_is_of_the_pipelines_class(plain, tmp_path):
         take_out(file, "_class_name")(folder)
     args = helpers.training_arguments("adm", ["--teacher", folder])
     planned = meta.make_teacher_on_meta(args, meta.read_configs(folder))
-    assert type(planned.denoiser) is type(common.load_teacher(folder, CPU).denoiser)
+    assert type(planned.denoiser) is type(helpers.load_teacher(folder, CPU).denoiser)
 
 
 # Where a teacher is kept ----------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_without_network_a_hub_id_is_refused_at_once(monkeypatch):
             with pytest.raises(
                 UserError, match="no folder here, nor in the hub's cache, and the hub cannot be"
             ):
-                common.load_teacher(name, CPU)
+                helpers.load_teacher(name, CPU)
         with pytest.raises(UserError, match="'dinov2' could not|dinov2-base' could not .* cannot be reached"):
             common.PixelBackbone("dinov2", CPU, torch.float32)
         with pytest.raises(UserError, match="put it into DIR/nobody/nothing/"):
@@ -228,7 +228,7 @@ def test_a_teacher_in_the_hubs_cache_is_found_without_network(plain, tmp_path, m
     for module in (huggingface_hub.constants, huggingface_hub.file_download.constants):
         monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path))
-    teacher = common.load_teacher("owner/name", CPU)
+    teacher = helpers.load_teacher("owner/name", CPU)
     assert teacher.folder.startswith(str(tmp_path))
     assert teacher.network().conv_in.weight.dtype == torch.float32
 
@@ -283,13 +283,13 @@ def test_pairs_name_their_teacher_by_an_absolute_path(plain, tmp_path, monkeypat
 
 def test_a_resolution_beyond_sd3s_positions(plain):
     with pytest.raises(UserError, match="--resolution 48x48 is too large: .* 32 pixels a side"):
-        common.load_teacher(plain["sd3"], CPU, resolution=(48, 48))
+        helpers.load_teacher(plain["sd3"], CPU, resolution=(48, 48))
 
 
 def test_steps_beyond_the_schedule(plain, tmp_path):
     folder = shutil.copytree(plain["sdxl"], tmp_path / "teacher")
     edit(SCHEDULER, timestep_spacing="leading", steps_offset=1)(folder)
-    teacher = common.load_teacher(str(folder), CPU)
+    teacher = helpers.load_teacher(str(folder), CPU)
     assert teacher.times(500)[0] == 1000
     with pytest.raises(UserError, match="first of 1000 steps beyond its schedule"):
         teacher.times(1000)
@@ -297,10 +297,10 @@ def test_steps_beyond_the_schedule(plain, tmp_path):
 
 def test_a_unet_without_a_middle_is_tapped_at_its_down_blocks(plain, tmp_path):
     torch.manual_seed(0)
-    net = common.load_teacher(plain["sdxl"], CPU).denoiser
+    net = helpers.load_teacher(plain["sdxl"], CPU).denoiser
     folder = str(shutil.copytree(plain["sdxl"], tmp_path / "teacher"))
     type(net).from_config(net.config, mid_block_type=None).save_pretrained(os.path.join(folder, "unet"))
-    teacher = common.load_teacher(folder, CPU)
+    teacher = helpers.load_teacher(folder, CPU)
     maps = teacher.features(torch.zeros(1, *teacher.latent_shape), torch.ones(1), teacher.null(1))
     assert len(maps) == len(teacher.denoiser.down_blocks)
 
@@ -317,7 +317,7 @@ def test_another_sampler_of_the_pipeline_is_noted(plain, tmp_path, capsys):
     for number, (change, words) in enumerate(cases):
         folder = str(shutil.copytree(plain["sdxl"], tmp_path / str(number)))
         change(folder)
-        common.load_teacher(folder, CPU)
+        helpers.load_teacher(folder, CPU)
         said = capsys.readouterr().err
         assert words in said if words else "note:" not in said
 
