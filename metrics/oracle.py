@@ -6,10 +6,12 @@ import torch
 from metrics.scorer import Scorer, join_columns, read_pixels
 from metrics.variety import (
     count_shares,
+    estimate_square,
     measure_coverage,
     measure_excess_tv,
     measure_excess_tv_to,
     measure_spread,
+    measure_squared_distance,
 )
 from support.errors import UserError
 
@@ -29,6 +31,8 @@ class Oracle(Scorer):
                        of that prompt, less what so few samples have by chance; mean over such attributes. Of
                        the reference itself: to uniform, as tv_uniform is of all
     tv_of              the same for one attribute, over the prompts that leave it open
+    squared_distance   squared Euclidean distance of such an attribute's shares to the reference's, without
+                       bias; of the reference itself as tv
     coverage           share of an open attribute's values that have at least half their rate
     position_std       of the centre's coordinates, pixels
     pairwise_distance  root mean square between two samples"""
@@ -112,7 +116,7 @@ class Oracle(Scorer):
         """-> {name: array [P], or {attribute: array [P]}}, NaN for a prompt that names the attribute.
         reference: another system's columns, or None."""
         samples = int(columns["samples"][0])
-        tv_uniform, tv, coverage = {}, {}, {}
+        tv_uniform, tv, squared, coverage = {}, {}, {}, {}
         for name, values in self.attributes.items():
             is_open = columns[f"wanted {name}"].reshape(-1, samples)[:, 0] < 0
             if not is_open.any():
@@ -121,11 +125,14 @@ class Oracle(Scorer):
             excess = measure_excess_tv(shares, samples)
             tv_uniform[name] = np.where(is_open, excess, np.nan)
             coverage[name] = np.where(is_open, measure_coverage(shares), np.nan)
+            distance = estimate_square(shares, samples) - 1 / len(values)  # to uniform, too
             if reference:
                 others = int(reference["samples"][0])
                 other_shares = count_shares(reference[name].reshape(-1, others), len(values))
                 excess = measure_excess_tv_to(shares, samples, other_shares, others)
+                distance = measure_squared_distance(shares, samples, other_shares, others)
             tv[name] = np.where(is_open, excess, np.nan)
+            squared[name] = np.where(is_open, distance, np.nan)
 
         x = columns["x"].reshape(-1, samples)
         y = columns["y"].reshape(-1, samples)
@@ -133,7 +140,8 @@ class Oracle(Scorer):
         result = {"position_std": measure_spread(x, y), "pairwise_distance": distances[:, 0]}
         if tv:
             coverage = average(coverage)
-            open_ones = {"tv": average(tv), "tv_of": tv, "coverage": coverage}
+            distance = average(squared)
+            open_ones = {"tv": average(tv), "tv_of": tv, "squared_distance": distance, "coverage": coverage}
             result = open_ones | result | {"tv_uniform": average(tv_uniform), "tv_uniform_of": tv_uniform}
         return result
 

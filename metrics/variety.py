@@ -30,6 +30,20 @@ def measure_excess_tv_to(shares, samples, reference, samples_of_reference):
     return measure_tv(shares, reference) - np.array(expected)
 
 
+def measure_squared_distance(shares, samples, reference, samples_of_reference):
+    """The squared Euclidean distance between two distributions, row by row, by the shares [P, n] of so many
+    samples of each. Without bias: whatever their number, it is on average that of the distributions."""
+    own = estimate_square(shares, samples)
+    other = estimate_square(reference, samples_of_reference)
+    return own + other - 2 * (shares * reference).sum(1)
+
+
+def estimate_square(shares, samples):
+    """The sum of a distribution's squared probabilities, row by row, by the shares of so many samples: how
+    often two of them have one value."""
+    return (samples * np.square(shares).sum(1) - 1) / (samples - 1)
+
+
 @functools.cache
 def expect_tv_to_uniform(n, samples):
     """The mean total variation of `samples` samples of a uniform distribution over n values to it, exact."""

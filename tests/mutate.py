@@ -669,6 +669,7 @@ TABLE = {
         ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
     ],
     "support/checkpoints.py": [
+        ("one average of AdamW", "networks += [part, part]", "networks += [part]"),
         ("a batch of one rank", ' * meta.get("processes", 1)', ""),
         (
             "a fingerprint of any schedule",
@@ -790,6 +791,7 @@ TABLE = {
         ("weights of one seed", "torch.manual_seed(seed)", "torch.manual_seed(0)"),
         ("gradients beside DDP's buckets", "p.grad = torch.zeros_like(p)", "p.grad = None"),
         ("the first node leaves", 'store.wait(["dmdx/all done"], datetime.timedelta(days=30))', "pass"),
+        ("nodes that share everything", 'lay_out_nodes() if args.shard == "hsdp" else None', "None"),
         ("one node waits for others", 'read_number("LOCAL_WORLD_SIZE", world_size())', "0"),
     ],
     "tools/trace.py": [
@@ -823,6 +825,7 @@ TABLE = {
         ("results within a pipeline", 'os.path.exists(f"{place}/model_index.json")', "False"),
     ],
     "support/inputs.py": [
+        ("an adapter of any rank goes on", "if args.lora and kind !=", "if not args.lora and kind !="),
         ("ranks start from what each finds", 'if not agree(meta["step"]):', "if False:"),
         ("a run that goes on wants --init", "= own or find", "= find"),
         ("a scorer's package is looked for late", "check_packages(args.eval_metric)", "pass"),
@@ -915,6 +918,11 @@ TABLE = {
         ),
     ],
     "support/training.py": [
+        (
+            "no ZeRO beside fsdp",
+            'shares_states = args.shard != "ddp"',
+            'shares_states = args.shard == "zero1"',
+        ),
         ("memory in GiB", "ru_maxrss / 2**10", "ru_maxrss / 2**20"),
         (
             "DDP's gradients are made anew",
@@ -989,6 +997,8 @@ TABLE = {
         ("a value seen once is covered", "(shares >= 0.5 / n)", "(shares > 0)"),
         ("the spread over all prompts", "(x.var(1, ddof=1) + y", "(x.var(ddof=1) + y"),
         ("a distance twice as long", "return 0.5 * np.abs(", "return np.abs("),
+        ("a square with chance in it", "- 1) / (samples - 1)", "- 0) / (samples - 0)"),
+        ("both squares of the student", "estimate_square(reference, samples_of_reference)", "own"),
     ],
     "support/tensors.py": [
         ("the mean of all rows", "dims = tuple(range(1, x.ndim))", "dims = tuple(range(x.ndim))"),

@@ -121,6 +121,19 @@ def test_students_with_less_variety_are_told_apart():
     assert distance["perfect"] > distance["half"] > 0.2
 
 
+@pytest.mark.parametrize("other", ((0.5, 0.3, 0.2), (0.4, 0.3, 0.3), (0.0, 0.0, 1.0)))
+def test_the_squared_distance_is_that_of_the_distributions(other):
+    """However few samples; to itself it is 0."""
+    one = np.array((0.5, 0.3, 0.2))
+    rng = np.random.default_rng(0)
+    shares = rng.multinomial(8, one, 40000) / 8
+    reference = rng.multinomial(16, other, 40000) / 16
+    measured = variety.measure_squared_distance(shares, 8, reference, 16)
+    error = measured.std() / 200
+    assert error < 0.003
+    assert measured.mean() == pytest.approx(np.square(one - other).sum(), abs=4 * error)
+
+
 def test_total_variation_is_to_the_reference_and_less_chance():
     """Student and reference have only small ones, as a reference itself may: no distance, and no variety."""
     prompts = ["a red circle on a black background"]

@@ -145,6 +145,7 @@ TABLES = {
         ("adp", "dmd-150", "dmd-600", "dmdx-600", "fast-600", "projected-600", "secant-600", "bare-600"),
         EVALUATE,
     ),
+    "equal": (("adp", "dmd-150", "dmdx"), EVALUATE),
     "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860"), EVALUATE),
     "5000": (("adp", "dmd-1500", "bare-1100", "dmd-5000", "bare-3650"), EVALUATE),
     "variants": (
