@@ -63,7 +63,7 @@ RUNS["adp cogvideox fsdp"] = Setting(
     "adp", "cogvideox", f"{ADP} --lambda-latent 1 --lambda-pixel 0", "--shard fsdp"
 )
 for family in ("sd3", "cogvideox", *families.FAMILIES):
-    RUNS[f"adm {family} fsdp"] = Setting("adm", family, f"--steps 2 {ADM}", "--shard fsdp")
+    RUNS[f"adm {family} fsdp"] = Setting("adm", family, f"--steps 2 {ADM} --iterations 1", "--shard fsdp")
 
 # ----------------------------------------------------------------------------------------------------------
 # Runs

@@ -66,7 +66,7 @@ def add_up_states(rows):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_states_of_the_known_teachers(name):
-    args = parse(adm, "--teacher", name)
+    args = parse(adm, "--teacher", name, "--loss", "dmd")
     networks = make_networks(adm, args)
     denoiser = networks.teacher.denoiser
     tables = sum(b.numel() for b in denoiser.buffers())  # of positions: published numbers leave them out
