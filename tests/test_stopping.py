@@ -87,7 +87,8 @@ def test_it_is_what_evaluate_says_of_the_checkpoint_and_changes_nothing(
     evaluate.main(["--student", str(run / "best"), *words.split()])
     (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert scored.pop("step") == 2
-    for name in ("accuracy", "valid", "tv", "coverage", "position_std", "pairwise_distance"):
+    columns = ("accuracy", "valid", "tv", "squared_distance", "coverage", "position_std", "pairwise_distance")
+    for name in columns:
         assert scored.pop(f"held_out_{name}") == pytest.approx(row[name], abs=1e-5), name
     for name in ("size", "colour", "shape", "background"):
         assert scored.pop(f"held_out_tv_{name}") == pytest.approx(row["tv_uniform_of"][name], abs=1e-5), name
