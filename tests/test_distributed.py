@@ -63,6 +63,8 @@ RUNS["adp cogvideox fsdp"] = Setting(
     "adp", "cogvideox", f"{ADP} --lambda-latent 1 --lambda-pixel 0", "--shard fsdp"
 )
 for family in ("sd3", "cogvideox", *families.FAMILIES):
+    if family == "stable-diffusion":  # whose blocks are SDXL's
+        continue
     RUNS[f"adm {family} fsdp"] = Setting("adm", family, f"--steps 2 {ADM} --iterations 1", "--shard fsdp")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -184,9 +186,7 @@ def test_four_processes_lose_what_one_does(run_in_processes, run_alone):
     compare(run_alone("adm sdxl ddp"), run_in_processes(4, "adm sdxl ddp"))
 
 
-@pytest.mark.parametrize(
-    "name", ("adp sdxl ddp", "adm sdxl ddp", "adm --ttur 2 --steps 2", "dmd", "adm lora")
-)
+@pytest.mark.parametrize("name", ("adp sdxl ddp", "adm sdxl ddp", "adm --ttur 2 --steps 2", "dmd"))
 def test_micro_batches_lose_what_one_batch_does(arguments_of, run_alone, tmp_path, name):
     main_of(name)([*arguments_of(name), "--out", str(tmp_path), "--batch", "1", "--accumulate", "4"])
     compare(run_alone(name), tmp_path)
