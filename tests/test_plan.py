@@ -216,11 +216,13 @@ def test_nothing_of_attention_is_as_large_as_all_pairs():
 
 
 def test_real_activations_of_a_full_size_teacher():
-    """They grow without checkpointing."""
+    """They grow with the batch, and without checkpointing."""
     args = parse(adm, "--teacher", "sd3-medium", "--plan", 8, "--shard", "fsdp", "--batch", 2)
     networks = make_networks(adm, args)
     two = measure_activations(args, networks)
     assert 2e9 < two < 4e9
+    four = measure_activations(change(args, batch=4), networks)
+    assert 1.5 * two < four < 2.1 * two
     whole = change(args, checkpointing=False)
     assert measure_activations(whole, make_networks(adm, whole)) > 5 * two
 

@@ -245,6 +245,19 @@ def test_resuming_with_other_settings_says_so(finished, dmd, tmp_path, capfd):
     assert compute_global_batch({"arguments": {"batch": 2, "accumulate": 3}, "processes": 4}) == 24
 
 
+@pytest.mark.parametrize("loss, is_refused", (("secant", True), ("dmd", False)))
+def test_heads_of_another_width_are_another_run(adm_arguments, tmp_path, loss, is_refused):
+    """Where there are heads."""
+    words = [*adm_arguments, "--loss", loss, "--iterations", "1", "--out", str(tmp_path / "run")]
+    adm.main(words)
+    words += ["--resume", "--head-width", "64"]
+    if not is_refused:
+        adm.main(words)
+        return
+    with pytest.raises(UserError, match="its --head-width is 128, not 64"):
+        adm.main(words)
+
+
 def test_other_settings_of_the_optimisers_and_the_average_are_taken(adm_arguments, tmp_path):
     """As the note says."""
     run = tmp_path / "run"
