@@ -101,8 +101,8 @@ def parse(argv):
     args.metrics = list(dict.fromkeys(args.metrics.split(","))) if args.metrics else []
     arguments.note_idle_scorers(parser, args.metrics or ["clip"])
     if not args.teacher and not args.student:
-        of_networks = ["--batch", "--resolution", "--frames", "--precision", "--variant", "--teacher-lora"]
-        parser.note_idle([*of_networks, "--offload"], "a --teacher or a --student")
+        of_networks = ["--resolution", "--frames", "--precision", "--variant", "--teacher-lora"]
+        parser.note_idle(["--batch", *of_networks, "--offload"], "a --teacher or a --student")
     return args
 
 

@@ -15,7 +15,7 @@ MEANINGS = {
     "tv": "Total variation of what a prompt leaves open, in excess of chance (lower is more diverse)",
     "coverage": "Share of the values left open that occur (higher is more diverse)",
     "position_std": "Spread of a prompt's shapes in pixels (higher is more diverse)",
-    "squared_distance": "squared distance of shares (lower is closer)",
+    "squared_distance": "Squared distance of what a prompt leaves open (lower is more diverse)",
     "pairwise_distance": "RMS distance of a prompt's samples (higher is more diverse)",
     "clip": "CLIP score (higher is better)",
     "pick": "PickScore (higher is better)",

@@ -12,7 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from support.configs import list_fields
 from support.errors import UserError, note
 from support.files import as_json, compute_checksum, list_files, read_sealed, write_atomically
-from support.parallel import lay_out
+from support.parallel import lay_out, list_parameters
 
 META = {  # what is read of meta.json
     "step",
@@ -178,29 +178,27 @@ def compute_global_batch(meta):
 def estimate_bytes(parts):
     """About what a checkpoint of these parts ({name of support.run.STATE: part}) takes on the disk: float32,
     the student once more than training goes on from."""
-    networks = [parts["G"]]
+    weights = list(parts["G"].parameters())
     for part in parts.values():
         if isinstance(part, torch.optim.Optimizer):
-            networks += [part, part]  # AdamW's two averages
+            weights += 2 * list_parameters(part)  # AdamW's two averages
         elif isinstance(part, torch.nn.Module):
-            networks.append(part)
+            weights += part.parameters()
         elif part.average:
-            networks.append(parts["G"])
-    return 4 * sum(weight.numel() for network in networks for weight in list_weights(network))
+            weights += parts["G"].parameters()
+    return 4 * sum(weight.numel() for weight in weights)
 
 
-def list_weights(part):
-    """The parameters of a network, or of an optimiser."""
-    if isinstance(part, torch.nn.Module):
-        return list(part.parameters())
-    return [p for group in part.param_groups for p in group["params"]]
+def count_most(args):
+    """The checkpoints of a run on the disk while one is written, with --eval-every the best beside --keep."""
+    return args.keep + (2 if args.eval_every else 1)
 
 
 def restore_optimizer(optimizer, state):
     """Loads a whole state_dict into an optimiser whose states may be laid out over the ranks. Its settings,
     as the betas, stay those that it was made with."""
     settings = [dict(group) for group in optimizer.param_groups]
-    parameters = list_weights(optimizer)
+    parameters = list_parameters(optimizer)
     for i, values in state["state"].items():
         for name, value in values.items():
             if value.ndim:

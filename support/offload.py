@@ -76,7 +76,7 @@ class InTurn(Offload):
             net.to("cpu")
 
     def look_up(self, prompts):
-        self.encode_ahead(prompts)
+        self.conditions = {}
         return super().look_up(prompts)
 
 

@@ -254,11 +254,16 @@ def gather(state):
     return tree_map(make_whole, state)
 
 
+def list_parameters(optimizer):
+    """All that an optimiser trains, on whatever rank it keeps its state."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def gather_zero1(optimizer):
     """A ZeroRedundancyOptimizer of AdamW -> its whole state_dict, on the main rank and its CPU; all ranks
     call it. A state is the sum of what the ranks have of it, zero but for one. Its own
     `consolidate_state_dict` pickles every share byte by byte: hours for SDXL."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = list_parameters(optimizer)
     states = {}
     for i, p in enumerate(parameters):
         own = optimizer.optim.state.get(p)

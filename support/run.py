@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from support.checkpoints import (
     compute_global_batch,
+    count_most,
     describe_files,
     estimate_bytes,
     find_best,
@@ -196,9 +197,8 @@ class Run:
                         kept.write(json.dumps(line) + "\n")
 
     def _look_at_the_disk(self):
-        """Says where it has no room for the checkpoints to come."""
-        most = self.args.keep + (2 if self.held_out else 1)  # with the best, and the one that is written
-        missing = max(0, most - len(list_checkpoints(self.folder)))
+        """Says so where it has no room for the checkpoints to come."""
+        missing = max(0, count_most(self.args) - len(list_checkpoints(self.folder)))
         wanted = missing * estimate_bytes(self.parts) / 1e9
         free = shutil.disk_usage(self.folder).free / 1e9
         if free < wanted:

@@ -19,8 +19,7 @@ class System:
         for the teacher with these steps and guidance."""
         self.teacher = teacher
         self.student = student
-        self.net = net
-        self.network = net if student else teacher.denoiser  # that draws
+        self.net = net if student else teacher.denoiser
         self.checkpoint = checkpoint
         self.guidance = teacher.guidance if guidance is None else guidance
         self.steps = student.steps if student else steps or teacher.sampler_steps
@@ -32,7 +31,7 @@ class System:
         [-1, 1], on the CPU."""
         cond = self.teacher.encode(prompts)
         rngs = [RowRNG(numbers, ("sample", seed), self.teacher.device) for seed in seeds]
-        with at_work(self.teacher, self.network):
+        with at_work(self.teacher, self.net):
             latents = [self.sample(rng, cond) for rng in rngs]
         pixels = [self.teacher.decode(x).clamp(-1, 1).cpu() for x in latents]
         return torch.stack(pixels, dim=1)
@@ -49,11 +48,11 @@ class System:
         """Inside, its network is on the teacher's device, and then on the CPU: systems that draw one after
         the other take the memory of one. With --offload it comes for each batch."""
         if not self.teacher.offload:
-            self.network.to(self.teacher.device)
+            self.net.to(self.teacher.device)
         try:
             yield
         finally:
-            self.network.to("cpu")
+            self.net.to("cpu")
 
     def describe(self):
         """All that its pictures depend on beside prompts and seeds, {name: value}, for a folder's index."""

@@ -16,7 +16,7 @@ from support.errors import UserError
 from support.inputs import find_start
 from support.loading import list_networks
 from support.offload import Offload, decode_in_tiles
-from support.parallel import is_in_ddp, shard, sync_gradients, wrap_ddp
+from support.parallel import is_in_ddp, list_parameters, shard, sync_gradients, wrap_ddp
 
 
 def set_up_for_training(teacher, args):
@@ -118,7 +118,7 @@ def minimise(loss_of, batch, net, optimizer, clip):
 
 def clip_gradient(optimizer, clip):
     """Clips the gradient of all that the optimiser trains to this norm -> the norm before."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = list_parameters(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, clip)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

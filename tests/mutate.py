@@ -669,7 +669,7 @@ TABLE = {
         ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
     ],
     "support/checkpoints.py": [
-        ("one average of AdamW", "networks += [part, part]", "networks += [part]"),
+        ("one average of AdamW", "weights += 2 * list_parameters(part)", "weights += list_parameters(part)"),
         ("a batch of one rank", ' * meta.get("processes", 1)', ""),
         (
             "a fingerprint of any schedule",
@@ -771,7 +771,7 @@ TABLE = {
             "pass\n        self.remember(prompts)",
         ),
         ("a denoiser that stays", 'net.to("cpu")', "pass"),
-        ("conditions of all batches", "self.encode_ahead(prompts)\n        return", "pass\n        return"),
+        ("conditions of all batches", "self.conditions = {}\n        return", "pass\n        return"),
         ("no video in tiles", "> LARGE:", "> 9 * LARGE:"),
         ("every video in tiles", "> LARGE:", "> 0:"),
     ],

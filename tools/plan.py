@@ -6,6 +6,7 @@ stage's own iteration, run on torch's meta device: what changes there changes he
 
 import itertools
 
+from support.checkpoints import count_most
 from support.escapes import make_printable
 from support.lora import find_targets
 from support.parallel import GPUS_OF_A_NODE, find_blocks, shares_weights
@@ -30,8 +31,7 @@ def print_plan(args, stage, iterate):
     print(describe_passes(args, networks))
     print(describe_time(args, networks))
     disk = count_checkpoint(args, networks) / GB
-    most = args.keep + 2 if args.eval_every else args.keep + 1  # with the best, and the one that is written
-    written = f"--keep {args.keep} has {most} of them while one is written"
+    written = f"--keep {args.keep} has {count_most(args)} of them while one is written"
     print(f"a checkpoint takes {disk:.1f} GB of disk; {written}")
     print(describe_fit(args, networks, add_up(rows)))
 

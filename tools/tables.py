@@ -7,8 +7,8 @@ import textwrap
 from metrics.rows import format_markdown
 from support.files import write_atomically
 
-COLUMNS = ("accuracy", "valid", "tv", "squared_distance", "coverage", "position_std", "pairwise_distance")
-COLUMNS += ("lpips_random",)
+COLUMNS = ("accuracy", "valid", "tv", "squared_distance", "coverage", "position_std")
+COLUMNS += ("pairwise_distance", "lpips_random")
 GAUGES = ("loss_f", "dmd_loss", "cosine", "D_gap", "D_abs", "norm_G")  # of docs/training.md
 FILES = {"health": "training.md"}  # of a table that is not in results.md
 # the paper's tables 4 and 5, to stand beside ours: CLIP score, MPS; training time, CLIP score, MPS
