@@ -254,6 +254,11 @@ def gather(state):
     return tree_map(make_whole, state)
 
 
+def get_share(x):
+    """What this rank keeps of a tensor that is laid out over the ranks; all of any other."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def list_parameters(optimizer):
     """All that an optimiser trains, on whatever rank it keeps its state."""
     return [p for group in optimizer.param_groups for p in group["params"]]

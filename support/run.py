@@ -49,8 +49,19 @@ from support.lora import Adapted
 from support.lora_files import save_adapter
 from support.media import save_curves, save_grid, save_video
 from support.pairs import identify
-from support.parallel import agree, average, gather, gather_zero1, is_main, lay_out, wait_for_all, world_size
+from support.parallel import (
+    agree,
+    average,
+    gather,
+    gather_zero1,
+    get_share,
+    is_main,
+    lay_out,
+    wait_for_all,
+    world_size,
+)
 from support.rng import RowRNG
+from support.tensors import is_finite
 from support.training import peak_memory_mb
 
 STATE = ("G", "f", "heads", "ema", "opt_G", "opt_f", "opt_heads")  # of ADP or ADM, where it has them: state/
@@ -456,7 +467,7 @@ class Run:
     def _check_finite(self, step):
         """UserError where a network's weights are not finite, before a good checkpoint goes for them."""
         parts = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
-        finite = all(bool(p.isfinite().all()) for part in parts for p in part.parameters())
+        finite = all(is_finite(get_share(p)) for part in parts for p in part.parameters())
         if average({"finite": float(finite)})["finite"] < 1:
             raise UserError(
                 f"after {step} iterations weights are not finite, and are not saved: lower the learning "

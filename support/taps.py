@@ -4,8 +4,9 @@ import contextlib
 
 
 def choose_four(layers):
-    """Four evenly spaced layers, the last among them."""
-    return [layers[len(layers) * i // 4 - 1] for i in (1, 2, 3, 4)]
+    """Four evenly spaced layers, the last among them; of fewer than four each once."""
+    places = {max(0, len(layers) * i // 4 - 1) for i in (1, 2, 3, 4)}
+    return [layers[place] for place in sorted(places)]
 
 
 class _DeepestTapReached(Exception):

@@ -3,6 +3,7 @@
 The ranks are watched as torchrun does: when one fails, the others are told to end."""
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -60,6 +61,7 @@ class Command:
             os.dup2(errors, 2)
             sys.stdout = os.fdopen(1, "w")  # pytest has others in their places
             sys.stderr = os.fdopen(2, "w", buffering=1)
+            faulthandler.enable(sys.stderr)  # a crash of compiled code says where it was
             os.chdir(place)
             if self.ranks > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks)}

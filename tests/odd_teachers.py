@@ -426,9 +426,9 @@ ODD = [
     Odd("no sample_size", "sdxl", edit(UNET, sample_size=None), "sample_size: null): give --resolution"),
     Odd("odd sample_size", "sdxl", edit(UNET, sample_size=9), "its own resolution 36x36"),
     Odd("sample_size of two sides", "sdxl", edit(UNET, sample_size=[8, 10]), RIGHT),
-    Odd("fewer layers than weights", "sd3", edit(TRANSFORMER, num_layers=3), "the weights in"),
-    Odd("fewer layers than weights, CogVideoX", "cogvideox", edit(TRANSFORMER, num_layers=3), "is left over"),
-    Odd("more layers than weights", "sd3", edit(TRANSFORMER, num_layers=5), "the weights in"),
+    Odd("fewer layers than weights", "sd3", edit(TRANSFORMER, num_layers=1), "the weights in"),
+    Odd("fewer layers than weights, CogVideoX", "cogvideox", edit(TRANSFORMER, num_layers=1), "is left over"),
+    Odd("more layers than weights", "sd3", edit(TRANSFORMER, num_layers=3), "the weights in"),
     Odd(
         "another width than the weights'",
         "sd3",

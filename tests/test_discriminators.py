@@ -14,6 +14,7 @@ import helpers
 from support.errors import UserError
 from support.files import fetch
 from support.sam import load_sam_encoder
+from support.taps import choose_four
 
 CPU = torch.device("cpu")
 
@@ -176,6 +177,19 @@ def test_sam_sizes_are_read_off_the_file(tmp_path, suffix):
 
 
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+@pytest.mark.parametrize(
+    "depth, places",
+    (
+        (57, [13, 27, 41, 56]),
+        (30, [6, 14, 21, 29]),
+        (4, [0, 1, 2, 3]),
+        (2, [0, 1]),
+    ),
+)
+def test_maps_are_of_layers_at_even_distances(depth, places):
+    assert choose_four(range(depth)) == places
+
+
 @pytest.mark.parametrize("dim, depth, heads, taps", OFFICIAL, ids=("vit_b", "vit_l", "vit_h"))
 def test_sizes_of_the_official_sams(tmp_path, dim, depth, heads, taps):
     """Files with the official shapes and one number a tensor, read onto the meta device."""

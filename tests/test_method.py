@@ -35,7 +35,8 @@ def places(tmp_path_factory, prompts_file, pairs_folder, teacher_folder):
     families = {family for family, _ in ADM_CASES + ADP_CASES}
     for family in sorted(families - {"sdxl"}):
         folder = tmp_path_factory.mktemp(family)
-        teacher, pairs = helpers.make_teacher(folder / "teacher", 0, family), str(folder / "pairs")
+        teacher = helpers.make_teacher(folder / "teacher", 0, family, shallow=False)
+        pairs = str(folder / "pairs")
         words = ["--teacher", teacher, "--prompts", prompts_file, "--out", pairs, *helpers.size(family)]
         helpers.collect(*words, "--count", "8", "--steps", "1")
         places[family] = (teacher, pairs)
