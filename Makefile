@@ -2,7 +2,8 @@
 # make seeds       its runs with three seeds, an hour of CPU: docs/results.json, docs/results.md
 # make demo-sd3    a four-step student of tiny-sd3, 6 minutes: report.json and samples/ in runs/demo-sd3
 # make demo-video  an eight-step student of tiny-cogvideox, 6 minutes: runs/demo-video
-# make test        ruff, and every test
+# make test        ruff, and the tests that are not slow
+# make test-slow   the slow ones: whole commands of every family, nodes, faults, networks of full size
 # make faults      kills, signals, full disks, damage, odd commands and files, half an hour; docs/tests.md
 # make mutations   how many careless changes of one line no test notices; docs/tests.md
 # make full-size   iterations of the real architectures with random weights, on a CPU with 24 GB; docs/memory.md
@@ -22,7 +23,7 @@ FROM_ADP = $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt $(SHORT
 	--warmup 60 --guidance 1.75 $(DISTIL)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo seeds demo-sd3 demo-video test faults mutations full-size
+.PHONY: setup demo seeds demo-sd3 demo-video test test-slow faults mutations full-size
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
@@ -75,10 +76,14 @@ demo-sd3 demo-video: setup
 		--out $(DEMO)/samples
 
 # files in their own order: by their number of tests the longest would come last, and one core would wait
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 faults: setup
 	$(PYTHON) tests/faults.py

@@ -168,6 +168,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_stage_of_the_other_families(tmp_path, monkeypatch, name):
     monkeypatch.setattr(support.run, "save_curves", lambda *_: None)

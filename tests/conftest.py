@@ -16,6 +16,10 @@ from tiny import shapes
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: seldom the first to fail; run by `make test-slow`")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cheap_curves():
     """Runs write words for their curves, whose drawing takes a third of a short run: test_smoke.py draws."""

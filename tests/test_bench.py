@@ -13,6 +13,8 @@ from support.errors import UserError
 from tools import bench
 from tools.measure import Watch, measure
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run_bench(tmp_path, monkeypatch, capsys):

@@ -49,7 +49,7 @@ RUNS = {
     "adm --ttur 2 --steps 2": Setting("adm", "sdxl", f"--ttur 2 --steps 2 {ADM}"),
     "dmd": Setting("adm", "sdxl", f"--loss dmd {ADM}"),
     "adm lora": Setting("adm", "sd3", LORA),
-    "adm lora fsdp": Setting("adm", "cogvideox", f"{LORA} --lr 1e-3", "--shard fsdp"),
+    "adm lora fsdp": Setting("adm", "cogvideox", f"{LORA} --lr 1e-3 --fake-lr 1e-3", "--shard fsdp"),
     "adm fsdp, accumulated, scored": Setting(
         "adm", "sd3", f"--ema 0.5 --eval-every 2 {ADM}", "--shard fsdp --batch 1 --accumulate 2"
     ),
@@ -182,6 +182,7 @@ def test_two_processes_lose_what_one_does(run_in_processes, run_alone, name):
     compare(run_alone(name), run_in_processes(2, name))
 
 
+@pytest.mark.slow
 def test_four_processes_lose_what_one_does(run_in_processes, run_alone):
     compare(run_alone("adm sdxl ddp"), run_in_processes(4, "adm sdxl ddp"))
 
@@ -192,6 +193,7 @@ def test_micro_batches_lose_what_one_batch_does(arguments_of, run_alone, tmp_pat
     compare(run_alone(name), tmp_path)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_do_what_they_do_uncompiled(arguments_of, run_alone, tmp_path, monkeypatch):
     """Traced as for the card's compiler, then run as they are: building kernels takes minutes."""
     traced = []
@@ -296,6 +298,7 @@ launch(lambda: adm.main({arguments!r}))
 """
 
 
+@pytest.mark.slow
 def test_two_torchruns_are_two_nodes(arguments_of, run_alone, tmp_path):
     command = [*arguments_of("dmd"), "--out", str(tmp_path / "two"), "--batch", "2"]
     script = tmp_path / "run.py"
@@ -406,6 +409,7 @@ adm.main({arguments!r})
 """
 
 
+@pytest.mark.slow
 def test_one_failing_process_ends_all_with_its_own_error(arguments_of, tmp_path):
     arguments = [*arguments_of("dmd"), "--out", str(tmp_path / "run"), "--iterations", "1000"]
     script = tmp_path / "failing.py"
@@ -435,6 +439,7 @@ def test_a_sharded_run_goes_on_in_any_number_of_processes(run_in_processes, whol
     compare(alone, zero1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_each_node_shares_for_itself(run_in_processes, whole, tmp_path, monkeypatch):
     """--shard hsdp on two nodes: of each weight a rank has half, not a quarter, and all learn from all
     samples."""

@@ -225,6 +225,7 @@ def read_results(folder):
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_and_an_interruption(teacher_folder, prompts_path, tmp_path, monkeypatch):
     """One process, two processes, and one that is stopped while it draws and again while it scores: the same
     bytes, and nothing twice."""

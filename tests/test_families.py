@@ -139,6 +139,7 @@ REAL = {  # name: (family, parameters, latents, condition, maps)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_denoisers(name):
     """Their published sizes, and the shapes at every tap at the default resolution."""
@@ -697,6 +698,7 @@ def test_a_missing_tokenizer_package_is_one_sentence(folders, monkeypatch):
         helpers.load_teacher(folders["cogvideox"], CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", common.TEACHERS)
 def test_the_real_pipelines_with_random_weights(name):
     """What the benchmark builds: text encoders of the widths that the real denoisers take."""

@@ -6,6 +6,8 @@ import pytest
 
 import faults
 
+pytestmark = pytest.mark.slow
+
 SHORT = {
     "kills": 2,
     "signals": 2,

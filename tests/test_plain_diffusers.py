@@ -13,6 +13,7 @@ import helpers
 import sample
 from tiny import train
 
+pytestmark = pytest.mark.slow
 RANK = 3
 IMPORTS = "import torch; from diffusers import DiffusionPipeline"
 # the exported folder's name: (family, parametrisation, steps, precision, resolution, frames), and the first

@@ -215,6 +215,7 @@ def test_nothing_of_attention_is_as_large_as_all_pairs():
     assert storages.peak < 20 * q.nbytes < 24 * 16384**2
 
 
+@pytest.mark.slow
 def test_real_activations_of_a_full_size_teacher():
     """They grow with the batch, and without checkpointing."""
     args = parse(adm, "--teacher", "sd3-medium", "--plan", 8, "--shard", "fsdp", "--batch", 2)

@@ -412,6 +412,7 @@ def test_a_signal_that_the_parent_ignores_ends_no_run(adm_arguments, tmp_path, m
     assert [line["step"] for line in helpers.read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(adm_arguments, tmp_path):
     """Told to stop between two checkpoints, the ranks leave one of the iteration that they were at."""
     run = tmp_path / "run"
