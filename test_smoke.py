@@ -132,6 +132,7 @@ def test_every_stage(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "grid.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_training_in_two_processes(tiny, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     source = f"--teacher {tiny}/teacher --prompts {ROOT}/prompts/shapes_train.txt"

@@ -50,24 +50,24 @@ def load_teacher(*args, **options):
     return loading.place(common.open_teacher(*args, **options))
 
 
-def make_teacher(folder, seed, family="sdxl", shallow=True):
-    """A tiny pipeline with random weights -> its folder. shallow: a transformer has fewer blocks than D could
-    have taps."""
+def make_teacher(folder, seed, family="sdxl"):
+    """A tiny pipeline with random weights -> its folder."""
     torch.manual_seed(seed)
-    pipe = train.FAMILIES[family]["build"]()
-    if shallow and hasattr(pipe, "transformer"):
-        pipe.transformer = make_shallow(pipe.transformer)
+    pipe = make_shallow(train.FAMILIES[family]["build"]())
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     return str(folder)
 
 
-def make_shallow(transformer):
-    """One with two or three blocks in place of four: a pass takes its time for modules, however small."""
-    config = dict(transformer.config)
-    for name, blocks in (("num_layers", 2), ("n_layers", 2), ("num_single_layers", 1)):
-        if name in config:
-            config[name] = blocks
-    return type(transformer).from_config(config)
+def make_shallow(pipe):
+    """The pipeline with a transformer, if it has one, of two or three blocks in place of four: a pass takes
+    its time for modules, however small."""
+    if hasattr(pipe, "transformer"):
+        config = dict(pipe.transformer.config)
+        for name, blocks in (("num_layers", 2), ("n_layers", 2), ("num_single_layers", 1)):
+            if name in config:
+                config[name] = blocks
+        pipe.transformer = type(pipe.transformer).from_config(config)
+    return pipe
 
 
 def size(family):

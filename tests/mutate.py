@@ -36,6 +36,7 @@ OF_FILES = {  # a file's or folder's, where they are others or come in another o
     "support/files.py": ["tests/test_errors.py"],
     "support/inputs.py": ["tests/test_errors.py", "tests/test_resume.py"],
     "support/outputs.py": ["tests/test_errors.py"],
+    "support/prompts.py": ["tests/test_prompts.py"],
     "support/lora_files.py": OF_CHECKPOINTS,
     "support/run.py": ["tests/test_resume.py", "tests/test_stopping.py", "tests/test_errors.py"],
     "teachers/": ["tests/test_families.py", *OF_THE_STAGES, "test_smoke.py"],
@@ -412,6 +413,14 @@ TABLE = {
         ("shards overlap", "range(k * args.shard_size, min(", "range(k * args.shard_size // 2, min("),
     ],
     "common.py": [
+        ("halvings by a video's frames", "min(shape[-2:]))) - 2", "min(shape[1:]))) - 2"),
+        (
+            "a student that forgets its guidance",
+            'guidance = meta["arguments"].get("student_guidance")',
+            "guidance = None",
+        ),
+        ("SDXL's pairs in twice the steps", "sampler_steps = 25", "sampler_steps = 50"),
+        ("SD3 guided as SDXL", "    guidance = 7.0", "    guidance = 5.0"),
         (
             "all parts are the first",
             "checkpoint(self._decode, part, use_reentrant=False)",
@@ -655,6 +664,7 @@ TABLE = {
         ("Qwen's null prompt empty", 'null_prompt = " "', 'null_prompt = ""'),
     ],
     "teachers/stable_diffusion.py": [
+        ("SD's times rounded", "timestep.float()", "timestep.to(self.dtype)"),
         ("zeros as Stable Diffusion's null", "null = Teacher.null", "null = SDXL.null"),
     ],
     "teachers/wan.py": [
@@ -664,6 +674,8 @@ TABLE = {
         ("Wan 5B as short as Wan 2.1", "own_frames = 121", "own_frames = 81"),
     ],
     "teachers/z_image.py": [
+        ("Z-Image's times rounded", "timestep.float()", "timestep.to(self.dtype)"),
+        ("Z-Image guided less", "    guidance = 6.0", "    guidance = 5.0"),
         ("Z-Image told sigma", "images, 1 - timestep.float() / T", "images, timestep.float() / T"),
         ("Z-Image's sign", "return -torch.stack(raw)", "return torch.stack(raw)"),
         ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
@@ -685,6 +697,11 @@ TABLE = {
         ("Wan's float32 parts in bf16", "and not kept.intersection(name", "and not set().intersection(name"),
     ],
     "metrics/images.py": [
+        (
+            "scored with the first prompts",
+            "prompts[first : first + chunk]), path)",
+            "prompts[:chunk]), path)",
+        ),
         (
             "every video is the first",
             "save_video(self.read_pixels(p, k), path, self.fps)",
@@ -717,9 +734,16 @@ TABLE = {
         ),
     ],
     "metrics/page.py": [
+        ("a page of the first prompt", '"a": embed(a, p)', '"a": embed(a, 0)'),
         ("a page of one system", '"b": embed(b, p)', '"b": embed(a, p)'),
     ],
     "metrics/plots.py": [
+        (
+            "a grid of the first prompt",
+            "images.read_pixels(p, size=size) for p",
+            "images.read_pixels(0, size=size) for p",
+        ),
+        ("a sheet of the first prompt", "images.read_frames(p)[0]", "images.read_frames(0)[0]"),
         (
             "a grid of one system",
             "torch.stack([images.read_pixels(p, size=size) for p",
@@ -752,6 +776,9 @@ TABLE = {
         ),
     ],
     "sample.py": [
+        ("the first prompts again", "some = [prompts[i] for i in numbers]", "some = prompts[: len(numbers)]"),
+        ("one seed for all", "numbers, [seed])[:, 0]", "numbers, args.seeds[:1])[:, 0]"),
+        ("systems side by side in turn", "torch.cat(drawn, dim=-1)", "torch.cat(drawn[::-1], dim=-1)"),
         (
             "noise repeats in every batch",
             "system.images(some, numbers, [seed])[:, 0]",
@@ -787,6 +814,9 @@ TABLE = {
         ("pairs of any size", "if tuple(shape) != teacher.latent_shape:", "if False:"),
     ],
     "support/parallel.py": [
+        ("a shard told 1000 for 999", "cast_forward_inputs=False", "cast_forward_inputs=True"),
+        ("gradients added up in bf16", "reduce_dtype=torch.float32", "reduce_dtype=dtype"),
+        ("a GPU by the rank of all nodes", 'os.environ.get("LOCAL_RANK", 0)', 'os.environ.get("RANK", 0)'),
         ("ranks that differ agree", "unique()) == 1", "unique()) > 0"),
         ("weights of one seed", "torch.manual_seed(seed)", "torch.manual_seed(0)"),
         ("gradients beside DDP's buckets", "p.grad = torch.zeros_like(p)", "p.grad = None"),
@@ -799,6 +829,7 @@ TABLE = {
         ("operations of one update", "ttur=updates)", "ttur=1)"),
     ],
     "tools/plan.py": [
+        ("hours of minutes", "args.iterations / 3600", "args.iterations / 60"),
         (
             "an average of an eighth",
             'rows["EMA of the student"] = (average, 0, 0)',
@@ -832,6 +863,7 @@ TABLE = {
         ("peft is looked for late", "if args.lora:", "if False:"),
     ],
     "support/run.py": [
+        ("Ctrl-C as a success", "if self.leaving and self.signal == signal.SIGINT:", "if False:"),
         ("no checkpoint by the clock", 'return share["late"] > 0', "return False"),
         ("minutes of a second", ">= 60 * self.args.save_minutes", ">= self.args.save_minutes"),
         ("encoders that come for each batch", "if teacher.offload:", "if False:"),
@@ -918,6 +950,11 @@ TABLE = {
         ),
     ],
     "support/training.py": [
+        (
+            "a student told its teacher's guidance",
+            'default = getattr(args, "guidance", family.guidance)',
+            "default = family.guidance",
+        ),
         (
             "no ZeRO beside fsdp",
             'shares_states = args.shard != "ddp"',
@@ -1038,6 +1075,15 @@ TABLE = {
             "pipe, teacher.lora, 0)",
         ),
         ("a LoRA file's error of layers alone", "missing += size", "missing += 0"),
+    ],
+    "metrics/vbench.py": [
+        ("VBench's best scene", '"scene": (0.0, 0.8222, 1)', '"scene": (0.0, 1.0, 1)'),
+    ],
+    "metrics/report.py": [
+        ("scores of the first images", "round_values(array[i].item())", "round_values(array[p].item())"),
+    ],
+    "support/prompts.py": [
+        ("Parquet's first column", "table.read([chosen]).column(0)", "table.read().column(0)"),
     ],
 }
 

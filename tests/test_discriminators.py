@@ -67,6 +67,18 @@ def test_a_head_is_the_papers():
     torch.testing.assert_close(head(maps), expected)
 
 
+def test_a_head_of_videos_shrinks_frame_by_frame():
+    """As often as a frame allows, of however few frames; then one convolution over the frames."""
+    maps = draw_normal(2, 12, 3, 16, 16)
+    head = common.Head(maps.shape[1:], width=64)
+    convolutions = [layer for layer in head.body if isinstance(layer, torch.nn.Conv3d)]
+    shapes = [(layer.kernel_size, layer.stride) for layer in convolutions]
+    assert shapes == [((1, 4, 4), (1, 2, 2))] * 2 + [((3, 3, 3), (1, 1, 1))]
+    first = convolutions[0]
+    expected = F.conv2d(maps[:, :, 1], first.weight[:, :, 0], first.bias, stride=2, padding=1)
+    torch.testing.assert_close(first(maps)[:, :, 1], expected)
+
+
 def test_heads_give_a_logit_a_map():
     maps = [draw_normal(2, 8, 16, 16), draw_normal(2, 20, 4, 4)]
     heads = common.Heads(maps, width=64)

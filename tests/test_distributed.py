@@ -348,6 +348,43 @@ def test_what_is_not_sharded_shares_its_optimisers_states(shard):
     assert isinstance(optimizer, ZeroRedundancyOptimizer) == (shard != "ddp")
 
 
+def test_a_share_of_a_network_runs_in_bf16_and_is_told_its_time_in_full():
+    """A time of 999 is 1000 in bf16."""
+
+    class Net(torch.nn.Module):
+        _no_split_modules = ()
+
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, x, t):
+            self.told = t.item()
+            self.used = self.layer.weight.dtype
+            return self.layer(x.to(self.used))
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        net = parallel.shard(Net(), SimpleNamespace(shard="fsdp"), torch.bfloat16)
+        net(torch.ones(1, 4), torch.tensor(999.0)).sum().backward()
+        state = net._get_fsdp_state()
+        assert (net.told, net.used) == (999, torch.bfloat16)
+        assert state._mp_policy.reduce_dtype == torch.float32
+        assert net.layer.weight.grad.dtype == torch.float32
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_rank_has_the_gpu_of_its_place_on_its_node(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parallel.own_device() == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", 1)]
+
+
 @pytest.mark.parametrize("numbers, same", (([5, 5, 5], True), ([4, 5, 6], False), ([5, 5, 6], False)))
 def test_every_rank_hears_whether_all_agree(monkeypatch, numbers, same):
     """Also the one whose number is the mean of them all."""

@@ -304,6 +304,9 @@ def test_folders_of_images(folders):
     assert good["steps"] is None
     assert bad["accuracy"] == pytest.approx(1 / 3, abs=1e-4)
     assert bad["ci"]["accuracy"] == [0, 1]
+    lines = [json.loads(line) for line in (folders / "out/bad/scores.jsonl").read_text().splitlines()]
+    assert [line["accuracy"] for line in lines] == [1, 1, 0, 0, 0, 0]
+    assert [(line["prompt"], line["file"]) for line in lines[1:3]] == [(0, "0000-1.png"), (1, "0001-0.png")]
     assert "paper" not in (folders / "out/table.md").read_text()
     plots = ["bars.png", "differences.png", "grid.png", "best-and-worst-good.png", "best-and-worst-bad.png"]
     for name in plots:

@@ -468,17 +468,19 @@ def test_a_missing_package_is_named_before_anything_is_drawn(tmp_path, monkeypat
 
 @pytest.fixture
 def greys(tmp_path):
-    """Two systems with two samples of one prompt, videos of three frames: each system, sample and frame has a
-    grey of its own, 100 s + 50 k + 10 (frame + 1)."""
+    """Two systems with two samples of two prompts, videos of three frames: each system, sample, prompt and
+    frame has a grey of its own, 100 s + 50 k + 4 p + 10 (frame + 1)."""
     systems = []
     for s in (0, 1):
-        paths = []
-        for k in (0, 1):
-            values = np.repeat(np.array([10, 20, 30], np.uint8) + 50 * k + 100 * s, 16)
-            pixels = np.broadcast_to(values[:, None, None], (48, 16, 3))
-            paths.append(str(tmp_path / f"{s}-{k}.png"))
-            Image.fromarray(np.ascontiguousarray(pixels)).save(paths[-1])
-        images = Images(f"s{s}", str(tmp_path / f"s{s}"), [paths], {})
+        files = []
+        for p in (0, 1):
+            files.append([])
+            for k in (0, 1):
+                values = np.repeat(np.array([10, 20, 30], np.uint8) + 4 * p + 50 * k + 100 * s, 16)
+                pixels = np.broadcast_to(values[:, None, None], (48, 16, 3))
+                files[p].append(str(tmp_path / f"{s}-{p}-{k}.png"))
+                Image.fromarray(np.ascontiguousarray(pixels)).save(files[p][k])
+        images = Images(f"s{s}", str(tmp_path / f"s{s}"), files, {})
         images.frames, images.fps = 3, 8
         systems.append(images)
     return systems
@@ -501,25 +503,29 @@ def test_every_sample_is_a_video_of_its_own(greys, monkeypatch):
 
     monkeypatch.setattr("metrics.images.save_video", save_video)
     greys[0].write_videos()
-    assert means == [20, 70]
+    assert means == [20, 70, 24, 74]
 
 
 def test_a_page_shows_both_systems(greys, tmp_path):
-    save_page(*greys, {"s0": {}, "s1": {}}, ["a"], str(tmp_path / "page.html"))
+    save_page(*greys, {"s0": {}, "s1": {}}, ["a", "b"], str(tmp_path / "page.html"))
     text = (tmp_path / "page.html").read_text()
-    (shown,) = json.loads(re.search(r"const pages = (\[.*?\]), names", text)[1])
-    for side, wanted in (("a", 10), ("b", 110)):
-        picture = base64.b64decode(shown[side].split(",")[1])
-        assert abs(read_grey(Image.open(io.BytesIO(picture))) - wanted) < 3
+    pages = json.loads(re.search(r"const pages = (\[.*?\]), names", text)[1])
+    shown = []
+    for page in pages:
+        for side in ("a", "b"):
+            picture = base64.b64decode(page[side].split(",")[1])
+            shown.append(read_grey(Image.open(io.BytesIO(picture))))
+    assert shown == pytest.approx([10, 110, 14, 114], abs=1)
 
 
-def test_a_grid_has_a_row_for_every_system(greys, monkeypatch):
-    rows = []
+def test_a_grid_has_a_row_for_every_system_and_a_column_for_every_prompt(greys, monkeypatch):
+    grids = []
     for images in greys:
         images.frames = 1
-    monkeypatch.setattr(plots, "save_labelled_grid", lambda grid, *rest: rows.extend(grid.mean((1, 2, 3, 4))))
-    plots.save_examples({images.name: images for images in greys}, ["a"], "x")
-    assert [round(float(row + 1) * 127.5) for row in rows] == [20, 120]
+    monkeypatch.setattr(plots, "save_labelled_grid", lambda grid, *rest: grids.append(grid))
+    plots.save_examples({images.name: images for images in greys}, ["a", "b"], "x")
+    means = (grids[0].mean((2, 3, 4)) + 1) * 127.5
+    assert means.round().tolist() == [[20, 24], [120, 124]]
 
 
 def test_differences_are_a_systems_minus_the_references(monkeypatch):
@@ -532,7 +538,8 @@ def test_differences_are_a_systems_minus_the_references(monkeypatch):
 def test_the_best_prompts_come_before_the_worst(greys, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    greys[0].files = greys[0].files * 4
+    greys[0].files = greys[0].files + greys[1].files  # of greys 10, 14, 110, 114
     plots.save_sheet(greys[0], "clip", np.arange(4.0), list("abcd"), "x")
     titles = [axes.get_title().split("\n")[0] for axes in figures[0].axes]
     assert titles == ["clip 3.000", "clip 2.000", "clip 0.000", "clip 1.000"]
+    assert [axes.images[0].get_array().mean() for axes in figures[0].axes] == [114, 110, 10, 14]

@@ -318,6 +318,28 @@ class Counting:
         return {"number": np.full(prepared.shape[:2], 7.0).flatten()}
 
 
+def test_each_picture_is_scored_with_its_own_prompt(tmp_path, monkeypatch):
+    """In the second chunk, too."""
+    seen = []
+
+    class Scorer:
+        description = "greys"
+
+        def prepare(self, image):
+            return torch.tensor([image.getpixel((0, 0))[0]])
+
+        def score(self, prepared, prompts):
+            seen.append((prompts, prepared.flatten().tolist()))
+            return {"grey": np.zeros(len(prompts))}
+
+    for p in range(3):
+        Image.new("RGB", (4, 4), (p, p, p)).save(tmp_path / f"{p}.png")
+    monkeypatch.setattr("metrics.images.CHUNK", 2)
+    files = [[str(tmp_path / f"{p}.png")] for p in range(3)]
+    Images("x", str(tmp_path / "x"), files, {}).score("grey", Scorer(), ["a", "b", "c"], 0)
+    assert seen == [(["a", "b"], [0, 1]), (["c"], [2])]
+
+
 def test_damaged_scores_are_made_again(drawn, tmp_path):
     images = find_images("x", str(tmp_path), str(drawn[1]), PROMPTS)
     images.prepare_folder()
@@ -411,19 +433,37 @@ def test_a_table_is_drawn_from_its_first_seed_on():
     assert drawn == [[5, 6]]
 
 
-def test_a_sample_has_the_noise_of_its_prompts_number(monkeypatch):
-    """In the second batch, too."""
-    drawn = []
+def test_a_file_has_its_own_prompt_noise_and_systems(monkeypatch):
+    """In the second batch, too; and the grid has all of them in order, a row a prompt."""
+    saved, grids = {}, []
 
-    def images(prompts, numbers, seeds):
-        drawn.append(list(numbers))
-        return torch.zeros(len(prompts), 1, 3, 4, 4)
+    def mix(prompt, i, seed):
+        return 100 * ord(prompt) + 10 * i + seed
 
-    monkeypatch.setattr(sample, "save_sample", lambda *arguments: None)
-    monkeypatch.setattr(sample, "save_grid", lambda *arguments: None)
-    system = SimpleNamespace(teacher=SimpleNamespace(video=False), images=images)
-    sample.draw(SimpleNamespace(batch=2, seeds=[0], out=""), [system], ["a", "b", "c"])
-    assert drawn == [[0, 1], [2]]
+    def make_system(number):
+        def images(prompts, numbers, seeds):
+            (seed,) = seeds
+            values = [1000 * number + mix(prompt, i, seed) for prompt, i in zip(prompts, numbers)]
+            return torch.tensor(values).view(len(prompts), 1, 1, 1, 1)
+
+        return SimpleNamespace(teacher=SimpleNamespace(video=False), images=images)
+
+    def note(args, teacher, pixels, path):
+        saved[path] = pixels.flatten().tolist()
+
+    monkeypatch.setattr(sample, "save_sample", note)
+    monkeypatch.setattr(sample, "save_grid", lambda pixels, path, columns: grids.append((pixels, columns)))
+    prompts = ["a", "b", "c"]
+    sample.draw(SimpleNamespace(batch=2, seeds=[0, 7], out=""), [make_system(1), make_system(2)], prompts)
+    expected = {}
+    for i, prompt in enumerate(prompts):
+        for seed in (0, 7):
+            own = mix(prompt, i, seed)
+            expected[f"{i:04d}-{seed}"] = [1000 + own, 2000 + own]
+    assert saved == expected
+    ((grid, columns),) = grids
+    assert grid.flatten(1).tolist() == list(expected.values())
+    assert columns == 2
 
 
 @pytest.mark.parametrize("given, wanted", ((None, 8), (24, 24)))

@@ -35,7 +35,7 @@ def places(tmp_path_factory, prompts_file, pairs_folder, teacher_folder):
     families = {family for family, _ in ADM_CASES + ADP_CASES}
     for family in sorted(families - {"sdxl"}):
         folder = tmp_path_factory.mktemp(family)
-        teacher = helpers.make_teacher(folder / "teacher", 0, family, shallow=False)
+        teacher = helpers.make_teacher(folder / "teacher", 0, family)
         pairs = str(folder / "pairs")
         words = ["--teacher", teacher, "--prompts", prompts_file, "--out", pairs, *helpers.size(family)]
         helpers.collect(*words, "--count", "8", "--steps", "1")
@@ -206,10 +206,16 @@ def test_a_student_that_goes_on_is_told_the_same_guidance(places, prompts_file, 
     words = ["--teacher", places["flux"][0], *helpers.size("flux"), "--prompts", prompts_file]
     teacher = common.load_teacher_from(helpers.training_arguments("adm", words), CPU)
     student = helpers.save_checkpoint(tmp_path / "student", teacher)  # told 2
+    assert common.load_student(student, teacher)[1].guidance == 2
     method = helpers.make_method(adm, [*words, "--init", student, *options.split()])
     assert method.student.guidance == guidance
     assert method.teacher.student_guidance == guidance
     assert method.args.student_guidance == guidance
+
+
+def test_a_student_is_told_the_guidance_that_it_learns_from(places, prompts_file):
+    words = ["--teacher", places["flux"][0], *helpers.size("flux"), "--prompts", prompts_file]
+    assert helpers.make_method(adm, [*words, "--guidance", "5"]).student.guidance == 5
 
 
 @pytest.mark.parametrize("stage, options", ((adm, "--warmup 1"), (adp, "--warmup 1 --lambda-pixel 0")))

@@ -618,6 +618,30 @@ def test_vbenchs_summary():
     assert summarise(best) == {}
 
 
+def test_vbenchs_summary_is_the_leaderboards():
+    """CogVideoX-5B's row of it: total, quality and semantic score of these dimensions."""
+    dimensions = {
+        "subject_consistency": 0.9623,
+        "background_consistency": 0.9652,
+        "temporal_flickering": 0.9866,
+        "motion_smoothness": 0.9692,
+        "dynamic_degree": 0.7097,
+        "aesthetic_quality": 0.6198,
+        "imaging_quality": 0.6290,
+        "object_class": 0.8523,
+        "multiple_objects": 0.6211,
+        "human_action": 0.9940,
+        "color": 0.8281,
+        "spatial_relationship": 0.6635,
+        "scene": 0.5320,
+        "appearance_style": 0.2491,
+        "temporal_style": 0.2538,
+        "overall_consistency": 0.2759,
+    }
+    expected = {"total": 81.61, "quality": 82.75, "semantic": 77.04}
+    assert summarise(dimensions) == pytest.approx(expected, abs=0.01)
+
+
 def test_vbenchs_table_has_the_papers_rows():
     scores = {"total": 80.5, "quality": 81.0, "semantic": 78.5, "color": 0.9}
     rows = [{"system": "mine", "steps": 8, "nfe": 8, "vbench": scores}]

@@ -1,6 +1,7 @@
 """--plan: the published sizes, what fits, and the memory of a run that really happens."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tools.plan import (
     count_checkpoint,
     count_states,
     describe_fit,
+    describe_time,
     list_smaller_options,
     measure_activations,
     print_plan,
@@ -125,6 +127,13 @@ def test_what_is_printed(capsys, teacher_folder):
     assert "an iteration makes 5 full and 4 partial forward passes" in out
     assert "fits 80 GB" in out
     assert " s at 200 TFLOP/s, and for --iterations 10000 " in out
+
+
+def test_hours_are_of_all_iterations_and_gpu_hours_of_all_gpus():
+    args = SimpleNamespace(iterations=1000, plan=8)
+    networks = SimpleNamespace(count_flops=lambda args: 720e12)
+    expected = "720 TFLOP an iteration: 3.6 s at 200 TFLOP/s, and for --iterations 1000 1 hours, 8 GPU hours"
+    assert describe_time(args, networks) == expected
 
 
 def test_operations_are_those_that_torch_counts(teacher_folder):

@@ -450,6 +450,20 @@ def test_a_signal_during_a_checkpoint_asks_for_no_second_one(dmd, tmp_path, monk
     assert find_checkpoint(str(tmp_path / "run"))[1]["step"] == 2
 
 
+def test_what_ctrl_c_ended_did_not_succeed(dmd, tmp_path, monkeypatch):
+    """A shell does not go on with the next command; the checkpoint is there."""
+    log = runs.Run.log
+
+    def log_and_hear(run, step):
+        log(run, step)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runs.Run, "log", log_and_hear)
+    with pytest.raises(KeyboardInterrupt):
+        adm.main(dmd(tmp_path / "run", "--iterations 4"))
+    assert find_checkpoint(str(tmp_path / "run"))[1]["step"] == 1
+
+
 def test_a_checkpoint_is_due_by_the_clock_too(dmd, tmp_path):
     """An iteration of a video takes minutes, and --save-every of them days."""
     for minutes, kept in ((1e-9, [1, 2, 3]), (60, [3])):
