@@ -21,7 +21,7 @@ from support import loading
 from support.backbones import PixelBackbone  # noqa: F401  one of the method's parts
 from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
-from support.errors import UserError
+from support.errors import UserError, note
 from support.hub import TEACHERS
 from support.inputs import check_inputs, find_start
 from support.lora import make_adapted
@@ -615,6 +615,8 @@ def open_teacher_from(args, device):
     if negative is not None:
         teacher.check([negative])
         teacher.null_prompt = negative
+        if args.guidance is not None and args.guidance <= 1:
+            note("--negative-prompt: of no effect without a --guidance above 1")
     args.batch = args.batch or teacher.batch
     return teacher
 

@@ -16,7 +16,13 @@ from support.parallel import is_main
 INTERRUPTED = 130  # the exit code of Ctrl-C
 SEE_PLAN = ", or see what --plan says of --shard and --lora"
 # what a command can do beside a smaller batch where a GPU's memory is full
-MEMORY_ADVICE = {"adp.py": SEE_PLAN, "adm.py": SEE_PLAN, "evaluate.py": ", or give fewer metrics"}
+MEMORY_ADVICE = {
+    "adp.py": SEE_PLAN,
+    "adm.py": SEE_PLAN,
+    "sample.py": ", or give --offload",
+    "collect_ode.py": ", or give --offload",
+    "evaluate.py": ", give --offload, or fewer metrics",
+}
 
 
 class UserError(Exception):
@@ -115,6 +121,13 @@ def explain(error):
 def is_out_of_memory(error):
     """Whether an error says that the machine's memory, not a GPU's, is too small."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def is_of_machine(error):
+    """Whether an error is of a GPU, a memory or a connection, and not of what was to be computed."""
+    kinds = (torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError)
+    is_known = isinstance(error, kinds) or is_out_of_memory(error) or is_lost_connection(error)
+    return is_known or str(error).startswith("CUDA error")
 
 
 def is_lost_connection(error):

@@ -51,6 +51,8 @@ def find_start(args, part=None):
     if not getattr(args, "init", None):
         return None
     own = find_newest(args.out, part) if args.resume else None
+    if not agree(own is not None):
+        raise UserError(f"{args.out} is not the same on all nodes: give an --out that they share")
     folder, meta = own or find_checkpoint(args.init, part)
     if not agree(meta["step"]):
         raise UserError(f"{folder} is not the newest on all nodes: give --init a step_... folder")

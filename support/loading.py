@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import logging
 import os
 import re
 import textwrap
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 
 from support.configs import check_configs, choose_classes, describe_sampler
-from support.errors import UserError, is_out_of_memory, note
+from support.errors import UserError, is_of_machine, note
 from support.hub import is_hub_id, is_offline
 from support.offload import InTurn, at_work, decode_in_tiles
+from support.parallel import list_float32_parts
 from support.tensors import is_finite
 
 # What files may have beside a network's own weights: tables that it computes, and parts that its class
@@ -93,6 +95,9 @@ def load_pipeline(name, path, dtype, variant=None):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     teacher = read_teacher(name, path)
+    pipeline = getattr(diffusers, teacher.pipeline)
+    # else it tells of each text that is too long, on every rank
+    diffusers.utils.logging.get_logger(pipeline.__module__).setLevel(logging.ERROR)
     folder = fetch_folder(name, path, variant)
     if variant and not any(variant in list_variants(os.path.join(folder, part)) for part in teacher.classes):
         raise UserError(f"the teacher {name!r} has no weights of --variant {variant}")
@@ -107,7 +112,7 @@ def load_pipeline(name, path, dtype, variant=None):
             f"the pipeline of {name} samples with {other}; as a teacher it takes DDIM's steps (a flow: "
             "Euler's) along the same schedule"
         )
-    return assemble(getattr(diffusers, teacher.pipeline), parts, teacher.switches), folder
+    return assemble(pipeline, parts, teacher.switches), folder
 
 
 def assemble(pipeline, parts, switches):
@@ -258,9 +263,9 @@ def list_networks(pipe):
 def lower_precision(net, dtype):
     """A float32 network in another precision, as from_pretrained would have read it: some parts of Wan's
     stay in float32, and so does what no file has, tables of positions."""
-    kept = set(net._keep_in_fp32_modules or ())
+    kept = list_float32_parts(net)
     for name, weight in net.state_dict(keep_vars=True).items():
-        if weight.is_floating_point() and not kept.intersection(name.split(".")):
+        if weight.is_floating_point() and name not in kept:
             weight.data = weight.data.to(dtype)
     return net
 
@@ -291,7 +296,7 @@ def try_out(teacher):
         with at_work(teacher, teacher.denoiser):
             raw = teacher.raw(teacher.denoiser, x, t, cond)
     except Exception as error:  # of many kinds, as parts can misfit in many ways
-        if isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error):
+        if is_of_machine(error):
             raise
         reason = shorten(error)
         raise UserError(f"the parts of the teacher {teacher.path} do not fit together: {reason}") from error

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import functools
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,8 @@ def own_device():
     """This rank's GPU, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    place = read_number("LOCAL_RANK", rank() % torch.cuda.device_count())  # srun sets none
+    device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     return device
 
@@ -154,10 +156,15 @@ def shard(net, args, dtype):
     alike (FSDP2), and a block is put together, in `dtype`, while it is used; with hsdp the ranks of a node
     share, and each node has all. In place."""
     if shares_weights(args) and dist.is_initialized():
-        # inputs stay as they are: a timestep of 999 is 1000 in bf16
+        kept = set(list_float32_parts(net).values())
         policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # a timestep of 999 is 1000 in bf16
+            param_dtype_override_fn=lambda p: p.dtype if p in kept else None,
         )
+        # of a block that returns a slice, as FLUX's do; nobody changes it in place
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
         mesh = lay_out_nodes() if args.shard == "hsdp" else None
         for module in (*reversed(find_blocks(net)), net):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -184,6 +191,14 @@ def find_blocks(net):
         return any(kind.__name__ in net._no_split_modules for kind in type(module).__mro__)
 
     return [module for module in net.modules() if stays_whole(module)]
+
+
+def list_float32_parts(net):
+    """{name: weight} of those that diffusers leaves in float32 where it reads the others in bf16, as Wan's
+    tables."""
+    kept = set(net._keep_in_fp32_modules or ())
+    weights = net.state_dict(keep_vars=True)
+    return {name: weight for name, weight in weights.items() if kept.intersection(name.split("."))}
 
 
 def find_linear_layers(net):
@@ -227,6 +242,8 @@ def freeze_named(net, parts):
 def sync_gradients(net, now):
     """Inside, a backward pass of `net` exchanges gradients over the ranks if `now`, else it only adds them
     up."""
+    if isinstance(net, FSDPModule):
+        net.set_requires_all_reduce(now)  # --shard hsdp: between nodes; each rank adds up its share meanwhile
     waits = is_in_ddp(net) and not now
     with net.no_sync() if waits else contextlib.nullcontext():
         yield

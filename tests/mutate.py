@@ -32,8 +32,9 @@ OF_FILES = {  # a file's or folder's, where they are others or come in another o
     "tools/plan.py": ["tests/test_plan.py"],
     "tools/trace.py": ["tests/test_plan.py"],
     "support/checkpoints.py": OF_CHECKPOINTS,
-    "support/errors.py": ["tests/test_errors.py"],
+    "support/errors.py": ["tests/test_errors.py", "tests/test_teachers.py"],
     "support/files.py": ["tests/test_errors.py"],
+    "support/loading.py": ["tests/test_teachers.py", *OF_THE_PARTS, *OF_THE_STAGES],
     "support/inputs.py": ["tests/test_errors.py", "tests/test_resume.py"],
     "support/outputs.py": ["tests/test_errors.py"],
     "support/prompts.py": ["tests/test_prompts.py"],
@@ -694,7 +695,8 @@ TABLE = {
         ("a fingerprint of some weights alone", "in net.parameters():", "in list(net.parameters())[::99]:"),
     ],
     "support/loading.py": [
-        ("Wan's float32 parts in bf16", "and not kept.intersection(name", "and not set().intersection(name"),
+        ("pipelines tell of long texts", "setLevel(logging.ERROR)", "setLevel(logging.WARNING)"),
+        ("Wan's float32 parts in bf16", " and name not in kept", ""),
     ],
     "metrics/images.py": [
         (
@@ -814,6 +816,14 @@ TABLE = {
         ("pairs of any size", "if tuple(shape) != teacher.latent_shape:", "if False:"),
     ],
     "support/parallel.py": [
+        (
+            "Wan's tables in bf16",
+            "param_dtype_override_fn=lambda p: p.dtype if p in kept else None,",
+            "",
+        ),
+        ("an alarm for FLUX's blocks", 'warnings.filterwarnings("ignore", r"FSDP2', 'str(r"FSDP2'),
+        ("nodes exchange each micro-batch", "set_requires_all_reduce(now)", "set_requires_all_reduce(True)"),
+        ("srun's ranks on one GPU", "rank() % torch.cuda.device_count())", "0)"),
         ("a shard told 1000 for 999", "cast_forward_inputs=False", "cast_forward_inputs=True"),
         ("gradients added up in bf16", "reduce_dtype=torch.float32", "reduce_dtype=dtype"),
         ("a GPU by the rank of all nodes", 'os.environ.get("LOCAL_RANK", 0)', 'os.environ.get("RANK", 0)'),
@@ -837,6 +847,9 @@ TABLE = {
         ),
     ],
     "support/errors.py": [
+        ("cuBLAS's errors as the teacher's", ' or str(error).startswith("CUDA error")', ""),
+        ("a GPU's errors as the teacher's", "torch.AcceleratorError, dist", "dist"),
+        ("NCCL's errors as the teacher's", ", dist.DistError)", ")"),
         ("a rank as large as the world", "int(given[0]) < int(given[1])", "int(given[0]) <= int(given[1])"),
         (
             "a note to a dead terminal ends a run",
@@ -856,6 +869,7 @@ TABLE = {
         ("results within a pipeline", 'os.path.exists(f"{place}/model_index.json")', "False"),
     ],
     "support/inputs.py": [
+        ("a node without the run", "if not agree(own is not None):", "if False:"),
         ("an adapter of any rank goes on", "if args.lora and kind !=", "if not args.lora and kind !="),
         ("ranks start from what each finds", 'if not agree(meta["step"]):', "if False:"),
         ("a run that goes on wants --init", "= own or find", "= find"),

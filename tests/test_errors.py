@@ -450,6 +450,7 @@ def test_a_full_gpu_is_told_options_that_the_script_has(monkeypatch, script):
     says = explain(torch.OutOfMemoryError("CUDA out of memory"))
     assert ("--plan" in says) == (script in ("adp.py", "adm.py"))
     assert ("metrics" in says) == (script == "evaluate.py")
+    assert ("--offload" in says) == (script in ("sample.py", "collect_ode.py", "evaluate.py"))
 
 
 def test_a_wrong_option_is_said_by_the_main_rank_even_if_it_is_late(monkeypatch, capfd):

@@ -77,6 +77,13 @@ def test_results_say_what_their_negative_prompt_was(
     assert (tmp_path / "other" / "0000-0.png").read_bytes() != first
 
 
+@pytest.mark.parametrize("guidance, is_idle", (("1", True), ("1.5", False)))
+def test_without_guidance_it_says_nothing(teacher_folder, capsys, guidance, is_idle):
+    words = ["--teacher", teacher_folder, "--negative-prompt", TEXT, "--guidance", guidance]
+    common.load_teacher_from(helpers.training_arguments("adm", words), CPU)
+    assert ("of no effect without a --guidance above 1" in capsys.readouterr().err) == is_idle
+
+
 def test_a_teacher_without_a_second_pass_takes_none(tmp_path):
     folder = helpers.make_teacher(tmp_path, 0, "flux")
     args = helpers.training_arguments("adm", ["--teacher", folder, "--negative-prompt", TEXT])

@@ -491,9 +491,16 @@ def test_a_checkpoint_that_cannot_be_removed_ends_no_run(dmd, tmp_path, monkeypa
 
 def test_ranks_that_would_start_from_two_checkpoints_stop(finished, dmd, tmp_path, monkeypatch):
     """As where the run of --init still trains."""
-    monkeypatch.setattr(inputs, "agree", lambda step: False)
+    monkeypatch.setattr(inputs, "agree", lambda step: step is False)  # neither has a run that goes on
     with pytest.raises(UserError, match="is not the newest on all nodes: give --init a step_... folder"):
         adm.main(dmd(tmp_path / "run", f"--init {finished}"))
+
+
+def test_a_node_that_has_not_the_run_that_goes_on_stops_with_it(finished, dmd, tmp_path, monkeypatch):
+    """Its --out is a folder of its own."""
+    monkeypatch.setattr(inputs, "agree", lambda found: False)
+    with pytest.raises(UserError, match="is not the same on all nodes: give an --out that they share"):
+        adm.main(dmd(tmp_path / "run", f"--init {finished} --resume"))
 
 
 def test_only_the_newest_checkpoints_are_kept(adm_arguments, tmp_path):

@@ -383,3 +383,31 @@ def test_a_fingerprint_is_of_the_schedule_too(teacher):
     config = teacher.pipe.scheduler.config
     other = diffusers.DDIMScheduler.from_config(config, prediction_type="v_prediction")
     assert compute_fingerprint(teacher.denoiser, other) != teacher.fingerprint
+
+
+MACHINES_ERRORS = (
+    torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    torch.distributed.DistBackendError("NCCL error: unhandled system error"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+)
+
+
+@pytest.mark.parametrize("error", MACHINES_ERRORS, ids=[type(error).__name__ for error in MACHINES_ERRORS])
+def test_a_broken_machine_is_no_fault_of_the_teachers(teacher_folder, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(common.find_family("StableDiffusionXLPipeline"), "call", fail)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        helpers.load_teacher(teacher_folder, helpers.CPU)
+
+
+@pytest.mark.parametrize("family", ("sd3", "cogvideox", "flux"))
+def test_prompts_that_are_too_long_flood_no_log(tmp_path, capsys, family):
+    """Their pipelines would tell of each, on every rank."""
+    words = ["--teacher", helpers.make_teacher(tmp_path, 0, family), *helpers.size(family)]
+    teacher = common.load_teacher_from(helpers.training_arguments("adm", words), helpers.CPU)
+    capsys.readouterr()
+    teacher.encode(["a small red circle " * 200])
+    assert capsys.readouterr().err == ""
