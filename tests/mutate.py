@@ -826,7 +826,7 @@ TABLE = {
         ("srun's ranks on one GPU", "rank() % torch.cuda.device_count())", "0)"),
         ("a shard told 1000 for 999", "cast_forward_inputs=False", "cast_forward_inputs=True"),
         ("gradients added up in bf16", "reduce_dtype=torch.float32", "reduce_dtype=dtype"),
-        ("a GPU by the rank of all nodes", 'os.environ.get("LOCAL_RANK", 0)', 'os.environ.get("RANK", 0)'),
+        ("a GPU by the rank of all nodes", 'read_number("LOCAL_RANK"', 'read_number("RANK"'),
         ("ranks that differ agree", "unique()) == 1", "unique()) > 0"),
         ("weights of one seed", "torch.manual_seed(seed)", "torch.manual_seed(0)"),
         ("gradients beside DDP's buckets", "p.grad = torch.zeros_like(p)", "p.grad = None"),

@@ -1,6 +1,7 @@
 """Odd teachers: each computes what its own pipeline does, or is refused in one sentence that says why."""
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -386,7 +387,7 @@ def test_a_fingerprint_is_of_the_schedule_too(teacher):
 
 
 MACHINES_ERRORS = (
-    torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+    torch.AcceleratorError("HIP error: no kernel image is available for execution on the device"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     torch.distributed.DistBackendError("NCCL error: unhandled system error"),
     torch.OutOfMemoryError("CUDA out of memory"),
@@ -404,10 +405,13 @@ def test_a_broken_machine_is_no_fault_of_the_teachers(teacher_folder, monkeypatc
 
 
 @pytest.mark.parametrize("family", ("sd3", "cogvideox", "flux"))
-def test_prompts_that_are_too_long_flood_no_log(tmp_path, capsys, family):
+def test_prompts_that_are_too_long_flood_no_log(tmp_path, monkeypatch, family):
     """Their pipelines would tell of each, on every rank."""
     words = ["--teacher", helpers.make_teacher(tmp_path, 0, family), *helpers.size(family)]
     teacher = common.load_teacher_from(helpers.training_arguments("adm", words), helpers.CPU)
-    capsys.readouterr()
+    told = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", told.append)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [handler])
     teacher.encode(["a small red circle " * 200])
-    assert capsys.readouterr().err == ""
+    assert not told
