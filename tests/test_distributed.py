@@ -184,6 +184,17 @@ def test_two_processes_lose_what_one_does(run_in_processes, run_alone, name):
 
 
 @pytest.mark.slow
+def test_two_processes_in_bf16_lose_about_what_one_does(arguments_of, tmp_path):
+    """Of Wan's weights some are in bf16 and some in float32, in one exchange."""
+    words = [*arguments_of("adm wan fsdp"), "--precision", "bf16"]
+    adm.main([*words, "--out", str(tmp_path / "one"), "--batch", "4"])
+    run_ranks("adm", [*words, "--out", str(tmp_path / "two"), "--batch", "2", "--shard", "fsdp"], 2, tmp_path)
+    (one,), (two,) = (helpers.read_metrics(tmp_path / name) for name in ("one", "two"))
+    for name in ("loss_f", "norm_f", "dmd_loss", "std", "norm_G", "loss_D", "norm_D"):
+        assert two[name] == pytest.approx(one[name], rel=0.05), name
+
+
+@pytest.mark.slow
 def test_four_processes_lose_what_one_does(run_in_processes, run_alone):
     compare(run_alone("adm sdxl ddp"), run_in_processes(4, "adm sdxl ddp"))
 
