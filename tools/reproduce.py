@@ -148,6 +148,7 @@ TABLES = {
     "equal": (("adp", "dmd-150", "dmdx"), EVALUATE),
     "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860"), EVALUATE),
     "5000": (("adp", "dmd-1500", "bare-1100", "dmd-5000", "bare-3650"), EVALUATE),
+    "5000-anew": (("adp", "dmd-5000", "bare-3650"), EVALUATE),  # of a start made anew
     "variants": (
         (
             *("dmdx-600", "raven", "small-dt", "default-penalty", "weak-penalty"),
