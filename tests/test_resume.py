@@ -459,8 +459,13 @@ def test_what_ctrl_c_ended_did_not_succeed(dmd, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(runs.Run, "log", log_and_hear)
-    with pytest.raises(KeyboardInterrupt):
-        adm.main(dmd(tmp_path / "run", "--iterations 4"))
+    # a shell that began this in the background had it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            adm.main(dmd(tmp_path / "run", "--iterations 4"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert find_checkpoint(str(tmp_path / "run"))[1]["step"] == 1
 
 
