@@ -44,6 +44,13 @@ def is_stream(path):
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
+def check_that_nodes_share(out, found):
+    """UserError where the ranks have found different things, a number each, in the folder `out`. All call
+    it."""
+    if not agree(found):
+        raise UserError(f"{out} is not the same on all nodes: give an --out that they share")
+
+
 def find_start(args, part=None):
     """(step folder, meta) of the checkpoint that training starts from: the newest of a run that goes on, as
     --init may be gone by then, else that of --init. None is the teacher. `part`: as find_checkpoint has
@@ -51,8 +58,7 @@ def find_start(args, part=None):
     if not getattr(args, "init", None):
         return None
     own = find_newest(args.out, part) if args.resume else None
-    if not agree(own is not None):
-        raise UserError(f"{args.out} is not the same on all nodes: give an --out that they share")
+    check_that_nodes_share(args.out, own is not None)
     folder, meta = own or find_checkpoint(args.init, part)
     if not agree(meta["step"]):
         raise UserError(f"{folder} is not the newest on all nodes: give --init a step_... folder")

@@ -43,14 +43,13 @@ from support.files import (
     write_atomically,
     write_sealed,
 )
-from support.inputs import check_that_no_run_is_there
+from support.inputs import check_that_no_run_is_there, check_that_nodes_share
 from support.loading import describe_teacher
 from support.lora import Adapted
 from support.lora_files import save_adapter
 from support.media import save_curves, save_grid, save_video
 from support.pairs import identify
 from support.parallel import (
-    agree,
     average,
     gather,
     gather_zero1,
@@ -154,8 +153,7 @@ class Run:
         if self.held_out:
             best_folder, self.best = find_best(self.folder, self.held_out.identity, self.start)
         # this waits for all, too: every rank has looked before the main one writes
-        if not agree(self.start):
-            raise UserError(f"{self.folder} is not the same on all nodes: give an --out that they share")
+        check_that_nodes_share(self.folder, self.start)
         make_folder(os.path.join(self.folder, "samples"))
         if is_main():
             self._tidy()

@@ -869,7 +869,7 @@ TABLE = {
         ("results within a pipeline", 'os.path.exists(f"{place}/model_index.json")', "False"),
     ],
     "support/inputs.py": [
-        ("a node without the run", "if not agree(own is not None):", "if False:"),
+        ("a node without the run", "    check_that_nodes_share(args.out, own is not None)", "    pass"),
         ("an adapter of any rank goes on", "if args.lora and kind !=", "if not args.lora and kind !="),
         ("ranks start from what each finds", 'if not agree(meta["step"]):', "if False:"),
         ("a run that goes on wants --init", "= own or find", "= find"),

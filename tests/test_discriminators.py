@@ -188,7 +188,6 @@ def test_sam_sizes_are_read_off_the_file(tmp_path, suffix):
     assert loaded.eval()(x).equal(encoder(x))
 
 
-@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 @pytest.mark.parametrize(
     "depth, places",
     (
@@ -202,6 +201,7 @@ def test_maps_are_of_layers_at_even_distances(depth, places):
     assert choose_four(range(depth)) == places
 
 
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 @pytest.mark.parametrize("dim, depth, heads, taps", OFFICIAL, ids=("vit_b", "vit_l", "vit_h"))
 def test_sizes_of_the_official_sams(tmp_path, dim, depth, heads, taps):
     """Files with the official shapes and one number a tensor, read onto the meta device."""

@@ -328,39 +328,39 @@ def test_two_torchruns_are_two_nodes(arguments_of, run_alone, tmp_path):
     compare(run_alone("dmd"), tmp_path / "two")
 
 
-def test_micro_batches_add_up_in_the_buckets_of_ddp():
-    """Gradients beside them would take 4 bytes a parameter."""
+@pytest.fixture
+def group_of_one():
+    """This process is the only rank of a group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-        args = SimpleNamespace(betas=(0.9, 0.99), weight_decay=0, shard="ddp")
-        train, optimizer = prepare(net, 0.1, args)
-        storages = []
+    yield
+    dist.destroy_process_group()
 
-        def loss_of(x):
-            storages.append({p.grad.untyped_storage().data_ptr() for p in net.parameters()})
-            return train(x).square().mean()
 
-        for _ in range(3):
-            minimise(loss_of, [torch.ones(1, 4), torch.ones(2, 4)], train, optimizer, 1.0)
-    finally:
-        dist.destroy_process_group()
+def test_micro_batches_add_up_in_the_buckets_of_ddp(group_of_one):
+    """Gradients beside them would take 4 bytes a parameter."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    args = SimpleNamespace(betas=(0.9, 0.99), weight_decay=0, shard="ddp")
+    train, optimizer = prepare(net, 0.1, args)
+    storages = []
+
+    def loss_of(x):
+        storages.append({p.grad.untyped_storage().data_ptr() for p in net.parameters()})
+        return train(x).square().mean()
+
+    for _ in range(3):
+        minimise(loss_of, [torch.ones(1, 4), torch.ones(2, 4)], train, optimizer, 1.0)
     assert [len(found) for found in storages[1:]] == [1] * 5  # the first has what DDP has not seen yet
 
 
 @pytest.mark.parametrize("shard", ("ddp", "zero1", "fsdp", "hsdp"))
-def test_what_is_not_sharded_shares_its_optimisers_states(shard):
+def test_what_is_not_sharded_shares_its_optimisers_states(group_of_one, shard):
     """Heads and adapters, as the plan has them."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        args = SimpleNamespace(betas=(0.9, 0.99), weight_decay=0, shard=shard)
-        _, optimizer = prepare(torch.nn.Linear(4, 4), 0.1, args)
-    finally:
-        dist.destroy_process_group()
+    args = SimpleNamespace(betas=(0.9, 0.99), weight_decay=0, shard=shard)
+    _, optimizer = prepare(torch.nn.Linear(4, 4), 0.1, args)
     assert isinstance(optimizer, ZeroRedundancyOptimizer) == (shard != "ddp")
 
 
-def test_a_share_of_a_network_runs_in_bf16_and_is_told_its_time_in_full():
+def test_a_share_of_a_network_runs_in_bf16_and_is_told_its_time_in_full(group_of_one):
     """A time of 999 is 1000 in bf16."""
 
     class Net(torch.nn.Module):
@@ -376,39 +376,31 @@ def test_a_share_of_a_network_runs_in_bf16_and_is_told_its_time_in_full():
             self.used = self.layer.weight.dtype
             return self.layer(x.to(self.used))
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        net = parallel.shard(Net(), SimpleNamespace(shard="fsdp"), torch.bfloat16)
-        net(torch.ones(1, 4), torch.tensor(999.0)).sum().backward()
-        state = net._get_fsdp_state()
-        assert (net.told, net.used) == (999, torch.bfloat16)
-        assert state._mp_policy.reduce_dtype == torch.float32
-        assert net.layer.weight.grad.dtype == torch.float32
-    finally:
-        dist.destroy_process_group()
+    net = parallel.shard(Net(), SimpleNamespace(shard="fsdp"), torch.bfloat16)
+    net(torch.ones(1, 4), torch.tensor(999.0)).sum().backward()
+    state = net._get_fsdp_state()
+    assert (net.told, net.used) == (999, torch.bfloat16)
+    assert state._mp_policy.reduce_dtype == torch.float32
+    assert net.layer.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ("wan", "flux"))
-def test_a_shared_fake_score_starts_as_the_teacher(tmp_path, family):
+def test_a_shared_fake_score_starts_as_the_teacher(group_of_one, tmp_path, family):
     """To the last bit in bf16, where Wan's tables stay in float32; and nothing alarms who trains it: FLUX's
     blocks return slices."""
     folder = helpers.make_teacher(tmp_path, 0, family)
     words = ["--teacher", folder, *helpers.size(family), "--precision", "bf16", "--no-checkpointing"]
     args = helpers.training_arguments("adm", words)
     args.shard = "fsdp"  # which the command line takes from several processes
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        teacher = common.load_training_teacher(args, helpers.CPU)
-        fake = teacher.trainable(args, "fake")
-        assert all(p.dtype == torch.float32 for p in fake.parameters())
-        x = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
-        t = torch.tensor([600.0])
-        with warnings.catch_warnings(record=True) as told:
-            raw = teacher.raw(fake, x, t, teacher.null(1))
-        with torch.no_grad():
-            expected = teacher.raw(teacher.denoiser, x, t, teacher.null(1))
-    finally:
-        dist.destroy_process_group()
+    teacher = common.load_training_teacher(args, helpers.CPU)
+    fake = teacher.trainable(args, "fake")
+    assert all(p.dtype == torch.float32 for p in fake.parameters())
+    x = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([600.0])
+    with warnings.catch_warnings(record=True) as told:
+        raw = teacher.raw(fake, x, t, teacher.null(1))
+    with torch.no_grad():
+        expected = teacher.raw(teacher.denoiser, x, t, teacher.null(1))
     assert raw.requires_grad
     assert raw.equal(expected)
     assert not [warning for warning in told if "FSDP" in str(warning.message)]

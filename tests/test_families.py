@@ -475,7 +475,7 @@ def test_one_map_a_tap_and_the_same_gradient_under_checkpointing(folders, kind, 
             teacher.denoiser.enable_gradient_checkpointing()
         x = x.detach().requires_grad_()
         maps = teacher.features(x, torch.tensor([600.0]), teacher.null(1))
-        assert len(maps) == len(teacher.taps) > 1
+        assert len(maps) == len(teacher.taps) == (3 if kind == "flux" else 2)  # of so many blocks
         sum(m.square().mean() for m in maps).backward()
         gradients.append(x.grad.clone())
     torch.testing.assert_close(gradients[0], gradients[1])
@@ -564,8 +564,8 @@ def test_guidance_and_steps_of_the_teacher_are_its_pipelines_own(teachers, kind)
 @torch.no_grad()
 @pytest.mark.parametrize("kind, steps", [(kind, 8 if kind == "qwen-image" else 4) for kind in KINDS])
 def test_networks_in_bf16_are_told_the_times_that_their_pipelines_tell_them(tmp_path, kind, steps):
-    """But for float32's last bits: bf16's are a thousandth, and an exported student is to draw what it draws
-    here."""
+    """To the last bit, as an exported student is to draw what it draws here; Z-Image's, which stay in
+    float32, but for the last ones."""
     folder = helpers.make_teacher(tmp_path, 0, kind)
     size = train.FAMILIES[kind].get("size", {})
     teacher = helpers.load_teacher(folder, CPU, torch.bfloat16, **size)
@@ -586,7 +586,7 @@ def test_networks_in_bf16_are_told_the_times_that_their_pipelines_tell_them(tmp_
     x_T = draw_noise(len(PROMPTS), *teacher.latent_shape).bfloat16()
     draw(pipe, teacher, x_T, steps, 1.0 if kind != "flux" else teacher.student_guidance)
     assert len(ours) == steps
-    assert told[:steps] == pytest.approx(ours, rel=2e-6)
+    assert told[:steps] == pytest.approx(ours, rel=2e-6 if kind == "z-image" else 0, abs=0)
 
 
 # Students -------------------------------------------------------------------------------------------------

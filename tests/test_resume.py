@@ -735,7 +735,7 @@ def test_a_damaged_line_of_metrics_costs_that_line_alone(finished, dmd, tmp_path
 
 def test_nodes_that_find_different_checkpoints_are_refused(adm_arguments, tmp_path, monkeypatch):
     """As where another node's --out is another disk's."""
-    monkeypatch.setattr(runs, "agree", lambda start: False)
+    monkeypatch.setattr(inputs, "agree", lambda start: False)
     with pytest.raises(UserError, match="not the same on all nodes"):
         adm.main([*adm_arguments, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
