@@ -1,6 +1,6 @@
 # make demo        the whole method on a tiny teacher, 14 minutes on two cores; results in runs/demo
 # make seeds       its runs with three seeds, an hour of CPU: docs/results.json, docs/results.md
-# make demo-sd3    a four-step student of tiny-sd3, 6 minutes: report.json and samples/ in runs/demo-sd3
+# make demo-sd3    a four-step student of tiny-sd3, 6 minutes, which ADM may make worse: runs/demo-sd3
 # make demo-video  an eight-step student of tiny-cogvideox, 6 minutes: runs/demo-video
 # make test        ruff, and the tests that are not slow
 # make test-slow   the slow ones: whole commands of every family, nodes, faults, networks of full size
@@ -22,6 +22,8 @@ DISTIL := --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/8 --r1 0.03 --r2 0.03
 FROM_ADP = $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt $(SHORT) --batch 16 --iterations 450 \
 	--warmup 60 --guidance 1.75 $(DISTIL)
 export HF_HUB_OFFLINE ?= 1
+# all on CPUs, unless it names GPUs: the demo's two processes want two
+export CUDA_VISIBLE_DEVICES ?=
 
 .PHONY: setup demo seeds demo-sd3 demo-video test test-slow faults mutations full-size
 setup: $(VENV)/ready

@@ -181,7 +181,7 @@ class ADM:
 
 
 def iterate(adm, step, minimise):
-    """--ttur times: an update of f_psi, then of D_tau, the last time G_theta's between them, by minimise."""
+    """--ttur updates of f_psi, each followed by one of D_tau; in the last, G_theta's comes between the two."""
     args = adm.args
     student_loss = getattr(adm, adm.losses[args.loss])
     for update in range(args.ttur):  # paper silent: ttur: each update has samples of its own

@@ -819,8 +819,8 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList(Head(m.shape[1:], width) for m in maps)
 
     def forward(self, *groups):
-        """The logits of one list of maps, or of several such lists, in one pass."""
-        maps = [torch.cat(parts) for parts in zip(*groups)]
+        """The float32 logits of one list of maps, of any precision, or of several such lists, in one pass."""
+        maps = [torch.cat(parts).float() for parts in zip(*groups)]
         logits = torch.stack([head(m) for head, m in zip(self.heads, maps)], dim=1)
         return logits.chunk(len(groups)) if len(groups) > 1 else logits
 

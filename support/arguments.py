@@ -273,7 +273,7 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     shown = parser.default_of("adm_guidance")
     add("--guidance", "the teacher's classifier-free guidance scale", type=non_negative, shown=shown)
     add_negative_prompt(parser, "method")
-    # paper silent: dt: what peers take; the two classes of the discriminator differ by about dt
+    # paper silent: dt: by public notes; the two classes of the discriminator differ by about dt
     add("--dt", "length of the ODE step, in units of T", type=step_length, default="1/64")
     t_range = "lowest and highest time of the student's loss, in units of T; DMD2: 0.02 0.98"
     add("--t-range", t_range, type=score_time, nargs=2, metavar=("LOW", "HIGH"), shown="dt and 1")

@@ -22,7 +22,7 @@ def read_taps(taps, run):
 
     def make_hook(module, read):
         def hook(module_, inputs, output):
-            maps.append(read(output).float())
+            maps.append(read(output))
             if module is taps[-1][0]:
                 raise _DeepestTapReached
 

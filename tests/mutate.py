@@ -937,7 +937,10 @@ TABLE = {
         ("SAM's local blocks", "block.window_size == 0", "block.window_size != 0"),
         ("DINOv2's class token for a patch", "tokens[:, -count:]", "tokens[:, :count]"),
     ],
-    "support/taps.py": [("four first layers", "max(0, len(layers) * i // 4 - 1)", "i - 1")],
+    "support/taps.py": [
+        ("four first layers", "max(0, len(layers) * i // 4 - 1)", "i - 1"),
+        ("maps that wait in float32", "maps.append(read(output))", "maps.append(read(output).float())"),
+    ],
     "support/rng.py": [
         ("rows alike", "generator(*key, row) for row in rows", "generator(*key) for row in rows"),
         ("uniform to a half", "numbers.append(torch.rand(", "numbers.append(0.5 * torch.rand("),

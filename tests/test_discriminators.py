@@ -125,6 +125,18 @@ def test_features_end_at_the_deepest_tap(teacher):
     assert not [name for name in ran if name.startswith(("up_blocks", "conv_out"))]
 
 
+def test_maps_wait_as_they_are_and_heads_read_them_in_float32(teacher_folder):
+    """ADM keeps them from one update to the next: in float32 they would take twice the memory."""
+    teacher = helpers.load_teacher(teacher_folder, CPU, torch.bfloat16)
+    x = draw_normal(2, 4, 8, 8)
+    maps = teacher.features(x, torch.tensor([1.0, 500.0]), teacher.null(2))
+    assert {m.dtype for m in maps} == {torch.bfloat16}
+    heads = teacher.make_heads(64)
+    logits = heads(maps)
+    assert logits.dtype == torch.float32
+    assert logits.equal(heads([m.float() for m in maps]))
+
+
 def test_hooks_are_removed_after_an_error(teacher):
     with pytest.raises(RuntimeError):
         teacher.features(draw_normal(1, 5, 8, 8), torch.tensor([500.0]), teacher.null(1))

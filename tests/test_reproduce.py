@@ -22,6 +22,17 @@ def parse_training(words):
     return {name: value for name, value in settings.items() if name not in PLACES}
 
 
+@pytest.mark.parametrize("given", [None, "0,1"])
+def test_make_hides_the_gpus_unless_it_is_told_of_some(given, monkeypatch):
+    """The demo's second process would stop on a machine with one."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    words = ["make", "--eval", "show: ; @echo GPUs=$$CUDA_VISIBLE_DEVICES", "show"]
+    result = subprocess.run(words, cwd=helpers.ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"GPUs={given or ''}"
+
+
 def test_the_table_of_the_demo_is_of_the_commands_of_make_demo():
     """The same settings, on one process with twice the batch; and make demo's ADP saves but once."""
     words = ["make", "-n", "-o", ".venv/ready", "demo", "SEED=1", "DEMO=runs/demo"]
