@@ -181,7 +181,7 @@ class ADM:
 
 
 def iterate(adm, step, minimise):
-    """--ttur updates of f_psi, each followed by one of D_tau; in the last, G_theta's comes between the two."""
+    """--ttur updates of f_psi, each followed by one of D_tau; in the last, G_theta's comes between them."""
     args = adm.args
     student_loss = getattr(adm, adm.losses[args.loss])
     for update in range(args.ttur):  # paper silent: ttur: each update has samples of its own

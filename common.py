@@ -25,7 +25,7 @@ from support.errors import UserError, note
 from support.hub import TEACHERS
 from support.inputs import check_inputs, find_start
 from support.lora import make_adapted
-from support.lora_files import add_adapter, count_factors, merge_into_network, merge_into_teacher
+from support.lora_files import add_adapter
 from support.parallel import choose_dtype, compile_blocks, freeze_named, shard
 from support.prompts import check_vocabulary
 from support.schedulers import (
@@ -37,6 +37,7 @@ from support.schedulers import (
     space_timesteps,
 )
 from support.taps import choose_four, read_taps
+from support.teacher_lora import merge_into_network, merge_into_teacher, read_lora
 from support.tensors import broadcast, concatenate
 from support.training import fill_training_arguments, set_up_for_training
 
@@ -604,14 +605,14 @@ def open_teacher(name, device, dtype=torch.float32, resolution=None, frames=None
 
 def open_teacher_from(args, device):
     """The teacher of these arguments, its networks on the CPU; its family's batch where none is given."""
-    factors = count_factors(args.teacher_lora)  # what cannot be is refused before weights are read
+    lora = read_lora(args.teacher_lora)  # what cannot be is refused before weights are read
     negative = getattr(args, "negative_prompt", None)  # adp.py has none
     if negative is not None and read_family(args.teacher).embeds_guidance:
         raise UserError("--negative-prompt is for teachers that are guided by a second pass; this is not")
     dtype = choose_dtype(args.precision, device)
     teacher = open_teacher(args.teacher, device, dtype, args.resolution, args.frames, args.variant)
-    if factors:
-        merge_into_teacher(teacher, args.teacher_lora, factors)
+    if lora:
+        merge_into_teacher(teacher, args.teacher_lora, lora)
     if negative is not None:
         teacher.check([negative])
         teacher.null_prompt = negative

@@ -293,7 +293,7 @@ class Part:
     packing: int = 1  # numbers of a latent's channel that are one token of a denoiser's input
 
 
-CLIP = Part(("CLIPTextModel", "CLIPTextModelWithProjection"))
+CLIP = Part(("CLIPTextModel",))
 POOLED_CLIP = Part(("CLIPTextModelWithProjection",))
 T5 = Part(("T5EncoderModel",))
 CLIP_TOKENIZER = Part(("CLIPTokenizer", "CLIPTokenizerFast"))
@@ -332,7 +332,7 @@ PIPELINES = {
         "scheduler": Part(DIFFUSION, SD_SCHEDULER_FIELDS),
         "unet": Part(("UNet2DConditionModel",), UNET_FIELDS),
         "vae": Part(("AutoencoderKL",), SD_VAE_FIELDS),
-        "text_encoder": Part(("CLIPTextModel",)),
+        "text_encoder": CLIP,
         "tokenizer": CLIP_TOKENIZER,
     },
     "WanPipeline": {
@@ -355,7 +355,7 @@ PIPELINES = {
         "scheduler": DYNAMIC_FLOW,
         "transformer": Part(("FluxTransformer2DModel",), FLUX_FIELDS, packing=4),
         "vae": Part(("AutoencoderKL",), SD3_VAE_FIELDS),
-        "text_encoder": Part(("CLIPTextModel",)),
+        "text_encoder": CLIP,
         "text_encoder_2": T5,
         "tokenizer": CLIP_TOKENIZER,
         "tokenizer_2": T5_TOKENIZER,
@@ -614,7 +614,7 @@ def describe_sampler(pipeline, kind, config):
     pipeline: its class's name; kind, config: the scheduler's class, and its config as in its file."""
     if kind.__name__ not in SAME_SAMPLER:
         return kind.__name__
-    if pipeline == "WanPipeline":
+    if pipeline in ("WanPipeline", "StableDiffusion3Pipeline"):
         return f"{kind.__name__}'s own levels"  # they shift the lowest twice
     fields = PIPELINES[pipeline]["scheduler"].fields
     words = []

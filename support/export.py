@@ -10,9 +10,10 @@ from support.errors import UserError
 from support.files import make_folder, remove_leftovers, short_name, write_atomically, write_text
 from support.hub import is_hub_id
 from support.loading import describe_teacher
-from support.lora_files import check_pipeline, list_lora_parts, save_layers, split_change
+from support.lora_files import check_pipeline, save_layers, split_change
 from support.outputs import check_file
 from support.schedulers import choose_timesteps
+from support.teacher_lora import list_lora_parts
 
 
 def export(system, folder, card=""):

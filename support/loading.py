@@ -1,5 +1,6 @@
 """Loads a pipeline so that no weight is missing, made up, left over, or not a number."""
 
+import contextlib
 import dataclasses
 import inspect
 import logging
@@ -29,6 +30,11 @@ def find_teacher(name, known):
     """A known name, a pipeline folder or a hub id -> the folder or hub id. known: {name: hub id}. UserError
     for any other name."""
     path = known.get(name, name)
+    if os.path.isfile(path):
+        raise UserError(
+            f"--teacher {name} is a single file: make a folder of it, by diffusers' from_single_file and "
+            "save_pretrained, and give that"
+        )
     if not os.path.isdir(path) and not is_hub_id(path):
         raise UserError(
             f"there is no teacher {name!r}: give --teacher one of {', '.join(known)}, a pipeline folder, or "
@@ -222,14 +228,15 @@ def load_network(kind, folder, part, dtype, variant=None, local=True):
     place = os.path.join(folder, part) if part else folder
     variants = list_variants(place)
     try:
-        net, found = kind.from_pretrained(
-            folder,
-            subfolder=part,
-            dtype=dtype,
-            variant=variant if variant in variants else None,
-            output_loading_info=True,
-            local_files_only=local,
-        )
+        with quiet():
+            net, found = kind.from_pretrained(
+                folder,
+                subfolder=part,
+                dtype=dtype,
+                variant=variant if variant in variants else None,
+                output_loading_info=True,
+                local_files_only=local,
+            )
     except Exception as error:
         reason = shorten(error)
         if variants and "no file named" in reason:
@@ -248,10 +255,28 @@ def load_network(kind, folder, part, dtype, variant=None, local=True):
     return net
 
 
+@contextlib.contextmanager
+def quiet():
+    """Inside, diffusers and transformers write nothing, at whatever length they would: what went wrong is
+    said by the caller."""
+    import diffusers
+    import transformers
+
+    libraries = [library.utils.logging for library in (diffusers, transformers)]
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels):
+            library.set_verbosity(level)
+
+
 def list_variants(folder):
-    """The variants of the weights in a folder: "fp16" for model.fp16.safetensors, and for its shards."""
+    """The variants of the weights in a folder: "fp16" for model.fp16.safetensors or .bin, and for shards."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    found = {re.fullmatch(r"\w+\.(\w+)(-\d+-of-\d+)?\.safetensors", name) for name in names}
+    found = {re.fullmatch(r"\w+\.(\w+)(-\d+-of-\d+)?\.(safetensors|bin)", name) for name in names}
     return sorted({match[1] for match in found if match})
 
 

@@ -1,20 +1,15 @@
 """LoRA files as diffusers' pipelines read them: of a student that trained so, or split off a whole one."""
 
 import contextlib
-import copy
 import os
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from support.checkpoints import LORA_FILE
-from support.errors import UserError, require
-from support.files import compute_checksum, compute_checksum_of_json
-from support.loading import shorten
-from support.tensors import is_finite
+from support.errors import UserError
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d)  # those that have a low-rank form in peft
 OVERSAMPLE = 32  # directions beside the wanted ones, for the randomised SVD
@@ -72,83 +67,6 @@ def add_adapter(net, folder):
             module = name.removesuffix(".lora_A.weight")
             net.get_parameter(f"{module}.weight").add_(layers[f"{module}.lora_B.weight"] @ down)
     return net
-
-
-# ----------------------------------------------------------------------------------------------------------
-# A LoRA that is merged into the teacher
-# ----------------------------------------------------------------------------------------------------------
-
-
-def merge_into_teacher(teacher, path, factors):
-    """--teacher-lora: adds a LoRA file, in any form that diffusers reads, to the weights of the teacher's
-    networks; what is in it is part of the fingerprint. factors: as count_factors has them. UserError where it
-    does not fit."""
-    # its own is of the weights before: what is merged in bf16 rounds otherwise than in fp32
-    teacher.fingerprint = compute_checksum_of_json([teacher.fingerprint, compute_checksum(path)])[:16]
-    if not takes_lora(teacher):
-        kind = type(teacher.pipe).__name__
-        raise UserError(f"diffusers' {kind} reads no LoRA files: leave --teacher-lora out")
-    merge(teacher.pipe, path, factors)
-    teacher.lora = path
-
-
-def merge_into_network(teacher, net):
-    """Merges the teacher's LoRA, if it has one, into a network of its denoiser's weights -> the network."""
-    if teacher.lora:
-        pipe = copy.copy(teacher.pipe)
-        setattr(pipe, teacher.denoiser_name, net)
-        merge(pipe, teacher.lora, 0, [teacher.denoiser_name])
-    return net
-
-
-def count_factors(path):
-    """How many low-rank factors the LoRA file of --teacher-lora has; of None, 0. UserError for any other
-    file."""
-    if path is None:
-        return 0
-    require("peft", "peft", "merges --teacher-lora")
-    if not os.path.isfile(path):
-        raise UserError(f"there is no file --teacher-lora {path}")
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--teacher-lora {path} is no .safetensors file: {shorten(error)}") from error
-    factors = {name: tensor for name, tensor in tensors.items() if "lora" in name and tensor.ndim > 1}
-    if not factors:
-        raise UserError(f"--teacher-lora {path} is no LoRA: no tensor in it has lora in its name")
-    for name, tensor in factors.items():
-        if not is_finite(tensor):
-            raise UserError(f"--teacher-lora {path} is damaged: {name} is not finite")
-    return len(factors)
-
-
-def list_lora_parts(pipe):
-    """The names of the networks of a pipeline that a LoRA file may be of."""
-    return [name for name in pipe._lora_loadable_modules if getattr(pipe, name, None) is not None]
-
-
-def merge(pipe, path, count, parts=None):
-    """Adds a LoRA file to the weights of the pipeline's networks, or of some alone. UserError where less than
-    `count` of its factors found their layer."""
-    from diffusers.utils import logging
-
-    parts = parts or list_lora_parts(pipe)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it says at length which networks a file has nothing for
-    try:
-        pipe.load_lora_weights(path)
-    except Exception as error:  # of many kinds, as files can misfit in many ways
-        raise UserError(f"--teacher-lora {path} does not fit the teacher: {shorten(error)}") from error
-    finally:
-        logging.set_verbosity(level)
-    found = 0
-    for part in parts:
-        found += sum(".lora_" in name for name, _ in getattr(pipe, part).named_parameters())
-    if found < count:
-        lost = f"{count - found} of its {count} factors find no layer"
-        raise UserError(f"--teacher-lora {path} does not fit the teacher: {lost}")
-    pipe.fuse_lora(components=parts)
-    pipe.unload_lora_weights()
 
 
 # ----------------------------------------------------------------------------------------------------------

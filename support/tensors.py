@@ -26,7 +26,11 @@ def concatenate(*conditions):
 def is_finite(x):
     """Whether all numbers of a tensor are finite. Its extremes tell, on a CPU in a twentieth of the time that
     a look at each number takes: minutes, for a teacher's weights."""
-    return not x.numel() or bool(torch.stack(torch.aminmax(x)).isfinite().all())
+    if not x.numel():
+        return True
+    if x.is_floating_point() and x.element_size() == 1:  # torch finds no extremes of float8
+        x = x.float()
+    return bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def detach(maps):

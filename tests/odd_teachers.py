@@ -459,6 +459,13 @@ ODD = [
     refused("sdxl", INDEX, "unet", None, "known is UNet2DConditionModel"),
     refused("sdxl", INDEX, "unet", [None, None], "known is UNet2DConditionModel"),
     refused("sdxl", INDEX, "text_encoder", [None, None], "known is CLIPTextModel"),
+    refused(  # the pipeline would take its pooled text, not the second's
+        "sdxl",
+        INDEX,
+        "text_encoder",
+        ["transformers", "CLIPTextModelWithProjection"],
+        "known is CLIPTextModel",
+    ),
     refused("sdxl", INDEX, "unet", ["antigravity", "UNet"], "known is UNet2DConditionModel"),
     refused("sdxl", INDEX, "controlnet", ["diffusers", "ControlNetModel"], "which a StableDiffusionXL"),
     refused("sd3", INDEX, "tokenizer", [None, None], "known is CLIPTokenizer"),

@@ -18,7 +18,8 @@ from support.errors import UserError
 from support.export import describe_split, write_lora_lines
 from support.files import read_json
 from support.lora import Adapted, find_targets
-from support.lora_files import factorise, list_lora_parts, save_layers, split_change
+from support.lora_files import factorise, save_layers, split_change
+from support.teacher_lora import list_lora_parts
 
 RANK = 3
 
@@ -342,31 +343,123 @@ def test_the_lines_merge_a_teachers_lora_into_all_its_networks(tmp_path, family)
             torch.testing.assert_close(merged[name], weight)
 
 
+def write_kohya(layers, file, alphas):
+    """A LoRA in kohya's form: layers {name in the U-Net: (down, up)}, alphas a number for each."""
+    tensors = {}
+    for (name, (down, up)), alpha in zip(layers.items(), alphas):
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = down
+        tensors[f"{key}.lora_up.weight"] = up
+        tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    save_file(tensors, file)
+
+
+def make_layers(net, ending):
+    """Factors of rank 2 for the linear layers whose names end so -> {name: (down, up)}."""
+    torch.manual_seed(4)
+    layers = {}
+    for name, module in net.named_modules():
+        if name.endswith(ending):
+            layers[name] = torch.randn(2, module.in_features), torch.randn(module.out_features, 2)
+    return layers
+
+
+@pytest.mark.parametrize("precision, stored", [("fp32", torch.float8_e4m3fn), ("bf16", torch.float32)])
+def test_a_lora_in_kohyas_form_is_merged_at_its_scale(tuned, tmp_path, precision, stored):
+    """Whatever the precision of the file and of the teacher."""
+    file = str(tmp_path / "kohya.safetensors")
+    words = ["--teacher", tuned[0], "--precision", precision]
+    before = load(*words).denoiser
+    layers = {}
+    for name, factors in make_layers(before, "attn1.to_q").items():
+        layers[name] = tuple(factor.to(stored) for factor in factors)
+    write_kohya(layers, file, [0.5] * len(layers))
+    merged = load(*words, "--teacher-lora", file).denoiser
+    for name, (down, up) in layers.items():
+        expected = before.get_parameter(f"{name}.weight").float() + 0.25 * up.float() @ down.float()
+        rtol = 1e-5 if precision == "fp32" else 0.05
+        torch.testing.assert_close(
+            merged.get_parameter(f"{name}.weight").float(), expected, rtol=rtol, atol=rtol
+        )
+
+
+def test_a_lora_that_diffusers_reads_otherwise_is_refused(tuned, tmp_path):
+    """It warns, and gives attention layers the commonest alpha of all."""
+    file = str(tmp_path / "kohya.safetensors")
+    layers = make_layers(load("--teacher", tuned[0]).denoiser, "attn1.to_q")
+    write_kohya(layers, file, [2.0] * (len(layers) - 1) + [1.0])
+    with pytest.raises(
+        UserError, match=r"cannot be merged: diffusers reads 1\.\d+ of its change, in squares"
+    ):
+        load("--teacher", tuned[0], "--teacher-lora", file)
+
+
+@pytest.mark.parametrize("change", ["", "alpha", "t5"])
+def test_what_diffusers_passes_over_in_a_lora_of_flux_is_refused(tmp_path, change):
+    """The alphas of its own names with lora_down and lora_up, and all of T5."""
+    folder = helpers.make_teacher(tmp_path / "teacher", 0, "flux")
+    file = str(tmp_path / "flux.safetensors")
+    pipe = helpers.load_teacher(folder, helpers.CPU).pipe
+    tensors = {}
+    for name, (down, up) in make_layers(pipe.transformer, "attn.to_q").items():
+        tensors[f"transformer.{name}.lora_down.weight"] = down
+        tensors[f"transformer.{name}.lora_up.weight"] = up
+        tensors[f"transformer.{name}.alpha"] = torch.tensor(1.0 if change == "alpha" else 2.0)
+    if change == "t5":
+        for name, (down, up) in make_layers(pipe.text_encoder_2, "SelfAttention.q").items():
+            key = f"lora_te3_{name.replace('.', '_')}"
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+    save_file(tensors, file)
+    words = ["--teacher", folder, *helpers.size("flux"), "--teacher-lora", file]
+    if change:
+        with pytest.raises(UserError, match="cannot be merged: |does not fit the teacher: "):
+            load(*words)
+    else:
+        assert load(*words).lora == file
+
+
 MISFITS = (
     ("missing.safetensors", "there is no file"),
     ("text.safetensors", "is no .safetensors file"),
     ("weights.safetensors", "is no LoRA"),
     ("nan.safetensors", "is damaged: unet"),
+    ("nan-alpha.safetensors", "is damaged: unet.*alpha is not finite"),
+    ("half.safetensors", "is damaged: unet.*to_q has lost one of its two factors"),
+    ("ranks.safetensors", "is damaged: the factors of unet.*to_q are of two ranks"),
     ("other.safetensors", "does not fit the teacher"),
+    ("dora.safetensors", "is more than a LoRA: unet.*dora_scale is no low-rank factor"),
+    ("norm.safetensors", "is more than a LoRA: unet.*norm1.diff is no low-rank factor"),
+    ("raw.safetensors", "is no LoRA"),
     ("sd3.safetensors", "does not fit the teacher: 2 of its 2 factors find no layer"),
     ("more.safetensors", "does not fit the teacher: 2 of its"),
 )
 
 
 @pytest.mark.parametrize("name, sentence", MISFITS)
-def test_files_that_are_no_lora_of_the_teacher_are_refused(tuned, tmp_path, monkeypatch, name, sentence):
+def test_files_that_are_no_lora_of_the_teacher_are_refused(
+    tuned, tmp_path, monkeypatch, capfd, name, sentence
+):
+    """In one sentence, and without diffusers' own words beside it."""
     folder, file, _ = tuned
     monkeypatch.chdir(tmp_path)
     tensors = load_file(file)
     first = next(key for key in tensors if key.startswith("unet"))
-    other = {key: weight[:, :-1] for key, weight in tensors.items()}
+    layer = first.partition(".lora_")[0]
+    other = {key: weight[:, :-1] if "lora_A" in key else weight for key, weight in tensors.items()}
+    raw = {key.replace(".weight", ".default.weight"): weight for key, weight in tensors.items()}
     down, up = torch.ones(2, 2), torch.ones(2, 2)
     pair = {"transformer.x.lora_A.weight": down, "transformer.x.lora_B.weight": up}
     more = {"unet.nowhere.lora_A.weight": down, "unet.nowhere.lora_B.weight": up}
     files = {
         "weights.safetensors": {"conv.weight": torch.ones(3, 3)},
         "nan.safetensors": tensors | {first: tensors[first] * float("nan")},
+        "nan-alpha.safetensors": tensors | {f"{layer}.alpha": torch.tensor(float("nan"))},
+        "half.safetensors": {key: weight for key, weight in tensors.items() if key != first},
+        "ranks.safetensors": tensors | {first: tensors[first][:1]},
         "other.safetensors": other,
+        "dora.safetensors": tensors | {f"{layer}.dora_scale": torch.ones(len(tensors[first]), 1)},
+        "norm.safetensors": tensors | {f"{layer.rpartition('.')[0]}.norm1.diff": torch.ones(3)},
+        "raw.safetensors": raw,
         "sd3.safetensors": pair,
         "more.safetensors": tensors | more,
     }
@@ -376,6 +469,7 @@ def test_files_that_are_no_lora_of_the_teacher_are_refused(tuned, tmp_path, monk
     with pytest.raises(UserError, match=sentence) as caught:
         load("--teacher", folder, "--teacher-lora", name)
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_adapters_train_in_float32(teacher_folder):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from odd_teachers import ODD, RIGHT, SCHEDULER, Code, edit, set_scheduler, take_out
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import adm
 import common
@@ -266,6 +266,42 @@ def test_a_run_remembers_its_teachers_variant(plain, tmp_path, monkeypatch):
     assert exported.unet.conv_in.weight.equal(student.conv_in.weight)
 
 
+def test_a_variant_may_be_of_bin_files(plain, tmp_path):
+    folder = str(shutil.copytree(plain["sdxl"], tmp_path / "teacher"))
+    weights = os.path.join(folder, "unet", "diffusion_pytorch_model.safetensors")
+    state = load_file(weights)
+    torch.save(state, weights.replace(".safetensors", ".fp16.bin"))
+    os.remove(weights)
+    with pytest.raises(UserError, match="only those of --variant fp16"):
+        helpers.load_teacher(folder, CPU)
+    net = helpers.load_teacher(folder, CPU, variant="fp16").network()
+    assert all(weight.equal(state[name].float()) for name, weight in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "mine.gguf", "models/mine.gguf"])
+def test_a_single_file_is_no_teacher(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"there is no teacher '{name}'"):  # and the hub is not asked
+        helpers.load_teacher(name, CPU)
+    os.makedirs("models")
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(UserError, match=f"--teacher {name} is a single file: make a folder"):
+        helpers.load_teacher(name, CPU)
+
+
+def test_libraries_are_quiet_while_a_teacher_is_read(plain, tmp_path, capfd):
+    """What they would say of a file that is not there, or has a weight too many, is in our own sentence."""
+    folder = str(shutil.copytree(plain["sdxl"], tmp_path / "teacher"))
+    path = os.path.join(folder, "text_encoder", "model.safetensors")
+    save_file(load_file(path) | {"lm_head.weight": torch.ones(2, 2)}, path, {"format": "pt"})
+    helpers.load_teacher(folder, CPU)
+    assert capfd.readouterr() == ("", "")
+    os.remove(path)
+    with pytest.raises(UserError, match="no file named"):
+        helpers.load_teacher(folder, CPU)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_pairs_name_their_teacher_by_an_absolute_path(plain, tmp_path, monkeypatch):
     """So that they are found from elsewhere; the same pairs from a moved teacher are the same pairs."""
     monkeypatch.chdir(tmp_path)
@@ -321,6 +357,8 @@ def test_another_sampler_of_the_pipeline_is_noted(plain, tmp_path, capsys):
         helpers.load_teacher(folder, CPU)
         said = capsys.readouterr().err
         assert words in said if words else "note:" not in said
+    helpers.load_teacher(plain["sd3"], CPU)
+    assert "samples with FlowMatchEulerDiscreteScheduler's own levels" in capsys.readouterr().err
 
 
 # Pixel backbones ------------------------------------------------------------------------------------------
