@@ -63,8 +63,7 @@ class PixelBackbone:
         self.patch = encoder.patch_embed.proj.stride[0]
         position = encoder.pos_embed.detach().clone()
         self.position = position.permute(0, 3, 1, 2)
-        # the paper: vit_b's layers 3, 6, 9, 12, which are its global-attention blocks; so for the
-        # others, too
+        # the paper: vit_b's layers 3, 6, 9 and 12, its global-attention blocks; so of the others, too
         blocks = [block for block in encoder.blocks if block.window_size == 0]
         self.taps = [(block, lambda out: out.permute(0, 3, 1, 2)) for block in blocks]
 

@@ -21,7 +21,7 @@ from support.tensors import is_finite
 # the names of a layer's two factors, as peft, diffusers and kohya have them
 FACTOR = re.compile(r"(?P<layer>.+?)[._]lora(_linear_layer)?[._](?P<kind>A|B|down|up)(\.default_0)?\.weight")
 DOWN = ("A", "down")
-# what else is read: a layer's scale times its rank, and in peft's form DoRA's magnitudes and biases
+# what else every family reads: alphas, and in peft's form DoRA's magnitudes and biases
 MORE = re.compile(r".+(\.alpha|\.lora_magnitude_vector(\.weight)?|\.lora_B\.bias)")
 TOLERANCE = 1e-3  # of sizes: bf16 rounds
 
@@ -73,7 +73,7 @@ def find_layers(path, tensors):
     if not downs and not ups:
         raise UserError(f"--teacher-lora {path} is no LoRA: no tensor in it is named as a low-rank factor")
     if rest:
-        what = f"{rest[0]} is no low-rank factor, and would not be merged"
+        what = f"{rest[0]} is no low-rank factor, and diffusers drops what it does not know"
         raise UserError(f"--teacher-lora {path} is more than a LoRA: {what}")
     for layer in sorted(downs.keys() ^ ups.keys()):
         raise UserError(f"--teacher-lora {path} is damaged: {layer} has lost one of its two factors")
