@@ -114,23 +114,28 @@ class Oracle(Scorer):
 
     def measure_variety(self, columns, reference):
         """-> {name: array [P], or {attribute: array [P]}}, NaN for a prompt that names the attribute.
-        reference: another system's columns, or None."""
+        reference: another system's columns, of which as many samples count as there are of both; or None.
+        Without tv and squared_distance where that is one."""
         samples = int(columns["samples"][0])
+        both = min(samples, int(reference["samples"][0])) if reference else samples
         tv_uniform, tv, squared, coverage = {}, {}, {}, {}
-        for name, values in self.attributes.items():
+        for name, known in self.attributes.items():
             is_open = columns[f"wanted {name}"].reshape(-1, samples)[:, 0] < 0
             if not is_open.any():
                 continue
-            shares = count_shares(columns[name].reshape(-1, samples), len(values))
+            n = len(known)
+            values = columns[name].reshape(-1, samples)
+            shares = count_shares(values, n)
             excess = measure_excess_tv(shares, samples)
             tv_uniform[name] = np.where(is_open, excess, np.nan)
             coverage[name] = np.where(is_open, measure_coverage(shares), np.nan)
-            distance = estimate_square(shares, samples) - 1 / len(values)  # to uniform, too
+            distance = estimate_square(shares, samples) - 1 / n  # to uniform, too
+            if both < 2:
+                continue
             if reference:
-                others = int(reference["samples"][0])
-                other_shares = count_shares(reference[name].reshape(-1, others), len(values))
-                excess = measure_excess_tv_to(shares, samples, other_shares, others)
-                distance = measure_squared_distance(shares, samples, other_shares, others)
+                others = reference[name].reshape(len(values), -1)
+                excess = measure_excess_tv_to(values[:, :both], others[:, :both], n)
+                distance = measure_squared_distance(values[:, :both], others[:, :both], n)
             tv[name] = np.where(is_open, excess, np.nan)
             squared[name] = np.where(is_open, distance, np.nan)
 
@@ -138,11 +143,11 @@ class Oracle(Scorer):
         y = columns["y"].reshape(-1, samples)
         distances = columns["pairwise_distance"].reshape(-1, samples)
         result = {"position_std": measure_spread(x, y), "pairwise_distance": distances[:, 0]}
+        if coverage:
+            result = {"coverage": average(coverage)} | result
+            result |= {"tv_uniform": average(tv_uniform), "tv_uniform_of": tv_uniform}
         if tv:
-            coverage = average(coverage)
-            distance = average(squared)
-            open_ones = {"tv": average(tv), "tv_of": tv, "squared_distance": distance, "coverage": coverage}
-            result = open_ones | result | {"tv_uniform": average(tv_uniform), "tv_uniform_of": tv_uniform}
+            result = {"tv": average(tv), "tv_of": tv, "squared_distance": average(squared)} | result
         return result
 
 

@@ -1,6 +1,7 @@
 """How much of a distribution the samples of one prompt show, less what chance takes from so few."""
 
 import functools
+import math
 
 import numpy as np
 import torch
@@ -23,19 +24,30 @@ def measure_excess_tv(shares, samples):
     return measure_tv(shares, 1 / n) - expect_tv_to_uniform(n, samples)
 
 
-def measure_excess_tv_to(shares, samples, reference, samples_of_reference):
-    """The same to the shares of a reference [P, n], which are counted on samples, too: 0 on average where
-    both have one distribution, for which the reference's shares stand."""
-    expected = [expect_tv_between(tuple(row), samples, samples_of_reference) for row in reference.tolist()]
-    return measure_tv(shares, reference) - np.array(expected)
+def measure_excess_tv_to(values, reference, n):
+    """The same between the values of two sets of samples, int [P, K] below n: 0 on average where both are of
+    one distribution, be sample k of both from one noise, as evaluate.py draws them, or not.
+
+    Of one distribution sample k could as well be the other set's. What is taken off is the mean total
+    variation over all such exchanges, exact."""
+    samples = values.shape[1]
+    walks = expect_walks(samples)
+    expected = 0
+    for i in range(n):
+        differ = ((values == i) != (reference == i)).sum(1)  # an exchange moves the count by 1, up or down
+        expected = expected + walks[differ] / samples
+    return measure_tv(count_shares(values, n), count_shares(reference, n)) - 0.5 * expected
 
 
-def measure_squared_distance(shares, samples, reference, samples_of_reference):
-    """The squared Euclidean distance between two distributions, row by row, by the shares [P, n] of so many
-    samples of each. Without bias: whatever their number, it is on average that of the distributions."""
-    own = estimate_square(shares, samples)
-    other = estimate_square(reference, samples_of_reference)
-    return own + other - 2 * (shares * reference).sum(1)
+def measure_squared_distance(values, reference, n):
+    """The squared Euclidean distance between the distributions of two sets of samples, values int [P, K]
+    below n, row by row. Without bias: however few they are, and be sample k of both from one noise or not,
+    it is on average that of the distributions."""
+    samples = values.shape[1]
+    shares, others = count_shares(values, n), count_shares(reference, n)
+    paired = (values == reference).sum(1)  # of one noise: left out of how often two have one value
+    cross = (samples**2 * (shares * others).sum(1) - paired) / (samples * (samples - 1))
+    return estimate_square(shares, samples) + estimate_square(others, samples) - 2 * cross
 
 
 def estimate_square(shares, samples):
@@ -53,18 +65,13 @@ def expect_tv_to_uniform(n, samples):
 
 
 @functools.cache
-def expect_tv_between(shares, samples, others):
-    """The mean total variation between two sets of samples, so many and so many others, of one distribution,
-    the tuple `shares`; exact."""
-    one = torch.arange(samples + 1)[:, None] / samples
-    other = torch.arange(others + 1) / others
-    distance = (one - other).abs()
-    total = 0.0
-    for share in shares:
-        p = count_probabilities(share, samples)
-        q = count_probabilities(share, others)
-        total += float(p @ distance.double() @ q)
-    return 0.5 * total
+def expect_walks(most):
+    """How far m steps of 1, each up or down, lead on average, for m from 0 to `most` -> [most + 1]."""
+    means = []
+    for m in range(most + 1):
+        half = (m + 1) // 2
+        means.append(2 * half * math.comb(m, half) / 2**m)
+    return np.array(means)
 
 
 def count_probabilities(share, samples):

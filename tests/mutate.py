@@ -1040,20 +1040,26 @@ TABLE = {
     ],
     "metrics/oracle.py": [
         ("variety of what is named", "[:, 0] < 0", "[:, 0] >= 0"),
-        ("variety against uniform alone", "            if reference:", "            if not reference:"),
+        ("variety against uniform alone", "            if reference:", "            if reference == {}:"),
     ],
     "metrics/variety.py": [
         ("chance is not taken off", " - expect_tv_to_uniform(n, samples)", ""),
+        ("total variation with chance in it", "expected + walks[differ] / samples", "0 * walks[differ]"),
+        ("chance as if no noise were shared", "walks[differ] / samples", "walks[samples // 2] / samples"),
         (
-            "the reference has no chance",
-            "q = count_probabilities(share, others)",
-            "q = (other == share).double()",
+            "a squared distance as if no noise were shared",
+            "(samples**2 * (shares * others).sum(1) - paired)",
+            "((samples**2 - samples) * (shares * others).sum(1) + 0 * paired)",
         ),
         ("a value seen once is covered", "(shares >= 0.5 / n)", "(shares > 0)"),
         ("the spread over all prompts", "(x.var(1, ddof=1) + y", "(x.var(ddof=1) + y"),
         ("a distance twice as long", "return 0.5 * np.abs(", "return np.abs("),
         ("a square with chance in it", "- 1) / (samples - 1)", "- 0) / (samples - 0)"),
-        ("both squares of the student", "estimate_square(reference, samples_of_reference)", "own"),
+        (
+            "both squares of the student",
+            "estimate_square(others, samples)",
+            "estimate_square(shares, samples)",
+        ),
     ],
     "support/tensors.py": [
         ("the mean of all rows", "dims = tuple(range(1, x.ndim))", "dims = tuple(range(x.ndim))"),

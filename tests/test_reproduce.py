@@ -181,7 +181,7 @@ def test_a_gain_is_taken_prompt_by_prompt(tmp_path):
 
 def make_row(accuracy, tv):
     ci = {"accuracy": [accuracy - 0.01, accuracy + 0.03]}
-    return {"nfe": 1, "accuracy": accuracy, "tv": tv, "tv_of": {"size": tv}, "ci": ci}
+    return {"nfe": 1, "accuracy": accuracy, "tv_uniform": tv, "tv_uniform_of": {"size": tv}, "ci": ci}
 
 
 def make_entry():
@@ -198,8 +198,8 @@ def make_entry():
 def test_a_table_has_the_means_and_the_spread_over_the_seeds(tmp_path):
     lines = tables.write_tables(str(tmp_path), {"demo": make_entry()})["results.md"].splitlines()
     lines = lines[lines.index("<!-- table demo -->") :]
-    assert lines[1] == "| student | NFE | accuracy | tv | tv of size | CPU minutes |"
-    assert lines[3] == "| teacher | 50 | 0.970 | 0 |  |  |"
+    assert lines[1] == "| student | NFE | accuracy | tv_uniform | tv_uniform of size | CPU minutes |"
+    assert lines[3] == "| teacher | 50 | 0.970 | 0.030 | 0.03 |  |"
     label = tables.LABELS["dmdx"]
     assert lines[4] == f"| {label} | 1 | 0.750 ± 0.071 | 0.050 ± 0.071 | 0.05 | 1.5 |"
     below = " ".join(lines[6:8])

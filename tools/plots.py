@@ -48,8 +48,8 @@ def save_gauges(metrics, path):
 
 
 def save_plot(results, path):
-    """The runs of TABLES: accuracy against variation in excess of chance, a point a seed; and both against
-    time, the means over the seeds with their standard deviations."""
+    """The runs of TABLES: accuracy against tv_uniform, a point a seed; and both against time, the means over
+    the seeds with their standard deviations."""
     import matplotlib.figure
 
     groups = {}
@@ -66,13 +66,13 @@ def save_plot(results, path):
         if method in METHODS:
             title, colour, _ = METHODS[method]
             label = f"{title} {iterations}"
-        tv = [run["row"]["tv"] for run in runs]
+        tv = [run["row"]["tv_uniform"] for run in runs]
         accuracy = [run["row"]["accuracy"] for run in runs]
         plane.scatter(tv, accuracy, s=math.sqrt(iterations), color=colour, alpha=0.6, label=label)
-    plane.set_xlabel("tv: variety lost within a prompt, in excess of chance (0: none)")
+    plane.set_xlabel("tv_uniform: variety lacking within a prompt, less chance (the teacher: 0.035)")
     plane.set_ylabel("accuracy")
     plane.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    for axes, column in zip(curves, ("accuracy", "tv")):
+    for axes, column in zip(curves, ("accuracy", "tv_uniform")):
         for method in METHODS:
             draw_curve(axes, groups, method, column)
         axes.set_xscale("log", base=2)

@@ -7,8 +7,8 @@ import textwrap
 from metrics.rows import format_markdown
 from support.files import write_atomically
 
-COLUMNS = ("accuracy", "valid", "tv", "squared_distance", "coverage", "position_std")
-COLUMNS += ("pairwise_distance", "lpips_random")
+# tv and squared_distance were biased in reports of before 2026-11-28: metrics/variety.py
+COLUMNS = ("accuracy", "valid", "tv_uniform", "coverage", "position_std", "pairwise_distance", "lpips_random")
 GAUGES = ("loss_f", "dmd_loss", "cosine", "D_gap", "D_abs", "norm_G")  # of docs/training.md
 FILES = {"health": "training.md"}  # of a table that is not in results.md
 # the paper's tables 4 and 5, to stand beside ours: CLIP score, MPS; training time, CLIP score, MPS
@@ -129,16 +129,16 @@ def format_table(table, entry):
     deviation over its seeds."""
     teacher = entry["teacher"]
     columns = [name for name in COLUMNS if name in teacher]
-    attributes = list(teacher["tv_of"])
+    attributes = list(teacher["tv_uniform_of"])
     gauges = GAUGES if table == "health" else ()
     gains = entry.get("gains", {})
     paper = PAPER.get(table, {})
     further = [*gauges, *paper.get("", ())]
     if gains:
         further.insert(0, "gain in accuracy")
-    heads = ["student", "NFE", *columns, f"tv of {', '.join(attributes)}", "CPU minutes", *further]
+    heads = ["student", "NFE", *columns, f"tv_uniform of {', '.join(attributes)}", "CPU minutes", *further]
     blank = [""] * len(further)
-    lines = [heads, ["teacher", *format_teacher(teacher, columns), "", *blank]]
+    lines = [heads, ["teacher", *format_numbers([teacher], columns, attributes), "", *blank]]
     groups = group_runs(entry)
     first = next(iter(groups.values()))
     for name, runs in groups.items():
@@ -166,17 +166,8 @@ def format_numbers(rows, columns, attributes):
         cells.append(format_cell([row[name] for row in rows]))
     variation = []
     for name in attributes:
-        variation.append(f"{statistics.mean(row['tv_of'][name] for row in rows):.2f}")
+        variation.append(f"{statistics.mean(row['tv_uniform_of'][name] for row in rows):.2f}")
     return [*cells, " ".join(variation)]
-
-
-def format_teacher(row, columns):
-    """The teacher's row of a report -> the cells of its line. What students lack of its variety it lacks 0
-    of: its own variation in the report is to uniform."""
-    cells = [str(row["nfe"])]
-    for name in columns:
-        cells.append("0" if name in ("tv", "squared_distance") else format_cell([row[name]]))
-    return [*cells, ""]
 
 
 def list_gains(runs, first):
