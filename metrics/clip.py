@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from metrics.scorer import Scorer
+from metrics.scorer import Scorer, cut_square
 from metrics.weights import find_repository
 from support.errors import UserError, first_line, require
 from support.packages import OPEN_CLIP
@@ -71,8 +71,5 @@ class Clip(OpenClip):
     def prepare(self, image):
         from PIL import Image
 
-        side = min(image.size)
-        left = (image.width - side) // 2
-        top = (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        return self.preprocess(square.resize((256, 256), Image.Resampling.LANCZOS))
+        square = cut_square(image).resize((256, 256), Image.Resampling.LANCZOS)
+        return self.preprocess(square)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from metrics.scorer import Scorer
+from metrics.scorer import Scorer, cut_square
 from metrics.weights import read_weights, report_mismatch
 from support.errors import UserError
 from support.files import fetch
@@ -20,7 +20,7 @@ class Fid(Scorer):
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
         "weights-inception-2015-12-05-6726825d.pth"
     )
-    description = "Inception of 2015"
+    description = "Inception of 2015, the middle square of each image"
 
     def __init__(self, args, prompts, video):
         check_packages("fid")
@@ -42,7 +42,7 @@ class Fid(Scorer):
     def prepare(self, image):
         from PIL import Image
 
-        resized = image.resize((299, 299), Image.Resampling.BICUBIC)
+        resized = cut_square(image).resize((299, 299), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
     @torch.no_grad()

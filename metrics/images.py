@@ -17,6 +17,7 @@ from support.folders import check_index
 from support.images import measure_image, open_image
 from support.media import save_grid, save_video
 from support.parallel import is_main, rank, world_size
+from support.tensors import sample_bits
 
 # Images that are scored at a time: a constant, so that scores do not depend on the number of ranks
 CHUNK = 64
@@ -99,8 +100,9 @@ class Images:
         """Scores what has no scores of this rank's share, or damaged ones -> the paths of all ranks' scores,
         in order."""
         chunk = max(1, CHUNK // len(self.files[0]))
-        digest = hashlib.sha256(json.dumps([scorer.description, chunk]).encode()).hexdigest()[:8]
-        folder = os.path.join(self.folder, "scores", f"{metric}-{digest}")
+        digest = hashlib.sha256(json.dumps([scorer.description, chunk]).encode())
+        digest.update(sample_bits(scorer.list_weights()))
+        folder = os.path.join(self.folder, "scores", f"{metric}-{digest.hexdigest()[:8]}")
         make_folder(folder)
         firsts = range(0, len(prompts), chunk)
         paths = [os.path.join(folder, f"{first:06d}.safetensors") for first in firsts]

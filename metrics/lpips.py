@@ -73,6 +73,11 @@ class Lpips(Scorer):
         state = {names.get(name, name): weight for name, weight in read_weights(path).items()}
         load_weights(self.model.net, state, path)
 
+    def note(self, rows):
+        if self.column == "lpips":
+            return "; the paper's may be of pixels in [0, 1], as DMD2's evaluation feeds them"
+        return ""
+
     def prepare(self, image):
         from PIL import Image
 

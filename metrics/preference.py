@@ -151,6 +151,12 @@ class Mps(HubClip):
         for i in range(count):
             self.layers.append((select(cross_state, f"{i}.0.fn."), select(cross_state, f"{i}.1.fn.")))
 
+    def list_weights(self):
+        weights = super().list_weights()
+        for cross, own in self.layers:
+            weights += [*cross.values(), *own.values()]
+        return weights
+
     @torch.no_grad()
     def score(self, images, prompts):
         tokens = self.model.vision_model(images.flatten(0, 1).to(self.device)).last_hidden_state

@@ -13,6 +13,7 @@ class Scorer:
     as tensors; nothing is unpickled."""
 
     takes = ("images",)  # what it is for: "images", "videos"
+    model = None  # its network, if it has one
     description = ""  # model, weights and settings: what has to stand beside a number
 
     @classmethod
@@ -36,6 +37,10 @@ class Scorer:
         {name: value}."""
         return {name: column.mean() for name, column in join_columns(scores).items()}
 
+    def list_weights(self):
+        """The tensors that scores depend on: those made with others are not used again."""
+        return list(self.model.parameters()) if self.model else []
+
     def note(self, rows):
         """What has to stand below a table of these rows, beside the description: the end of a sentence."""
         return ""
@@ -44,6 +49,14 @@ class Scorer:
 def join_columns(scores):
     """A list of {column: array} -> {column: one array over all samples}."""
     return {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
+
+
+def cut_square(image):
+    """A PIL image -> the square in its middle, as large as it has one."""
+    side = min(image.size)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def read_pixels(image):

@@ -13,6 +13,7 @@ from support.configs import list_fields
 from support.errors import UserError, note
 from support.files import as_json, compute_checksum, list_files, read_sealed, write_atomically
 from support.parallel import lay_out, list_parameters
+from support.tensors import sample_bits
 
 META = {  # what is read of meta.json
     "step",
@@ -38,13 +39,7 @@ def compute_fingerprint(net, scheduler):
     diffusers: its configurations and some numbers of every weight."""
     configs = [list_settings(net), list_settings(scheduler)]
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
-    samples = []
-    for weight in net.parameters():
-        numbers = weight.detach().flatten()
-        step = max(1, len(numbers) // 64)
-        samples.append(numbers[::step].to(torch.bfloat16))
-    bits = torch.cat(samples).view(torch.int16)
-    digest.update(bits.cpu().numpy().tobytes())
+    digest.update(sample_bits(net.parameters()))
     return digest.hexdigest()[:16]
 
 

@@ -33,6 +33,18 @@ def is_finite(x):
     return bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
+def sample_bits(weights):
+    """Some numbers of each of these tensors, as bytes: they tell them from any others, whatever the precision
+    that they are in."""
+    samples = []
+    for weight in weights:
+        numbers = weight.detach().flatten()
+        step = max(1, len(numbers) // 64)
+        samples.append(numbers[::step].to(torch.bfloat16))
+    bits = torch.cat(samples).view(torch.int16) if samples else torch.zeros(0)
+    return bits.cpu().numpy().tobytes()
+
+
 def detach(maps):
     """A list of maps without their graphs."""
     return [m.detach() for m in maps]

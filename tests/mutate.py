@@ -693,13 +693,18 @@ TABLE = {
         ("an adapter's checksum is not compared", '("student/", LORA_FILE)', '("student/", "student")'),
         ("the optimisers' settings are the checkpoint's", "group.update(own)", "group.update({})"),
         ("a fingerprint of default settings, too", "if value != default:", "if True:"),
-        ("a fingerprint of some weights alone", "in net.parameters():", "in list(net.parameters())[::99]:"),
+        (
+            "a fingerprint of some weights alone",
+            "sample_bits(net.parameters())",
+            "sample_bits([*net.parameters()][::99])",
+        ),
     ],
     "support/loading.py": [
         ("pipelines tell of long texts", "setLevel(logging.ERROR)", "setLevel(logging.WARNING)"),
         ("Wan's float32 parts in bf16", " and name not in kept", ""),
     ],
     "metrics/images.py": [
+        ("scores of other weights", "digest.update(sample_bits(scorer.list_weights()))", "pass"),
         (
             "scored with the first prompts",
             "prompts[first : first + chunk]), path)",
@@ -1109,6 +1114,7 @@ TABLE = {
     "metrics/vbench.py": [
         ("VBench's best scene", '"scene": (0.0, 0.8222, 1)', '"scene": (0.0, 1.0, 1)'),
     ],
+    "metrics/scorer.py": [("a square from the left", "left = (image.width - side) // 2", "left = 0")],
     "metrics/report.py": [
         ("scores of the first images", "round_values(array[i].item())", "round_values(array[p].item())"),
     ],

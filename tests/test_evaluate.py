@@ -393,6 +393,27 @@ class Zero(Scorer):
         return {"zero": np.zeros(prepared.shape[0] * prepared.shape[1])}
 
 
+def test_scores_of_other_weights_are_not_used_again(folders, tmp_path, monkeypatch):
+    """A file that was replaced, or was converted wrongly and then rightly: its name stays the same."""
+    made = []  # the weight of each score that was computed
+
+    class Weighed(Zero):
+        def __init__(self, args, prompts, video):
+            self.model = torch.nn.Linear(1, 1, bias=False)
+            torch.nn.init.constant_(self.model.weight, float(args.clip_prefix))
+
+        def score(self, prepared, prompts):
+            made.append(self.model.weight.item())
+            return super().score(prepared, prompts)
+
+    monkeypatch.setitem(evaluate.SCORERS, "clip", Weighed)
+    words = ["--images", f"{folders}/good", "--prompts", str(folders / "prompts.txt"), "--workers", "0"]
+    for weight in ("1", "1", "2", "1"):
+        own = ["--metrics", "clip", "--clip-prefix", weight, "--out", str(tmp_path / "out")]
+        evaluate.main([*words, *own])
+    assert made == [1, 2]
+
+
 def test_the_metric_that_fits_is_the_default(teacher_folder, prompts_path, folders, tmp_path, monkeypatch):
     """oracle for the tiny teachers, vbench for VBench's prompts; clip for other teachers and images alone."""
     monkeypatch.setitem(evaluate.SCORERS, "clip", Zero)

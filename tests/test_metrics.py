@@ -447,6 +447,7 @@ def test_mps(weights):
     state["cross_model.layers.0.0.fn.norm.bias"] = torch.zeros(WIDTH)
     save_file(state, weights / "MPS_overall.safetensors")
     scorer = Mps(argparse.Namespace(weights_dir=str(weights)), PROMPTS, False)
+    assert len(scorer.list_weights()) == len(list(scorer.model.parameters())) + len(cross) + 1  # the bias
 
     images, expected, dropped = make_images(4), [], 0
     to_text, to_vision = model.text_projection.weight.T, model.visual_projection.weight.T
@@ -556,6 +557,10 @@ def test_fid_features_are_inceptions(inception):
     large = np.stack([np.array(image.resize((299, 299), Image.Resampling.BICUBIC)) for image in images])
     expected = network(torch.from_numpy(large).permute(0, 3, 1, 2)).numpy()
     np.testing.assert_allclose(score(scorer, images)["features"], expected, rtol=1e-4, atol=1e-5)
+    wide = Image.new("RGB", (80, 48))
+    wide.paste(images[0], (16, 0))
+    assert scorer.prepare(wide).equal(scorer.prepare(images[0]))  # the square in the middle counts
+    assert len(scorer.list_weights()) == len(list(network.parameters()))
 
 
 def test_fids_file_is_not_unpickled(inception):
