@@ -22,7 +22,7 @@ DISTIL := --decay 0.8 --fake-lr 3e-4 --head-lr 3e-3 --dt 1/8 --r1 0.03 --r2 0.03
 FROM_ADP = $(TINY) --init $(DEMO)/adp --prompts prompts/shapes_train.txt $(SHORT) --batch 16 --iterations 450 \
 	--warmup 60 --guidance 1.75 $(DISTIL)
 export HF_HUB_OFFLINE ?= 1
-# all on CPUs, unless it names GPUs: the demo's two processes want two
+# all on CPUs, unless the environment names GPUs: the demo's two processes want two
 export CUDA_VISIBLE_DEVICES ?=
 
 .PHONY: setup demo seeds demo-sd3 demo-video test test-slow faults mutations full-size

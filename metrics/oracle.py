@@ -114,8 +114,8 @@ class Oracle(Scorer):
 
     def measure_variety(self, columns, reference):
         """-> {name: array [P], or {attribute: array [P]}}, NaN for a prompt that names the attribute.
-        reference: another system's columns, of which as many samples count as there are of both; or None.
-        Without tv and squared_distance where that is one."""
+        reference: another system's columns, or None. As many samples of both are compared as the smaller set
+        has; tv and squared_distance are left out where that is one."""
         samples = int(columns["samples"][0])
         both = min(samples, int(reference["samples"][0])) if reference else samples
         tv_uniform, tv, squared, coverage = {}, {}, {}, {}

@@ -39,7 +39,7 @@ class Scorer:
 
     def list_weights(self):
         """The tensors that scores depend on: those made with others are not used again."""
-        return list(self.model.parameters()) if self.model else []
+        return [] if self.model is None else [*self.model.parameters(), *self.model.buffers()]
 
     def note(self, rows):
         """What has to stand below a table of these rows, beside the description: the end of a sentence."""

@@ -18,26 +18,33 @@ from support.loading import quiet, shorten
 from support.lora_files import takes_lora
 from support.tensors import is_finite
 
-# the names of a layer's two factors, as peft, diffusers and kohya have them
-FACTOR = re.compile(r"(?P<layer>.+?)[._]lora(_linear_layer)?[._](?P<kind>A|B|down|up)(\.default_0)?\.weight")
+# the names of a layer's two factors, as peft, diffusers, kohya and, with a number, XLabs have them
+FACTOR = re.compile(
+    r"(?P<layer>.+?)[._]lora(?P<number>[12]?)(_linear_layer)?[._]"
+    r"(?P<kind>A|B|down|up)(\.default(_0)?)?\.weight"
+)
 DOWN = ("A", "down")
-# what else every family reads: alphas, and in peft's form DoRA's magnitudes and biases
-MORE = re.compile(r".+(\.alpha|\.lora_magnitude_vector(\.weight)?|\.lora_B\.bias)")
-TOLERANCE = 1e-3  # of sizes: bf16 rounds
+# what else a layer may have: its scale times its rank, the magnitudes of DoRA as peft names them, a bias
+ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
+MAGNITUDE = re.compile(r"(?P<layer>.+)\.lora_magnitude_vector(\.weight)?")
+BIAS = re.compile(r"(?P<layer>.+)\.(lora_B\.bias|diff_b)")
+TOLERANCE = 1e-3  # of sizes: bf16 rounds a number by more, but not all of them the same way
 
 
 @dataclass
 class Content:
-    """What a LoRA file says."""
+    """What a LoRA file says, or what has come of it into the networks."""
 
-    factors: int  # how many
-    has_alphas: bool  # whether a layer has a scale of its own, alpha / rank
-    size: float  # the sum of |scale up down|^2 over its layers
+    layers: int  # with factors that are not zero
+    magnitudes: int
+    biases: int
+    size: float  # the sum over the layers of |scale up down|^2, or of |up down|^2 where none has an alpha
+    has_alphas: bool
 
 
 def read_lora(path):
     """The LoRA file of --teacher-lora -> Content; of None, None. UserError for any other file, and for one
-    with something in it that would not be merged."""
+    with something in it that is never merged."""
     if path is None:
         return None
     require("peft", "peft", "merges --teacher-lora")
@@ -47,41 +54,62 @@ def read_lora(path):
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--teacher-lora {path} is no .safetensors file: {shorten(error)}") from error
-    size = 0.0
+    for name, tensor in tensors.items():
+        if tensor.element_size() == 1:
+            raise UserError(f"--teacher-lora {path} is in eight bits, as {name}: convert it to bf16")
+        if not is_finite(tensor):
+            raise UserError(f"--teacher-lora {path} is damaged: {name} is not finite")
     layers = find_layers(path, tensors)
+    alphas = find(ALPHA, tensors)
+    biases = find(BIAS, tensors)
+    magnitudes = find(MAGNITUDE, tensors)
+    check_that_no_more_is_there(path, tensors, layers, biases)
+    sizes = []
     for layer, (down, up) in layers.items():
-        alpha = tensors.get(f"{layer}.alpha")
-        size += measure(down, up, 1 if alpha is None else alpha.item() / len(down))
-    has_alphas = any(name.endswith(".alpha") for name in tensors)
-    return Content(2 * len(layers), has_alphas, size)
+        scale = alphas[layer].flatten()[0].item() / len(down) if layer in alphas else 1
+        sizes.append(measure(down, up, scale))
+    count = sum(size > 0 for size in sizes)
+    return Content(count, len(magnitudes), len(biases), sum(sizes), bool(alphas))
 
 
 def find_layers(path, tensors):
-    """The tensors of a LoRA file -> {layer: its factors (down, up)}. UserError for what is damaged, and what
-    would be lost."""
-    found = {"down": {}, "up": {}}
-    rest = []
+    """The tensors of a LoRA file -> {layer: its factors (down, up)}. UserError for what is damaged."""
+    downs, ups = {}, {}
     for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise UserError(f"--teacher-lora {path} is damaged: {name} is not finite")
         factor = FACTOR.fullmatch(name)
         if factor:
-            found["down" if factor["kind"] in DOWN else "up"][factor["layer"]] = tensor
-        elif not MORE.fullmatch(name) and tensor.float().any():
-            rest.append(name)
-    downs, ups = found["down"], found["up"]
+            layer = factor["layer"] + factor["number"]
+            (downs if factor["kind"] in DOWN else ups)[layer] = tensor
     if not downs and not ups:
         raise UserError(f"--teacher-lora {path} is no LoRA: no tensor in it is named as a low-rank factor")
-    if rest:
-        what = f"{rest[0]} is no low-rank factor, and diffusers drops what it does not know"
-        raise UserError(f"--teacher-lora {path} is more than a LoRA: {what}")
     for layer in sorted(downs.keys() ^ ups.keys()):
         raise UserError(f"--teacher-lora {path} is damaged: {layer} has lost one of its two factors")
     for layer, down in downs.items():
         up = ups[layer]
-        if min(down.ndim, up.ndim) < 2 or len(down) != up.shape[1]:
+        if min(down.ndim, up.ndim) < 2 or len(down) != up[0].numel():
             raise UserError(f"--teacher-lora {path} is damaged: the factors of {layer} are of two ranks")
     return {layer: (down, ups[layer]) for layer, down in downs.items()}
+
+
+def find(pattern, tensors):
+    """{layer: tensor} of those tensors whose names the pattern matches and that are not zero."""
+    found = {}
+    for name, tensor in tensors.items():
+        match = pattern.fullmatch(name)
+        if match and tensor.any():
+            found[match["layer"]] = tensor
+    return found
+
+
+def check_that_no_more_is_there(path, tensors, layers, biases):
+    """UserError for what is neither a low-rank factor nor goes with one: diffusers drops most of that."""
+    known = (FACTOR, ALPHA, MAGNITUDE, BIAS)
+    more = [f"the bias of {layer}" for layer in biases if layer not in layers]
+    for name, tensor in tensors.items():
+        if tensor.any() and not any(pattern.fullmatch(name) for pattern in known):
+            more.append(name)
+    if more:
+        raise UserError(f"--teacher-lora {path} is more than a LoRA: {more[0]} is no low-rank factor")
 
 
 def measure(down, up, scale):
@@ -121,32 +149,49 @@ def merge(pipe, path, parts, content=None):
     of its `content`."""
     try:
         with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft's; what comes of them is looked for below
+            warnings.simplefilter("ignore")  # peft's; what comes of them is looked for
             pipe.load_lora_weights(path)
+            if content:
+                networks = [getattr(pipe, part) for part in parts]
+                check_that_all_is_there(path, content, read_adapters(networks, content.has_alphas))
+            pipe.fuse_lora(components=parts)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds, as files can misfit in many ways
         raise UserError(f"--teacher-lora {path} does not fit the teacher: {shorten(error)}") from error
-    if content:
-        check_that_all_is_there(pipe, path, parts, content)
-    pipe.fuse_lora(components=parts)
     pipe.unload_lora_weights()
 
 
-def check_that_all_is_there(pipe, path, parts, content):
-    """UserError where the loaded adapters are fewer than the file's, or of another size."""
-    found = 0
-    size = 0.0
-    for part in parts:
-        for module in getattr(pipe, part).modules():
+def read_adapters(networks, has_alphas):
+    """The Content of the adapters that peft has put into networks."""
+    found = Content(0, 0, 0, 0.0, has_alphas)
+    for network in networks:
+        for module in network.modules():
             for name, down in getattr(module, "lora_A", {}).items():
-                found += 2
-                if not down.weight.is_meta:  # else the file had nothing for it
-                    scale = module.scaling[name] if content.has_alphas else 1
-                    size += measure(down.weight, module.lora_B[name].weight, scale)
-    if found < content.factors:
-        lost = f"{content.factors - found} of its {content.factors} factors find no layer"
-        raise UserError(f"--teacher-lora {path} does not fit the teacher: {lost}")
-    if abs(size - content.size) > TOLERANCE * content.size:
-        share = f"{size / content.size:.3g} of its change, in squares"
+                up = module.lora_B[name]
+                if down.weight.is_meta or up.weight.is_meta:  # the file had nothing for it
+                    continue
+                size = measure(down.weight, up.weight, module.scaling[name] if has_alphas else 1)
+                found.size += size
+                found.layers += size > 0
+                found.magnitudes += name in module.lora_magnitude_vector
+                found.biases += up.bias is not None
+    return found
+
+
+def check_that_all_is_there(path, content, found):
+    """UserError where the adapters `found` are less than a file's `content`, or of another size. They may be
+    of more layers, as diffusers splits some."""
+    for kind in ("layers", "magnitudes", "biases"):
+        wanted = getattr(content, kind)
+        lost = wanted - getattr(found, kind)
+        if lost > 0:
+            what = f"{lost} of its {wanted} {kind} find no place in it"
+            raise UserError(f"--teacher-lora {path} does not fit the teacher: {what}")
+    if abs(found.size - content.size) > TOLERANCE * content.size:
+        share = (
+            f"{found.size / content.size:.3g} of its change, in squares" if content.size else "what is zero"
+        )
         raise UserError(
             f"--teacher-lora {path} cannot be merged: diffusers reads {share}, for parts of it or its alphas "
             "have names that it does not know"

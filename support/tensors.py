@@ -26,16 +26,12 @@ def concatenate(*conditions):
 def is_finite(x):
     """Whether all numbers of a tensor are finite. Its extremes tell, on a CPU in a twentieth of the time that
     a look at each number takes: minutes, for a teacher's weights."""
-    if not x.numel():
-        return True
-    if x.is_floating_point() and x.element_size() == 1:  # torch finds no extremes of float8
-        x = x.float()
-    return bool(torch.stack(torch.aminmax(x)).isfinite().all())
+    return not x.numel() or bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def sample_bits(weights):
-    """Some numbers of each of these tensors, as bytes: they tell them from any others, whatever the precision
-    that they are in."""
+    """Some numbers of each of these tensors, as bytes, to know them by, whatever the precision that they are
+    in."""
     samples = []
     for weight in weights:
         numbers = weight.detach().flatten()

@@ -1107,9 +1107,14 @@ TABLE = {
             "pipe, teacher.lora, list_lora_parts(pipe))",
         ),
         ("half a layer of a LoRA file", "sorted(downs.keys() ^ ups.keys())", "()"),
-        ("a LoRA file's norms passed over", "not MORE.fullmatch(name) and tensor.float().any()", "False"),
-        ("a LoRA file's alphas as diffusers reads them", "module.scaling[name] if content", "1 if content"),
+        ("a LoRA file's norms passed over", "if tensor.any() and not any(", "if False and not any("),
+        ("a LoRA file's alphas as diffusers reads them", "module.scaling[name] if has_alphas else 1", "1"),
         ("a LoRA file that is merged in part", "TOLERANCE = 1e-3", "TOLERANCE = 10"),
+        (
+            "a LoRA file's biases passed over",
+            '("layers", "magnitudes", "biases")',
+            '("layers", "magnitudes")',
+        ),
     ],
     "metrics/vbench.py": [
         ("VBench's best scene", '"scene": (0.0, 0.8222, 1)', '"scene": (0.0, 1.0, 1)'),

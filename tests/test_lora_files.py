@@ -364,7 +364,7 @@ def make_layers(net, ending):
     return layers
 
 
-@pytest.mark.parametrize("precision, stored", [("fp32", torch.float8_e4m3fn), ("bf16", torch.float32)])
+@pytest.mark.parametrize("precision, stored", [("fp32", torch.float16), ("bf16", torch.float32)])
 def test_a_lora_in_kohyas_form_is_merged_at_its_scale(tuned, tmp_path, precision, stored):
     """Whatever the precision of the file and of the teacher."""
     file = str(tmp_path / "kohya.safetensors")
@@ -383,6 +383,30 @@ def test_a_lora_in_kohyas_form_is_merged_at_its_scale(tuned, tmp_path, precision
         )
 
 
+@pytest.mark.parametrize("kind", ["lora_B.bias", "lora_magnitude_vector"])
+def test_what_goes_with_a_layers_factors_is_merged_too(tuned, tmp_path, kind):
+    """A bias, or the lengths that DoRA gives the rows of the merged weight."""
+    file = str(tmp_path / "more.safetensors")
+    before = load("--teacher", tuned[0]).denoiser
+    layers = make_layers(before, "attn1.to_out.0")
+    tensors = {}
+    for name, (down, up) in layers.items():
+        tensors |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+        tensors[f"unet.{name}.{kind}"] = 1 + torch.rand(len(up))
+    save_file(tensors, file)
+    merged = load("--teacher", tuned[0], "--teacher-lora", file).denoiser
+    for name, (down, up) in layers.items():
+        weight = before.get_parameter(f"{name}.weight") + up @ down
+        bias = before.get_parameter(f"{name}.bias")
+        own = tensors[f"unet.{name}.{kind}"]
+        if kind == "lora_B.bias":
+            bias = bias + own
+        else:
+            weight = own[:, None] * weight / weight.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(merged.get_parameter(f"{name}.weight"), weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged.get_parameter(f"{name}.bias"), bias, rtol=1e-4, atol=1e-5)
+
+
 def test_a_lora_that_diffusers_reads_otherwise_is_refused(tuned, tmp_path):
     """It warns, and gives attention layers the commonest alpha of all."""
     file = str(tmp_path / "kohya.safetensors")
@@ -394,9 +418,17 @@ def test_a_lora_that_diffusers_reads_otherwise_is_refused(tuned, tmp_path):
         load("--teacher", tuned[0], "--teacher-lora", file)
 
 
-@pytest.mark.parametrize("change", ["", "alpha", "t5"])
-def test_what_diffusers_passes_over_in_a_lora_of_flux_is_refused(tmp_path, change):
-    """The alphas of its own names with lora_down and lora_up, and all of T5."""
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ("", ""),
+        ("alpha", "cannot be merged: diffusers reads 4 of its change, in squares"),
+        ("bias", "3 of its 3 biases find no place"),
+        ("t5", "1 of its 4 layers find no place"),
+    ],
+)
+def test_what_diffusers_passes_over_in_a_lora_of_flux_is_refused(tmp_path, change, sentence):
+    """The alphas and biases of its own names with lora_down and lora_up, and all of T5."""
     folder = helpers.make_teacher(tmp_path / "teacher", 0, "flux")
     file = str(tmp_path / "flux.safetensors")
     pipe = helpers.load_teacher(folder, helpers.CPU).pipe
@@ -405,6 +437,8 @@ def test_what_diffusers_passes_over_in_a_lora_of_flux_is_refused(tmp_path, chang
         tensors[f"transformer.{name}.lora_down.weight"] = down
         tensors[f"transformer.{name}.lora_up.weight"] = up
         tensors[f"transformer.{name}.alpha"] = torch.tensor(1.0 if change == "alpha" else 2.0)
+        if change == "bias":
+            tensors[f"transformer.{name}.diff_b"] = torch.ones(len(up))
     if change == "t5":
         for name, (down, up) in make_layers(pipe.text_encoder_2, "SelfAttention.q").items():
             key = f"lora_te3_{name.replace('.', '_')}"
@@ -412,7 +446,7 @@ def test_what_diffusers_passes_over_in_a_lora_of_flux_is_refused(tmp_path, chang
     save_file(tensors, file)
     words = ["--teacher", folder, *helpers.size("flux"), "--teacher-lora", file]
     if change:
-        with pytest.raises(UserError, match="cannot be merged: |does not fit the teacher: "):
+        with pytest.raises(UserError, match=sentence):
             load(*words)
     else:
         assert load(*words).lora == file
@@ -427,11 +461,14 @@ MISFITS = (
     ("half.safetensors", "is damaged: unet.*to_q has lost one of its two factors"),
     ("ranks.safetensors", "is damaged: the factors of unet.*to_q are of two ranks"),
     ("other.safetensors", "does not fit the teacher"),
+    ("kernel.safetensors", "is damaged: the factors of unet.*to_q are of two ranks"),
+    ("float8.safetensors", "is in eight bits, as unet.*: convert it to bf16"),
     ("dora.safetensors", "is more than a LoRA: unet.*dora_scale is no low-rank factor"),
     ("norm.safetensors", "is more than a LoRA: unet.*norm1.diff is no low-rank factor"),
-    ("raw.safetensors", "is no LoRA"),
-    ("sd3.safetensors", "does not fit the teacher: 2 of its 2 factors find no layer"),
-    ("more.safetensors", "does not fit the teacher: 2 of its"),
+    ("bias.safetensors", "is more than a LoRA: the bias of unet.*norm1 is no low-rank factor"),
+    ("raw.safetensors", "does not fit the teacher|cannot be merged"),
+    ("sd3.safetensors", "does not fit the teacher: 1 of its 1 layers find no place in it"),
+    ("more.safetensors", "does not fit the teacher: 1 of its"),
 )
 
 
@@ -456,6 +493,9 @@ def test_files_that_are_no_lora_of_the_teacher_are_refused(
         "nan-alpha.safetensors": tensors | {f"{layer}.alpha": torch.tensor(float("nan"))},
         "half.safetensors": {key: weight for key, weight in tensors.items() if key != first},
         "ranks.safetensors": tensors | {first: tensors[first][:1]},
+        "kernel.safetensors": tensors | {f"{layer}.lora_B.weight": torch.ones(8, 2, 3, 3)},
+        "float8.safetensors": tensors | {first: tensors[first].to(torch.float8_e4m3fn)},
+        "bias.safetensors": tensors | {f"{layer.rpartition('.')[0]}.norm1.diff_b": torch.ones(3)},
         "other.safetensors": other,
         "dora.safetensors": tensors | {f"{layer}.dora_scale": torch.ones(len(tensors[first]), 1)},
         "norm.safetensors": tensors | {f"{layer.rpartition('.')[0]}.norm1.diff": torch.ones(3)},

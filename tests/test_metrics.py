@@ -129,7 +129,7 @@ def draw_pair(rng, one, other, rows, samples, paired=0.0):
     return [np.searchsorted(np.cumsum(shares)[:-1], x) for shares, x in ((one, noise), (other, own))]
 
 
-@pytest.mark.parametrize("paired", (0.0, 0.7, 1.0))
+@pytest.mark.parametrize("paired", (0.0, 0.7, 0.95))
 @pytest.mark.parametrize("other", ((0.5, 0.3, 0.2), (0.4, 0.3, 0.3), (0.0, 0.0, 1.0)))
 def test_the_squared_distance_is_that_of_the_distributions(other, paired):
     """However few samples, and be they of one noise or not; to itself it is 0."""
@@ -141,7 +141,7 @@ def test_the_squared_distance_is_that_of_the_distributions(other, paired):
     assert measured.mean() == pytest.approx(np.square(one - other).sum(), abs=4 * error + 1e-9)
 
 
-@pytest.mark.parametrize("paired", (0.0, 0.7, 1.0))
+@pytest.mark.parametrize("paired", (0.0, 0.7, 0.95))
 @pytest.mark.parametrize("samples", (16, 64))
 @pytest.mark.parametrize("shares", ((0.5, 0.5), (0.5, 0.3, 0.2), (1 / 6,) * 6))
 def test_nothing_is_left_of_the_total_variation_of_one_distribution(shares, samples, paired):
@@ -447,7 +447,8 @@ def test_mps(weights):
     state["cross_model.layers.0.0.fn.norm.bias"] = torch.zeros(WIDTH)
     save_file(state, weights / "MPS_overall.safetensors")
     scorer = Mps(argparse.Namespace(weights_dir=str(weights)), PROMPTS, False)
-    assert len(scorer.list_weights()) == len(list(scorer.model.parameters())) + len(cross) + 1  # the bias
+    own = [*scorer.model.parameters(), *scorer.model.buffers()]
+    assert len(scorer.list_weights()) == len(own) + len(cross) + 1  # and the bias
 
     images, expected, dropped = make_images(4), [], 0
     to_text, to_vision = model.text_projection.weight.T, model.visual_projection.weight.T
@@ -560,7 +561,7 @@ def test_fid_features_are_inceptions(inception):
     wide = Image.new("RGB", (80, 48))
     wide.paste(images[0], (16, 0))
     assert scorer.prepare(wide).equal(scorer.prepare(images[0]))  # the square in the middle counts
-    assert len(scorer.list_weights()) == len(list(network.parameters()))
+    assert len(scorer.list_weights()) == len(network.state_dict())  # its running means among them
 
 
 def test_fids_file_is_not_unpickled(inception):
