@@ -16,6 +16,7 @@ import evaluate
 import helpers
 import sample
 from metrics.images import Images, wait_for_scores
+from metrics.scorer import Scorer
 from metrics.scores import read_scores, save_scores
 from metrics.systems import find_images, plan_images
 from support import folders
@@ -304,7 +305,7 @@ def test_damaged_scores_are_noticed(tmp_path):
     assert read_scores(path)["clip"].tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
-class Counting:
+class Counting(Scorer):
     """A scorer that counts its calls."""
 
     description = "counts"
@@ -322,7 +323,7 @@ def test_each_picture_is_scored_with_its_own_prompt(tmp_path, monkeypatch):
     """In the second chunk, too."""
     seen = []
 
-    class Scorer:
+    class Grey(Scorer):
         description = "greys"
 
         def prepare(self, image):
@@ -336,7 +337,7 @@ def test_each_picture_is_scored_with_its_own_prompt(tmp_path, monkeypatch):
         Image.new("RGB", (4, 4), (p, p, p)).save(tmp_path / f"{p}.png")
     monkeypatch.setattr("metrics.images.CHUNK", 2)
     files = [[str(tmp_path / f"{p}.png")] for p in range(3)]
-    Images("x", str(tmp_path / "x"), files, {}).score("grey", Scorer(), ["a", "b", "c"], 0)
+    Images("x", str(tmp_path / "x"), files, {}).score("grey", Grey(), ["a", "b", "c"], 0)
     assert seen == [(["a", "b"], [0, 1]), (["c"], [2])]
 
 
