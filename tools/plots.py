@@ -16,7 +16,7 @@ METHODS = {  # (name, colour, cost of an iteration by docs/benchmarks.md, the DM
     "secant": ("--loss secant", "C4", 1.73),
     "bare": ("--loss secant, no penalties", "C5", 1.37),
 }
-TABLES = ("demo", "600", "1500", "5000")  # of docs/results.json, whose runs are comparable
+TABLES = ("demo", "600", "1500", "1100", "5000", "2870")  # of docs/results.json, whose runs are comparable
 GAUGES = {
     "loss_f": "loss_f: the fake score's loss",
     "dmd_loss": "dmd_loss: half the squared DMD direction",
@@ -69,7 +69,7 @@ def save_plot(results, path):
         tv = [run["row"]["tv_uniform"] for run in runs]
         accuracy = [run["row"]["accuracy"] for run in runs]
         plane.scatter(tv, accuracy, s=math.sqrt(iterations), color=colour, alpha=0.6, label=label)
-    plane.set_xlabel("tv_uniform: variety lacking within a prompt, less chance (the teacher: 0.035)")
+    plane.set_xlabel("tv_uniform: variety that is missing within a prompt, less chance")
     plane.set_ylabel("accuracy")
     plane.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     for axes, column in zip(curves, ("accuracy", "tv_uniform")):

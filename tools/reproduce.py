@@ -71,13 +71,14 @@ RUNS = {
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
     # ADM for 860 iterations, or 1100 without penalties and D's gradient, takes as long as the DMD loss for
-    # 1500; 3650: for 5000
+    # 1500; 2870 and 3650: for 5000
     "dmd-150": f"{SHORT_RUN} --iterations 150 --lr 1e-4 --loss dmd",
     "dmd-600": f"{TRIAL} --lr 1e-4 --loss dmd",
     "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
     "dmd-5000": f"{LONG} --iterations 5000 --lr 1e-4 --loss dmd",
     "dmdx-600": f"{TRIAL} --lr 3e-5",
     "dmdx-860": f"{LONG} --iterations 860 --lr 3e-5",
+    "dmdx-2870": f"{LONG} --iterations 2870 --lr 3e-5",
     "projected-600": f"{TRIAL} --lr 1e-4 --project",
     "projected-860": f"{LONG} --iterations 860 --lr 1e-4 --project",
     "secant-600": f"{TRIAL} --lr 1e-4 --loss secant",
@@ -147,8 +148,9 @@ TABLES = {
     ),
     "equal": (("adp", "dmd-150", "dmdx"), EVALUATE),
     "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860"), EVALUATE),
-    "5000": (("adp", "dmd-1500", "bare-1100", "dmd-5000", "bare-3650"), EVALUATE),
-    "5000-anew": (("adp", "dmd-5000", "bare-3650"), EVALUATE),  # of a start made anew
+    "1100": (("adp", "dmd-1500", "bare-1100"), EVALUATE),
+    "5000": (("adp", "dmd-5000", "bare-3650"), EVALUATE),
+    "2870": (("adp", "dmdx-2870"), EVALUATE),
     "variants": (
         (
             *("dmdx-600", "raven", "small-dt", "default-penalty", "weak-penalty"),
