@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 from support.errors import UserError, first_line, note
-from support.files import make_folder, remove
+from support.files import make_folder, read_sealed, remove, write_sealed
 from support.prompts import is_encodable, open_text, read_prompts
 
 # Of each dimension the scores that become 0 and 1 in the summary, and its weight, as in VBench's
@@ -122,19 +122,26 @@ def link_videos(paths, place, prompt):
 
 
 def run_dimension(command, dimension, output):
-    """Runs VBench -> the score of a dimension, the mean over the videos."""
-    remove(output)  # what an earlier run found
+    """The score of a dimension, the mean over the videos: what VBench finds, or found when the same command
+    ran before, as the videos of a folder stay the same."""
+    kept = os.path.join(output, "score.json")
+    record = read_sealed(kept)
+    if record and record["command"] == command:
+        return record["score"]
+    remove(output)
     make_folder(output)
     try:
         subprocess.run(command, check=True)
         results = [name for name in os.listdir(output) if name.endswith("eval_results.json")]
-        newest = max((os.path.join(output, name) for name in results), key=os.path.getmtime)
-        with open(newest) as file:
+        if not results:  # its command ends with 0 whatever happened inside
+            raise ValueError(f"it wrote nothing to {output}")
+        with open(os.path.join(output, results[0])) as file:
             mean, *_ = json.load(file)[dimension]  # and a list of the videos' scores
-        return mean
     except (subprocess.CalledProcessError, ValueError, KeyError, TypeError) as error:
         reason = first_line(error)
         raise UserError(f"vbench gave no result: {shlex.join(command)}: {reason}") from error
+    write_sealed(kept, {"command": command, "score": mean})
+    return mean
 
 
 def summarise(scores):

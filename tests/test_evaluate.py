@@ -476,6 +476,16 @@ json.dump({{dimension: [len(dimension) / 100, []]}}, open(output + "/results_202
     assert "| dynamic_degree | 0.1400 |" in output
     assert "CogVideoX-5b ADM (paper, table 3)" in output
 
+    # a dimension that failed is run again, and those that are there are not
+    (tmp_path / "vbench").write_text(f"#!{sys.executable}\n")
+    (place / "results/color/score.json").unlink()
+    with pytest.raises(UserError, match="vbench gave no result: .* color .*: it wrote nothing to"):
+        evaluate.main(arguments)
+    (tmp_path / "vbench").write_text(fake.replace("/ 100", "/ 10"))
+    evaluate.main(arguments)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["rows"][0]["vbench"] == {"color": 0.5, "dynamic_degree": 0.14}
+
 
 # The page -------------------------------------------------------------------------------------------------
 
