@@ -61,8 +61,8 @@ def read_lora(path):
             raise UserError(f"--teacher-lora {path} is damaged: {name} is not finite")
     layers = find_layers(path, tensors)
     alphas = find(ALPHA, tensors)
-    biases = find(BIAS, tensors)
     magnitudes = find(MAGNITUDE, tensors)
+    biases = {layer: bias for layer, bias in find(BIAS, tensors).items() if bias.any()}
     check_that_no_more_is_there(path, tensors, layers, biases)
     sizes = []
     for layer, (down, up) in layers.items():
@@ -92,21 +92,22 @@ def find_layers(path, tensors):
 
 
 def find(pattern, tensors):
-    """{layer: tensor} of those tensors whose names the pattern matches and that are not zero."""
+    """{layer: tensor} of those tensors whose names the pattern matches."""
     found = {}
     for name, tensor in tensors.items():
         match = pattern.fullmatch(name)
-        if match and tensor.any():
+        if match:
             found[match["layer"]] = tensor
     return found
 
 
 def check_that_no_more_is_there(path, tensors, layers, biases):
-    """UserError for what is neither a low-rank factor nor goes with one: diffusers drops most of that."""
+    """UserError for what is neither zero, nor a low-rank factor, nor goes with one: diffusers drops most of
+    that."""
     known = (FACTOR, ALPHA, MAGNITUDE, BIAS)
     more = [f"the bias of {layer}" for layer in biases if layer not in layers]
     for name, tensor in tensors.items():
-        if tensor.any() and not any(pattern.fullmatch(name) for pattern in known):
+        if not any(pattern.fullmatch(name) for pattern in known) and tensor.any():
             more.append(name)
     if more:
         raise UserError(f"--teacher-lora {path} is more than a LoRA: {more[0]} is no low-rank factor")

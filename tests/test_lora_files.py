@@ -383,6 +383,17 @@ def test_a_lora_in_kohyas_form_is_merged_at_its_scale(tuned, tmp_path, precision
         )
 
 
+def test_a_layer_whose_alpha_is_0_is_as_it_was(tuned, tmp_path):
+    """As of blocks that somebody has switched off."""
+    file = str(tmp_path / "kohya.safetensors")
+    before = load("--teacher", tuned[0]).denoiser
+    layers = make_layers(before, "ff.net.2")
+    write_kohya(layers, file, [0] + [2] * (len(layers) - 1))
+    merged = load("--teacher", tuned[0], "--teacher-lora", file).denoiser
+    same = [merged.get_parameter(f"{n}.weight").equal(before.get_parameter(f"{n}.weight")) for n in layers]
+    assert same == [True] + [False] * (len(layers) - 1)
+
+
 @pytest.mark.parametrize("kind", ["lora_B.bias", "lora_magnitude_vector"])
 def test_what_goes_with_a_layers_factors_is_merged_too(tuned, tmp_path, kind):
     """A bias, or the lengths that DoRA gives the rows of the merged weight."""
