@@ -185,18 +185,32 @@ def test_run_writes_its_files(monkeypatch, tmp_path):
     assert (tmp_path / "animation.gif").read_bytes().startswith(b"GIF89a")
 
 
-def test_table_has_means_and_deviations_and_no_empty_column():
+def test_table_has_means_and_deviations_and_no_empty_column(plane):
     seed = {"covered": 9, "tv_modes": 0.1, "tv_cells": 0.2, "in_none": 0.0, "far": 0.1, "width": 0.0}
-    seed["masses"] = [0.25] * 4
+    seed["masses"] = plane.exact_modes().tolist()
     name = {"dim": 2, "start": "bad", "options": ""}
     rows = [
         {**name, "loss": "adm", "seeds": [seed, seed | {"tv_modes": 0.3}], "log": {"cosine": 0.5}},
         {**name, "loss": "dmd", "seeds": [seed, seed | {"covered": 8}]},
     ]
     lines = mixture.make_table(rows).splitlines()
-    assert lines[0] == "| loss | modes | TV of modes | cosine |"
+    assert lines[0] == "| loss | modes | TV with gaps | cosine |"
     assert lines[2] == "| adm | 9.000 | 0.200 ± 0.141 | 0.5 |"
     assert lines[3] == "| dmd | 8.500 ± 0.707 | 0.100 |  |"
+
+
+def test_total_variation_of_modes_is_that_of_the_samples_in_one(plane):
+    """Half of the samples between modes leave it at 0, a mode that is lost is its share; of less than a tenth
+    in modes nothing is said."""
+    exact = plane.exact_modes()
+    among = exact[:MODES] / exact[:MODES].sum()
+    shares = torch.cat([among / 2, torch.tensor([0.5])])
+    assert mixture.read_masses(shares.tolist())["tv_among"] == pytest.approx(0, abs=1e-6)
+    shares[MODES - 1] = 0
+    read = mixture.read_masses(shares.tolist())
+    assert read["tv_among"] == pytest.approx(among[MODES - 1].item(), abs=1e-6)
+    assert read["light"] == pytest.approx(0.02, abs=1e-6)
+    assert mixture.read_masses((shares / 6).tolist())["tv_among"] is None
 
 
 @pytest.mark.parametrize("loss, power", [("adm / alpha", -1), ("dmd * alpha", 1)])
@@ -228,6 +242,38 @@ def test_unit_line_pushes_as_far_along_every_line():
     lines = torch.tensor([[0.0, 2.0], [0.5, 0.0]])
     method.unit_line_loss(SimpleNamespace(x_fake=x_fake.detach(), x_real=lines)).backward()
     torch.testing.assert_close(-4 * x_fake.grad, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+
+def test_flat_line_moves_x_t_as_the_line_moves_x_fake():
+    """The gradient that x_t gets from the one is what x_fake gets from the other."""
+    teacher = make_teacher(3, 1)
+    method = mixture.MixtureADM.__new__(mixture.MixtureADM)
+    method.teacher, method.f, method.heads, method.log = teacher, teacher.denoiser, None, Means()
+    method.args = SimpleNamespace(dt=1 / 64, guidance=1)
+    t = torch.tensor([30.0, 500.0, 990.0])
+    x_t = torch.randn(3, 3, generator=generator("test"))
+
+    def compute_gradient(loss, watched):
+        gradients = []
+        x = x_t.clone().requires_grad_()
+        method.diffuse_sample = lambda b: (x, t)
+        step = teacher.step
+
+        def watch(x0_hat, eps_hat, s):
+            x_fake = step(x0_hat, eps_hat, s)
+            if x_fake.requires_grad:
+                x_fake.register_hook(gradients.append)
+            return x_fake
+
+        method.teacher.step = watch
+        loss(adm.MicroBatch(None, [""] * 3, k=0, cond={}, x0_hat=x_t)).backward()
+        method.teacher.step = step
+        return gradients[0] if watched else x.grad
+
+    of_line = compute_gradient(method.secant_loss, watched=True)
+    of_flat_line = compute_gradient(method.flat_line_loss, watched=False)
+    assert of_line.abs().min() > 1e-3
+    torch.testing.assert_close(of_flat_line, of_line, rtol=1e-3, atol=1e-5)
 
 
 def test_slopes_are_those_of_the_secant_in_quarters_of_the_times():
