@@ -14,7 +14,7 @@ score, which follows the student G_theta. Algorithm 1 [method of class ADM], T =
                         + E relu(1 - D_tau(x_real, t - dt, c)) + R1 + R2 (ours: penalty) [discriminator_loss].
 """
 
-import support.interrupt  # noqa: F401
+import support.interrupt  # noqa: F401  Ctrl-C while torch loads
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from common import T, hinge_discriminator, hinge_generator
 from metrics.held_out import make_held_out
 from support.arguments import parse_adm_arguments
 from support.errors import launch
-from support.parallel import freeze, start_processes
+from support.parallel import freeze, join_processes
 from support.prompts import read_training_prompts
 from support.rng import RowRNG, draw_integer, make_rngs
 from support.run import Run
@@ -56,6 +56,7 @@ class ADM:
 
     # --loss: the method that is line 3, or in its place
     losses = {"adm": "generator_loss", "secant": "secant_loss", "line": "secant_loss", "dmd": "dmd_loss"}
+    with_discriminator = ("adm", "secant")
 
     def __init__(self, args, teacher, prompts):
         self.args = args
@@ -65,7 +66,7 @@ class ADM:
         self.student, folder = common.start_student(args, teacher)
         self.G = teacher.trainable(args, "student", folder)
         self.f = teacher.trainable(args, "fake")
-        self.heads = teacher.make_heads(args.head_width) if args.loss in ("adm", "secant") else None
+        self.heads = teacher.make_heads(args.head_width) if args.loss in self.with_discriminator else None
         self.ema = MovingAverage(self.G, args.ema)
         self.G_train, self.opt_G = prepare(self.G, args.lr, args)  # the same weights, in DDP, to learn
         self.f_train, self.opt_f = prepare(self.f, args.fake_lr, args)
@@ -123,24 +124,26 @@ class ADM:
         x_fake = self.step_ode(b)
         maps_fake = self.teacher.features(x_fake, b.s, b.cond)
         b.maps_fake = detach(maps_fake)
-        watch_gradient(x_fake, b.x_real - b.x_fake, self.log, self.args.project)  # --project: not the paper's
+        watch_gradient(x_fake, b.x_real - b.x_fake, self.log)
+        if self.args.project:  # ours, not the paper's
+            project_gradient(x_fake, b.x_real - b.x_fake)
         return self.log(loss_G=hinge_generator(self.heads(maps_fake)))
 
     def secant_loss(self, b):
         """Ours, in line 3's place: D's slope on the line to x_real, or 1/dt; see docs/paper-gaps.md."""
         x_fake = self.step_ode(b)
-        line = b.x_real - b.x_fake
-        slope = self.measure_slope(b, line) if self.heads else 1 / self.args.dt
-        return self.log(loss_G=-(slope * line * x_fake).mean())
+        difference = b.x_real - b.x_fake
+        slope = self.measure_slope(b, difference) if self.heads else 1 / self.args.dt
+        return self.log(loss_G=-(slope * difference * x_fake).mean())
 
     @torch.no_grad()
-    def measure_slope(self, b, line):
-        """D(x_real) - D(x_fake) over the mean square of the line [B, ...] between them, [B, 1, ...]."""
+    def measure_slope(self, b, difference):
+        """D(x_real) - D(x_fake) over the mean square of x_real - x_fake [B, ...], row by row [B, 1, ...]."""
         b.maps_fake = self.teacher.features(b.x_fake, b.s, b.cond)
         b.maps_real = self.teacher.features(b.x_real, b.s, b.cond)
         D_real, D_fake = self.heads(b.maps_real, b.maps_fake)
-        rise = broadcast((D_real - D_fake).mean(1), line)
-        return rise / mean_of_rows(line.square()).clamp(min=1e-12)  # 0 where the two are the same
+        rise = broadcast((D_real - D_fake).mean(1), difference)
+        return rise / mean_of_rows(difference.square()).clamp(min=1e-12)  # 0 where the two are the same
 
     def dmd_loss(self, b):
         """The baseline in line 3's place (DMD): a loss whose gradient in x0_hat is DMD's direction."""
@@ -180,8 +183,22 @@ class ADM:
         return weight * x[0].numel() * self.args.dt * slope
 
 
+def project_gradient(x_fake, difference):
+    """--project: of the gradient of x_fake [B, ...] only the part along x_real - x_fake goes on, row by row;
+    docs/paper-gaps.md#the-projected-gradient."""
+    line = F.normalize(difference.flatten(1))
+
+    def project(gradient):
+        along = (gradient.flatten(1) * line).sum(1, keepdim=True)
+        return (along * line).view_as(gradient)
+
+    if x_fake.requires_grad:
+        x_fake.register_hook(project)
+
+
 def iterate(adm, step, minimise):
-    """--ttur updates of f_psi, each followed by one of D_tau; in the last, G_theta's comes between them."""
+    """An iteration: --ttur updates of f_psi, each followed by one of D_tau; in the last, G_theta's comes
+    between them. minimise: support.training's, for which --plan and the benchmark have their own."""
     args = adm.args
     student_loss = getattr(adm, adm.losses[args.loss])
     for update in range(args.ttur):  # paper silent: ttur: each update has samples of its own
@@ -204,11 +221,11 @@ def iterate(adm, step, minimise):
 
 
 def main(argv=None):
-    args = parse_adm_arguments(__doc__, argv, common.TEACHERS, common.FAMILIES, ADM.losses)
+    args = parse_adm_arguments(__doc__, argv, common.FAMILIES, ADM)
     if args.plan:
         return print_plan(args, ADM, iterate)
     prompts = read_training_prompts(args.prompts, args.prompt_column)
-    teacher = common.load_training_teacher(args, start_processes(args.seed), prompts)
+    teacher = common.load_training_teacher(args, join_processes(args.seed), prompts)
     held_out = make_held_out(args, teacher)  # refuses before the networks are read
     adm = ADM(args, teacher, prompts)
     run = Run("adm", args, adm, held_out)

@@ -16,7 +16,7 @@ discriminator D_tau2 (SAM's image encoder with heads). One iteration [method of 
 3. Update tau by the hinge loss of x~_0 and of the pairs' x_0, noised anew to t' [discriminator_loss].
 """
 
-import support.interrupt  # noqa: F401
+import support.interrupt  # noqa: F401  Ctrl-C while torch loads
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from metrics.held_out import make_held_out
 from support.arguments import parse_adp_arguments
 from support.errors import launch, note
 from support.pairs import Pairs
-from support.parallel import freeze, start_processes
+from support.parallel import freeze, join_processes
 from support.rng import RowRNG, make_rngs
 from support.run import Run
 from support.tensors import detach
@@ -65,8 +65,11 @@ class ADP:
             self.backbone = common.PixelBackbone(args.pixel_backbone, teacher.device, teacher.dtype)
         self.heads = teacher.make_heads(args.head_width, self.backbone)
         # D = lambda_1 D_tau1 + lambda_2 D_tau2, each the mean of its heads
-        n_latent, n_pixel = len(teacher.taps), len(self.heads.heads) - len(teacher.taps)
-        weights = [args.lambda_latent / n_latent] * n_latent + [args.lambda_pixel / max(1, n_pixel)] * n_pixel
+        n_latent = len(teacher.taps)
+        weights = [args.lambda_latent / n_latent] * n_latent
+        if self.backbone:
+            n_pixel = len(self.heads.heads) - n_latent
+            weights += [args.lambda_pixel / n_pixel] * n_pixel
         self.weights = torch.tensor(weights, device=teacher.device)
         self.G_train, self.opt_G = prepare(self.G, args.lr, args)  # the same weights, in DDP, to learn
         self.heads_train, self.opt_heads = prepare(self.heads, args.head_lr, args)
@@ -124,7 +127,8 @@ class ADP:
 
 
 def iterate(adp, step, minimise):
-    """One iteration of ADP."""
+    """An iteration: one update of G_theta and, after the warm-up, one of the heads. minimise:
+    support.training's, for which --plan and the benchmark have their own."""
     batch = adp.draw(step)
     if step < adp.args.warmup:
         adp.log(norm_G=minimise(adp.velocity_loss, batch, adp.G_train, adp.opt_G, adp.args.clip))
@@ -137,10 +141,10 @@ def iterate(adp, step, minimise):
 
 
 def main(argv=None):
-    args = parse_adp_arguments(__doc__, argv, common.TEACHERS, common.FAMILIES)
+    args = parse_adp_arguments(__doc__, argv, common.FAMILIES)
     if args.plan:
         return print_plan(args, ADP, iterate)
-    teacher = common.load_training_teacher(args, start_processes(args.seed))
+    teacher = common.load_training_teacher(args, join_processes(args.seed))
     pairs = Pairs(args.pairs, teacher)
     if args.warmup is None:
         args.warmup = 0 if teacher.prediction == "flow" else 500

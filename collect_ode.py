@@ -7,7 +7,7 @@ Writes OUT/00000.safetensors ... (x_T, x_0 as [n, C, (F,) H, W], half precision;
 OUT/index.json, which says what they are. A pair depends on --seed and its number alone: any number of ranks
 writes the same files, and a repeated command skips the shards that are there, and begins others anew."""
 
-import support.interrupt  # noqa: F401
+import support.interrupt  # noqa: F401  Ctrl-C while torch loads
 import math
 import os
 
@@ -29,7 +29,7 @@ from support.rng import RowRNG
 
 
 def parse_arguments(argv):
-    parser = arguments.Parser(__doc__, common.TEACHERS, common.FAMILIES)
+    parser = arguments.Parser(__doc__, common.FAMILIES)
     arguments.add_teacher_arguments(parser)
     arguments.add_sampler_arguments(parser)
     arguments.add_training_prompts(parser)

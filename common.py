@@ -22,7 +22,6 @@ from support.backbones import PixelBackbone  # noqa: F401  one of the method's p
 from support.checkpoints import compute_fingerprint, find_checkpoint
 from support.configs import read_size, unscale
 from support.errors import UserError, note
-from support.hub import TEACHERS
 from support.inputs import check_inputs, find_start
 from support.lora import make_adapted
 from support.lora_files import add_adapter
@@ -236,9 +235,11 @@ class Teacher:
 
     def null(self, n):
         """The unconditional condition, n rows: that of null_prompt."""
-        if not hasattr(self, "_null"):
-            self._null = self.encode([self.null_prompt])
         return {name: value.expand(n, *value.shape[1:]) for name, value in self._null.items()}
+
+    @functools.cached_property
+    def _null(self):
+        return self.encode([self.null_prompt])
 
     # Networks ---------------------------------------------------------------------------------------------
 
@@ -308,7 +309,8 @@ class Teacher:
         rows = max(1, 2**20 // math.prod(self.resolution))
         latents = unscale(latents, self.pipe.vae)
         parts = latents.split(rows)
-        with self.offload.resident("vae") if self.offload else contextlib.nullcontext():
+        present = self.offload.resident("vae") if self.offload else contextlib.nullcontext()
+        with present:
             if torch.is_grad_enabled() and len(parts) > 1:
                 pixels = [checkpoint(self._decode, part, use_reentrant=False) for part in parts]
             else:
@@ -400,14 +402,14 @@ class SDXL(Teacher):
         text = (length, config.cross_attention_dim)
         return {"encoder_hidden_states": text, "text_embeds": (pooled,), "time_ids": (6,)}
 
-    def null(self, n):
+    @functools.cached_property
+    def _null(self):
         """Zeros where there is no negative prompt and the pipeline's config says so, as SDXL's does."""
-        if not hasattr(self, "_null"):
-            self._null = self.encode([self.null_prompt or ""])
-            if self.pipe.config.force_zeros_for_empty_prompt and self.null_prompt is None:
-                for name in ("encoder_hidden_states", "text_embeds"):
-                    self._null[name] = torch.zeros_like(self._null[name])
-        return super().null(n)
+        null = self.encode([self.null_prompt or ""])
+        if self.pipe.config.force_zeros_for_empty_prompt and self.null_prompt is None:
+            for name in ("encoder_hidden_states", "text_embeds"):
+                null[name] = torch.zeros_like(null[name])
+        return null
 
     def call(self, net, x, timestep, cond):
         """The raw output of `net`, float32: x [B, C, H, W], the network's timestep [B]."""
@@ -588,14 +590,14 @@ def find_family(pipeline):
 
 def read_family(name):
     """The Teacher class of a known name, a pipeline folder or a hub id, by its JSON files alone."""
-    return find_family(loading.read_teacher(name, loading.find_teacher(name, TEACHERS)).pipeline)
+    return find_family(loading.read_teacher(name, loading.find_teacher(name)).pipeline)
 
 
 def open_teacher(name, device, dtype=torch.float32, resolution=None, frames=None, variant=None):
     """A known name, a pipeline folder or a hub id -> Teacher, whose networks are on the CPU. UserError for
     what is no teacher of a known family, or would not be computed as its own pipeline does. variant: of the
     weights' files."""
-    path = loading.find_teacher(name, TEACHERS)
+    path = loading.find_teacher(name)
     pipe, folder = loading.load_pipeline(name, path, dtype, variant)
     teacher = find_family(type(pipe).__name__)(pipe, path, device, dtype, resolution, frames)
     teacher.folder = folder
@@ -764,12 +766,11 @@ def read_student(folder, meta, teacher, steps=None, first_time=None):
     return Student(teacher, meta["parametrisation"], steps, guidance, first_time)
 
 
-def load_student(path, teacher):
-    """A checkpoint -> (network to sample with, in the teacher's precision, Student, meta), on the device but
-    with --offload. UserError for a student of another teacher."""
-    folder, student, meta = open_student(path, teacher)
+def load_student(folder, teacher):
+    """The network of a student to sample with, from its checkpoint's folder: in the teacher's precision, on
+    the device but with --offload."""
     net = loading.lower_precision(teacher.network(folder).requires_grad_(False), teacher.dtype)
-    return net if teacher.offload else net.to(teacher.device), student, meta
+    return net if teacher.offload else net.to(teacher.device)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -812,8 +813,8 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """A head for every map: list of [B, C_i, (F,) H_i, W_i] -> logits [B, number of maps]. D(x) is their
-    mean."""
+    """A head for every map: list of [B, C_i, (F,) H_i, W_i] -> logits [B, number of maps], of which D(x) is
+    the mean, in ADP weighted."""
 
     def __init__(self, maps, width=256):
         super().__init__()

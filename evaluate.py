@@ -26,12 +26,12 @@ An image depends on its prompt's number and its seed alone, and scores on the im
 writes the same files. A repeated command goes on where the last one ended, and scores by further metrics.
 """
 
-import support.interrupt  # noqa: F401
+import support.interrupt  # noqa: F401  Ctrl-C while torch loads
 import os
 import tempfile
 import time
 
-from common import FAMILIES, TEACHERS
+from common import FAMILIES
 from metrics.images import wait_for_files, wait_for_scores
 from metrics.lpips import check_samples
 from metrics.paper import select_rows
@@ -57,7 +57,7 @@ METRICS = (*SCORERS, "vbench")
 
 def parse(argv):
     """The command line, with what can be refused before anything is loaded refused."""
-    parser = arguments.Parser(__doc__, TEACHERS, FAMILIES)
+    parser = arguments.Parser(__doc__, FAMILIES)
     arguments.add_teacher_arguments(parser, required=False)
     arguments.add_sampler_arguments(parser)
     add = parser.group("what is measured")
@@ -160,23 +160,24 @@ def evaluate(args, prompts, dimensions, out):
     if not args.metrics:
         is_tiny = teacher is not None and has_closed_vocabulary(teacher.pipe.tokenizer)
         args.metrics = ["oracle"] if is_tiny else ["clip"]
-    folders = dict(systems)
+    measured = dict(systems)
     if args.reference not in systems:
-        folders[args.reference] = find_reference(out, args.reference)
+        measured[args.reference] = find_reference(out, args.reference)
     video = bool(teacher and teacher.video)
-    for images in folders.values():
+    for images in measured.values():
         images.check()
         images.measure()
-        for name in args.metrics if images.name in args.names else ["fid"]:
+        names = args.metrics if images.name in args.names else ["fid"]
+        for name in names:
             check_metric(name, images, video)
     scorers = {name: SCORERS[name](args, prompts, video) for name in args.metrics if name in SCORERS}
     for path in filter(None, (args.json, args.grid)):
         make_folder(os.path.dirname(path) or ".")
-    for images in folders.values():
+    for images in measured.values():
         images.prepare_folder()
 
     seconds = draw(args, prompts, systems)
-    scores = score(args, prompts, folders, scorers)
+    scores = score(args, prompts, measured, scorers)
     if not is_main():
         return
 
@@ -214,10 +215,10 @@ def draw(args, prompts, systems):
     return seconds
 
 
-def score(args, prompts, folders, scorers):
+def score(args, prompts, measured, scorers):
     """Scores this rank's share -> on the main rank {(name, metric): list of what a scorer's score() gave}."""
     paths = {}
-    for name, images in folders.items():
+    for name, images in measured.items():
         known = scorers if name in args.names else {"fid": scorers["fid"]}
         texts = prompts if name in args.names else [""] * len(images.files)
         for metric, scorer in known.items():

@@ -11,7 +11,7 @@ frames; and OUT/index.json, which says what made them: a folder holds the sample
 depends on its prompt's number and its seed alone. Students sample with the steps that they were trained for,
 without guidance."""
 
-import support.interrupt  # noqa: F401
+import support.interrupt  # noqa: F401  Ctrl-C while torch loads
 import math
 import os
 import re
@@ -39,7 +39,7 @@ from support.systems import System
 
 
 def parse_arguments(argv):
-    parser = arguments.Parser(__doc__, common.TEACHERS, common.FAMILIES)
+    parser = arguments.Parser(__doc__, common.FAMILIES)
     arguments.add_teacher_arguments(parser, required=False)
     arguments.add_sampler_arguments(parser)
     add = parser.group("what is drawn")
@@ -136,7 +136,8 @@ def main(argv=None):
     if args.side_by_side or not args.student:
         systems.append(System(teacher, steps=args.steps, guidance=args.guidance))
     if args.student:
-        systems.append(load_system(args, teacher))
+        folder, student, _ = common.open_student(args.student, teacher)
+        systems.append(load_system(args, folder, student))
     prepare_folder(args, systems, prompts)
     draw(args, systems, prompts)
     kind = "videos" if teacher.video else "images"
@@ -151,19 +152,20 @@ def check_media(args):
         raise UserError(f"--fps is for videos, and the teacher {args.teacher} draws pictures")
 
 
-def load_system(args, teacher):
-    """The student, ready to draw. The teacher's network makes way for it, unless that draws, too."""
+def load_system(args, folder, student):
+    """The student of a checkpoint's folder, ready to draw. The teacher's network makes way for it, unless
+    that draws, too."""
+    teacher = student.teacher
     if not args.side_by_side:
         teacher.denoiser.to("cpu")
-    net, student, _ = common.load_student(args.student, teacher)
-    return System(teacher, student, net, checkpoint=args.student)
+    return System(teacher, student, common.load_student(folder, teacher), checkpoint=folder)
 
 
 def export_student(args, teacher, table):
     """Writes the student to --export, and says how to draw with it. table: of --report, for its card."""
-    _, student, meta = common.open_student(args.student, teacher)
-    student.scheduler()  # where there is none the weights need not be read
-    system = load_system(args, teacher)
+    folder, student, meta = common.open_student(args.student, teacher)
+    student.scheduler()  # where there is none the network need not be made
+    system = load_system(args, folder, student)
     imports = "import torch; from diffusers import DiffusionPipeline"
     lines = [imports, f"images = {write_line(system, PLACE)}[0]"]
     export(system, args.export, write_card(student, meta, os.path.basename(args.export), lines, table))

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from support.files import write_atomically
+from support.files import write_text
 
 SHOWN = 200  # prompts: the page holds its images
 
@@ -73,8 +73,8 @@ show();
 
 
 def save_page(a, b, values, prompts, path):
-    """The first sample of two systems (systems.Images), with values {system: {metric: [P]}}; of at most SHOWN
-    prompts, evenly spaced. #N is prompt N of the page."""
+    """The first sample of two systems (metrics.images.Images), with values {system: {metric: [P]}}; of at
+    most SHOWN prompts, evenly spaced. #N is prompt N of the page."""
     count = min(SHOWN, len(prompts))
     chosen = np.unique(np.linspace(0, len(prompts) - 1, count).round().astype(int))
     metrics = [name for name in values[a.name] if name in values[b.name]]
@@ -92,8 +92,7 @@ def save_page(a, b, values, prompts, path):
         "TITLE": html.escape(f"{a.name} and {b.name}"),
     }
     page = re.sub("TITLE|PAGES|NAMES", lambda match: parts[match[0]], PAGE)
-    with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(page)
+    write_text(path, page)
 
 
 def embed(images, p):

@@ -41,7 +41,7 @@ def fit_into_square(image, side):
     scale = side / max(image.size)
     width, height = (round(length * scale) for length in image.size)
     square = Image.new("RGB", (side, side))
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
     square.paste(resized, ((side - width) // 2, (side - height) // 2))
     return square
 

@@ -3,7 +3,7 @@
 import os
 import re
 
-from common import load_student, load_teacher_from
+from common import load_student, load_teacher_from, open_student
 from metrics.images import Images
 from metrics.report import FILES, name_sheet
 from support.checkpoints import find_checkpoint
@@ -52,8 +52,9 @@ def open_systems(args, prompts, out):
     if teacher:
         teacher.denoiser.to("cpu")  # every network waits there until it draws
     for name, checkpoint in checkpoints.items():
-        net, student, _ = load_student(checkpoint, teacher)
-        system = System(teacher, student, net.to("cpu"), checkpoint=checkpoint)
+        folder, student, _ = open_student(checkpoint, teacher)
+        net = load_student(folder, teacher).to("cpu")
+        system = System(teacher, student, net, checkpoint=folder)
         systems[name] = plan_images(name, out, system, prompts, seeds)
     return systems | given, teacher
 
@@ -124,8 +125,9 @@ def read_source_index(source):
 
 def is_index(value):
     """Whether it says which prompts and seeds images are of."""
-    parts = [value.get("prompts"), value.get("seeds")] if isinstance(value, dict) else [None]
-    return all(isinstance(part, list) for part in parts)
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("prompts"), list) and isinstance(value.get("seeds"), list)
 
 
 def check_source(source, index, files, prompts):
@@ -140,10 +142,12 @@ def check_source(source, index, files, prompts):
         raise UserError(f"the images in {source} are a video's frames below one another, not single pictures")
     wanted = {f"{p:04d}-{seed}" for p in range(len(prompts)) for seed in index["seeds"]}
     found = {os.path.splitext(file)[0] for file in files}
-    for name in sorted(wanted - found):
-        raise UserError(f"the images in {source} are not all there: {name} is missing")
-    for name in sorted(found - wanted):
-        raise UserError(f"{name} in {source} is none of the images that its index.json names: remove it")
+    missing = sorted(wanted - found)
+    if missing:
+        raise UserError(f"the images in {source} are not all there: {missing[0]} is missing")
+    more = sorted(found - wanted)
+    if more:
+        raise UserError(f"{more[0]} in {source} is none of the images that its index.json names: remove it")
 
 
 def find_reference(out, source):

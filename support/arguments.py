@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from support.errors import leave, note
 from support.files import short_name
+from support.hub import TEACHERS
 from support.outputs import check_folder
 from support.parallel import GPUS_OF_A_NODE, is_main, local_world_size, world_size
 from support.prompts import COLUMNS, PROMPTS, is_encodable
@@ -31,11 +32,10 @@ PROMPTS_HELP = "a prompt a line; or a .csv, .tsv, .jsonl, .json or .parquet file
 class Parser(argparse.ArgumentParser):
     """Groups its arguments, shows their defaults in --help, and says what is wrong once, not once a rank."""
 
-    def __init__(self, doc, teachers, families):
-        """teachers: the known names; families: the kinds of teacher, which have defaults of their own."""
+    def __init__(self, doc, families=None):
+        """families: {pipeline: kind of teacher}, of those whose defaults are shown."""
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.teachers = teachers
-        self.families = families
+        self.families = families or {}
         self.titles = {}
 
     def group(self, title):
@@ -164,7 +164,7 @@ student_time = number(ratio, "from 0.001 to 1", lambda value: 0.001 <= value <= 
 def add_teacher_arguments(parser, required=True):
     """Which teacher, and what it draws; common.load_teacher_from reads them."""
     add = parser.group("teacher")
-    names = ", ".join(parser.teachers)
+    names = ", ".join(TEACHERS)
     shown = None if required else "the student's own"
     add("--teacher", f"{names}, a pipeline folder, or a hub id", required=required, shown=shown)
     variant = "of the teacher's weight files, as fp16 in model.fp16.safetensors"
@@ -256,9 +256,9 @@ ADP_RATES = {
 }
 
 
-def parse_adm_arguments(doc, argv, teachers, families, losses):
-    """The arguments of adm.py. losses: the names that --loss may have."""
-    parser = Parser(doc, teachers, families)
+def parse_adm_arguments(doc, argv, families, method):
+    """The arguments of adm.py. method: class ADM, which has the losses that --loss may name."""
+    parser = Parser(doc, families)
     add_teacher_arguments(parser)
     add_training_prompts(parser)
     add = parser.group("method")
@@ -268,7 +268,7 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     first = "the student's first time, in units of T, where it predicts noise or v; DMD2's one step: 0.4"
     add("--first-time", first, type=student_time, shown="that of --init, else 1")
     loss = "what moves the student; dmd and line have no discriminator, and no use for --r1, --r2, --head-lr"
-    add("--loss", loss, choices=list(losses), default="adm")
+    add("--loss", loss, choices=list(method.losses), default="adm")
     # paper silent: guidance: DMD2's 8 for SDXL, the pipelines' own defaults for the others
     shown = parser.default_of("adm_guidance")
     add("--guidance", "the teacher's classifier-free guidance scale", type=non_negative, shown=shown)
@@ -293,7 +293,7 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     args = parse_training_arguments(parser, argv, ADM_RATES, "adm")
     if args.project and args.loss != "adm":
         parser.error("--project is for --loss adm: no other has a gradient of D to project")
-    if args.loss in ("dmd", "line"):
+    if args.loss not in method.with_discriminator:
         of_D = ["--r1", "--r2", "--r-noise", "--head-lr", "--head-width"]
         parser.note_idle(of_D, f"a discriminator, which --loss {args.loss} has not")
     elif not (args.r1 or args.r2):
@@ -310,9 +310,9 @@ def parse_adm_arguments(doc, argv, teachers, families, losses):
     return args
 
 
-def parse_adp_arguments(doc, argv, teachers, families):
+def parse_adp_arguments(doc, argv, families):
     """The arguments of adp.py."""
-    parser = Parser(doc, teachers, families)
+    parser = Parser(doc, families)
     add_teacher_arguments(parser)
     add = parser.group("method")
     add("--pairs", "folder of collect_ode.py", shown="pairs/TEACHER")

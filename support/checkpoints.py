@@ -11,11 +11,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from support.configs import list_fields
 from support.errors import UserError, note
-from support.files import as_json, compute_checksum, list_files, read_sealed, write_atomically
+from support.files import as_json, compute_checksum, list_files, read_sealed, write_text
 from support.parallel import lay_out, list_parameters
 from support.tensors import sample_bits
 
-META = {  # what is read of meta.json
+META = {  # what has to be in meta.json
     "step",
     "stage",
     "teacher",
@@ -112,8 +112,7 @@ def find_best(run, identity, last):
 
 def write_pointer(path, folder):
     """A run's file `latest` or `best`, which names one of its step folders."""
-    with write_atomically(path) as temporary, open(temporary, "w") as file:
-        file.write(os.path.basename(folder) + "\n")
+    write_text(path, os.path.basename(folder) + "\n")
 
 
 def follow(path):

@@ -471,7 +471,7 @@ def check_configs(name, pipeline, configs, classes):
         check_fields(name, file, config, classes[part], known.fields)
     vae = whole.pop("vae")
     scheduler = whole.pop("scheduler")
-    [(part, denoiser)] = whole.items()
+    [(part, denoiser)] = whole.items()  # what is left
     for field in ("shift", "flow_shift"):
         if not scheduler.get(field, 1) > 0:
             raise refuse(name, config_file("scheduler"), field, scheduler[field], "it must be above 0")
@@ -595,15 +595,13 @@ def read_size(name, sample_size, factor):
 
 def unscale(latents, vae):
     """Latents [B, C, ...] as the denoiser wants them -> as this VAE does, as the pipeline's call does: by a
-    factor and a shift, by means and deviations of the channels, or by a batch norm's statistics."""
+    factor and a shift, or by means and deviations of the channels."""
     config = vae.config
     latents = latents / config.get("scaling_factor", 1)
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if hasattr(vae, "bn"):
-        mean, std = vae.bn.running_mean, (vae.bn.running_var + vae.bn.eps).sqrt()
-    if mean is not None:
+    if config.get("latents_mean") is not None:
         shape = (1, -1, *[1] * (latents.ndim - 2))
-        mean, std = (torch.as_tensor(value).to(latents).view(shape) for value in (mean, std))
+        mean = torch.as_tensor(config["latents_mean"]).to(latents).view(shape)
+        std = torch.as_tensor(config["latents_std"]).to(latents).view(shape)
         latents = latents * std + mean
     return latents + (config.get("shift_factor") or 0)
 

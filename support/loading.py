@@ -13,7 +13,7 @@ from torch import nn
 
 from support.configs import check_configs, choose_classes, describe_sampler
 from support.errors import UserError, is_of_machine, note
-from support.hub import is_hub_id, is_offline
+from support.hub import TEACHERS, is_hub_id, is_offline
 from support.offload import InTurn, at_work, decode_in_tiles
 from support.parallel import list_float32_parts
 from support.tensors import is_finite
@@ -26,10 +26,9 @@ SURPLUS = re.compile(
 )
 
 
-def find_teacher(name, known):
-    """A known name, a pipeline folder or a hub id -> the folder or hub id. known: {name: hub id}. UserError
-    for any other name."""
-    path = known.get(name, name)
+def find_teacher(name):
+    """A known name, a pipeline folder or a hub id -> the folder or hub id. UserError for any other name."""
+    path = TEACHERS.get(name, name)
     if os.path.isfile(path):
         raise UserError(
             f"--teacher {name} is a single file: make a folder of it, by diffusers' from_single_file and "
@@ -37,8 +36,8 @@ def find_teacher(name, known):
         )
     if not os.path.isdir(path) and not is_hub_id(path):
         raise UserError(
-            f"there is no teacher {name!r}: give --teacher one of {', '.join(known)}, a pipeline folder, or "
-            f"a hub id as {known['sdxl']}"
+            f"there is no teacher {name!r}: give --teacher one of {', '.join(TEACHERS)}, a pipeline folder, "
+            f"or a hub id as {TEACHERS['sdxl']}"
         )
     return path
 

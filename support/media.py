@@ -140,7 +140,7 @@ def save_video(pixels, path, fps):
 TITLES = {
     "Losses": {
         "mse": "mse: squared error of the student's velocity",
-        "loss_G": "loss_G: the student's loss, -D(fake),\nlower = D is fooled",
+        "loss_G": "loss_G: the student's loss\n(--loss adm and ADP: -D(fake), dmd: dmd_loss)",
         "loss_D": "loss_D: the discriminator's hinge loss\n(+ penalties), 2 = D cannot tell",
         "loss_f": "loss_f: the fake score's denoising loss",
         "dmd_loss": "dmd_loss: half the squared DMD direction\n(ADM only logs it)",
@@ -166,7 +166,6 @@ TITLES = {
         "held_out_seconds": "held_out_seconds: seconds a held-out score",
     },
 }
-DMD_LOSS = "loss_G: the student's loss,\nhalf the squared DMD direction"
 
 
 def save_curves(metrics, path, titles=None):
@@ -208,7 +207,7 @@ def draw_curves(curves, titles):
     for row, (heading, names) in enumerate(rows.items()):
         for column, name in enumerate(names):
             axes = figure.add_subplot(grid[row, column])
-            axes.set_title(titles.get(name) or choose_title(name, curves), fontsize=10, parse_math=False)
+            axes.set_title(titles.get(name) or choose_title(name), fontsize=10, parse_math=False)
             axes.set_xlabel("iteration")
             if column == 0:
                 axes.set_ylabel(heading, fontsize=12, weight="bold", labelpad=12)
@@ -230,10 +229,8 @@ def sort_names(names):
     return {heading: row for heading, row in rows.items() if row}
 
 
-def choose_title(name, names):
-    """A quantity's title, given the names of all that were logged."""
-    if name == "loss_G" and "loss_D" not in names:  # no discriminator: the DMD baseline, or another loss
-        return DMD_LOSS if "dmd_loss" in names else "loss_G: the student's loss"
+def choose_title(name):
+    """A quantity's title."""
     for known in TITLES.values():
         if name in known:
             return known[name]

@@ -53,7 +53,7 @@ def own_device():
     return device
 
 
-def start_processes(seed):
+def join_processes(seed):
     """Joins the processes that torchrun started, if it did -> this rank's device. The seed is for initial
     weights."""
     torch.manual_seed(seed)
@@ -210,9 +210,8 @@ def find_linear_layers(net):
 
 def compile_blocks(net):
     """torch.compile, block by block, in place."""
-    torch._dynamo.config.recompile_limit = (
-        64  # blocks of a class share their code, and SDXL's are of many shapes
-    )
+    # blocks of a class share their code, and SDXL's are of many shapes
+    torch._dynamo.config.recompile_limit = 64
     for block in find_blocks(net):
         block.compile()
 
@@ -245,7 +244,8 @@ def sync_gradients(net, now):
     if isinstance(net, FSDPModule):
         net.set_requires_all_reduce(now)  # --shard hsdp: between nodes; each rank adds up its share meanwhile
     waits = is_in_ddp(net) and not now
-    with net.no_sync() if waits else contextlib.nullcontext():
+    quiet = net.no_sync() if waits else contextlib.nullcontext()
+    with quiet:
         yield
 
 
@@ -255,8 +255,8 @@ def sync_gradients(net, now):
 
 
 def gather(state):
-    """Tensors in any nesting, of which each rank may have a share -> the whole ones, on the main rank and
-    its CPU. All ranks call it.
+    """Values in any nesting. A tensor of which each rank has a share becomes whole, on the main rank's CPU,
+    and None on the others; all else stays as it is. All ranks call it.
 
     torch.distributed.checkpoint.state_dict does not fit: it names optimiser states by the network's
     parameters, which ZeroRedundancyOptimizer and the adapters of --lora do not have, and a checkpoint is to

@@ -73,21 +73,12 @@ IDENTITY_ARGUMENTS = ("loss", "init", "first_time", "seed", "lora", "lora_target
 SWITCHES = ("ema", "lambda_pixel")  # at 0 or not, as they bring a part of the state with them
 # What does not change the numbers, or is compared as part of the above
 FREE = (
-    "teacher",
-    "variant",
-    "teacher_lora",
-    "out",
-    "resume",
-    "plan",
-    "gpu_gb",
-    "log_every",
-    "save_every",
-    "save_minutes",
-    "keep",
+    *("teacher", "variant", "teacher_lora", "init", "out", "resume", "plan", "gpu_gb"),
+    *("log_every", "save_every", "save_minutes", "keep", "patience"),
+    *("shard", "offload", "compile", "checkpointing"),
+    *("eval_every", "eval_prompts", "eval_prompt_column", "eval_metric", "eval_seeds", "weights_dir"),
+    *("clip_model", "clip_weights", "clip_prefix", "hps_version", "lpips_net", "lpips_size"),
 )
-FREE += ("patience", "shard", "offload", "compile", "checkpointing")
-FREE += ("eval_every", "eval_prompts", "eval_prompt_column", "eval_metric", "eval_seeds", "weights_dir")
-FREE += ("clip_model", "clip_weights", "clip_prefix", "hps_version", "lpips_net", "lpips_size")
 
 
 class Run:
@@ -275,7 +266,7 @@ class Run:
 
         SIGTERM, SIGINT and SIGHUP end them, on all ranks together, after the present one and its
         checkpoint, so that a preempted job goes on with --resume. The handler only notes the signal; the
-        ranks agree in `is_due`. What a parent ignores, as nohup does SIGHUP, stays ignored. Raises
+        ranks agree in `finish`. What a parent ignores, as nohup does SIGHUP, stays ignored. Raises
         KeyboardInterrupt at the end where it was SIGINT."""
 
         def remember(number, frame):
@@ -376,21 +367,24 @@ class Run:
     # Saving -----------------------------------------------------------------------------------------------
 
     def finish(self, step, prompts):
-        """What is due after an iteration: a held-out score, and a checkpoint, also of a student that is
+        """What is due after an iteration: a held-out score, and a checkpoint: every --save-every,
+        --save-minutes after the last one, at the end, when a rank was told to stop, and of a student that is
         better than all before it."""
-        is_due = self.is_due(step)
+        is_late = self._agree()
+        last = step == self.args.iterations
+        is_due = self.leaving or last or is_late or step % self.args.save_every == 0
         is_best = self._measure(step)
         if is_due or is_best:
             self.save(step, prompts, is_best)
-            self._ask_whether_to_leave()  # a signal meanwhile: there is a checkpoint of this iteration
+            self._agree()  # a signal meanwhile: there is a checkpoint of this iteration
 
     def _measure(self, step):
         """Whether the student has a held-out score now, a line of its own in metrics.jsonl, that is higher
         than all before. The ranks agree, as they all have the same score."""
         self.score = None
-        last = step == self.args.iterations
-        # a run that was told to stop saves at once
-        if not self.held_out or self.leaving or not last and step % self.args.eval_every:
+        if not self.held_out or self.leaving:  # a run that was told to stop saves at once
+            return False
+        if step < self.args.iterations and step % self.args.eval_every:
             return False
         began = time.perf_counter()
         values = self.held_out.measure(self.method)
@@ -406,15 +400,9 @@ class Run:
             self.best = score
         return is_best
 
-    def is_due(self, step):
-        """Whether to save now: every --save-every, --save-minutes after the last time, at the end, and on
-        every rank when one was told to stop."""
-        is_late = self._ask_whether_to_leave()
-        last = step == self.args.iterations
-        return self.leaving or last or is_late or step % self.args.save_every == 0
-
-    def _ask_whether_to_leave(self):
-        """The ranks agree on whether to leave, and -> on whether --save-minutes are over."""
+    def _agree(self):
+        """Sets self.leaving on all ranks where one was told to stop -> whether --save-minutes are over for
+        one."""
         is_late = time.perf_counter() - self.saved >= 60 * self.args.save_minutes
         share = average({"told": float(self.signal is not None), "late": float(is_late)})
         if share["told"] and not self.leaving:
@@ -431,7 +419,8 @@ class Run:
         self._check_finite(step)
         net = self.method.G
         folder = os.path.join(self.folder, f"step_{step:06d}")
-        with write_atomically(folder) if is_main() else contextlib.nullcontext() as temporary:
+        place = write_atomically(folder) if is_main() else contextlib.nullcontext()
+        with place as temporary:
             weights = self._write_state(temporary)
             with self.method.ema.use():
                 if isinstance(net, Adapted):

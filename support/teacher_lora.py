@@ -79,11 +79,15 @@ def find_layers(path, tensors):
         factor = FACTOR.fullmatch(name)
         if factor:
             layer = factor["layer"] + factor["number"]
-            (downs if factor["kind"] in DOWN else ups)[layer] = tensor
+            if factor["kind"] in DOWN:
+                downs[layer] = tensor
+            else:
+                ups[layer] = tensor
     if not downs and not ups:
         raise UserError(f"--teacher-lora {path} is no LoRA: no tensor in it is named as a low-rank factor")
-    for layer in sorted(downs.keys() ^ ups.keys()):
-        raise UserError(f"--teacher-lora {path} is damaged: {layer} has lost one of its two factors")
+    halves = sorted(downs.keys() ^ ups.keys())
+    if halves:
+        raise UserError(f"--teacher-lora {path} is damaged: {halves[0]} has lost one of its two factors")
     for layer, down in downs.items():
         up = ups[layer]
         if min(down.ndim, up.ndim) < 2 or len(down) != up[0].numel():

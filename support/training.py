@@ -23,9 +23,7 @@ def set_up_for_training(teacher, args):
     """Gradients run through a frozen teacher as D's backbone, and through its decoder: they are
     checkpointed. What stays on the device is moved there, with --shard fsdp only a share of the denoiser."""
     if args.checkpointing:
-        teacher.denoiser.enable_gradient_checkpointing()
-        if can_checkpoint(teacher.pipe.vae) and not teacher.video:
-            teacher.pipe.vae.enable_gradient_checkpointing()
+        checkpoint_teacher(teacher)
     decode_in_tiles(teacher)
     networks = list_networks(teacher.pipe)
     del networks[teacher.denoiser_name]
@@ -42,6 +40,15 @@ def set_up_for_training(teacher, args):
     shard(teacher.denoiser, args, None).to(teacher.device)
 
 
+def checkpoint_teacher(teacher, checkpoint=None):
+    """Gradient checkpointing of what gradients run through: the denoiser, and of a teacher of pictures the
+    decoder. checkpoint: in the place of torch's."""
+    teacher.denoiser.enable_gradient_checkpointing(checkpoint)
+    vae = teacher.pipe.vae
+    if vae._supports_gradient_checkpointing and not teacher.video:
+        vae.enable_gradient_checkpointing(checkpoint)
+
+
 def fill_training_arguments(args, family):
     """The defaults that a stage takes from the teacher's class, before weights are read. UserError for what
     it cannot do with such a teacher, and for a pixel backbone that is not there."""
@@ -51,7 +58,7 @@ def fill_training_arguments(args, family):
         if not args.plan:  # which needs none
             check_backbone(args.pixel_backbone)
     args.batch = args.batch or family.batch
-    if getattr(args, "guidance", 0) is None:
+    if "guidance" in args and args.guidance is None:
         args.guidance = family.adm_guidance
     if family.embeds_guidance:
         default = getattr(args, "guidance", family.guidance)
@@ -67,11 +74,6 @@ def recall_student_guidance(args):
         return None
     _, meta = found
     return meta["arguments"].get("student_guidance")
-
-
-def can_checkpoint(net):
-    """Whether a diffusers network has gradient checkpointing."""
-    return net._supports_gradient_checkpointing
 
 
 def prepare(net, lr, args):
@@ -142,22 +144,15 @@ class Means:
         return means
 
 
-def watch_gradient(x_fake, toward, log, project):
+def watch_gradient(x_fake, difference, log):
     """When the backward pass comes to x_fake [B, ...] it logs two gauges of a discriminator's health: the
-    cosine of the gradient's descent with `toward` [B, ...], and which share of the gradient's square is
-    across that line. With `project` only the part along the line goes on, row by row (ours:
-    docs/paper-gaps.md#the-projected-gradient)."""
-    line = F.normalize(toward.flatten(1))
+    cosine of the gradient's descent with the difference x_real - x_fake, and which share of the gradient's
+    square is across that line."""
 
     def watch(gradient):
-        rows = gradient.flatten(1)
-        cosine = F.cosine_similarity(-rows, line)
+        cosine = F.cosine_similarity(-gradient.flatten(1), difference.flatten(1))
         across = 1 - cosine.square()
         log(cosine=cosine.mean(), across=across.mean())
-        if project:
-            along = (rows * line).sum(1, keepdim=True)
-            gradient = (along * line).view_as(gradient)
-        return gradient
 
     if x_fake.requires_grad:
         x_fake.register_hook(watch)

@@ -23,7 +23,7 @@ class StableDiffusion(SDXL):
     guidance = 7.5
     adm_guidance = 7.5
     batch = 8
-    null = Teacher.null
+    _null = Teacher._null
     null_prompt = Teacher.null_prompt
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from support.files import write_atomically, write_json, write_sealed
 from support.lora import Adapted
 from support.lora_files import save_adapter
 from support.pairs import Pairs
-from support.parallel import start_processes
+from support.parallel import join_processes
 from support.prompts import read_prompts
 from support.rng import RowRNG
 from tiny import train
@@ -114,14 +114,14 @@ def save_sam(encoder, path):
 
 def training_arguments(stage, words):
     """The parsed arguments of adm.py or adp.py. stage: "adm" or "adp"; words: of its command line."""
-    losses = [adm.ADM.losses] if stage == "adm" else []
-    return PARSERS[stage](__doc__, words, common.TEACHERS, common.FAMILIES, *losses)
+    method = [adm.ADM] if stage == "adm" else []
+    return PARSERS[stage](__doc__, words, common.FAMILIES, *method)
 
 
 def make_method(stage, words):
     """The ADM or ADP that a command would train, without a run's folder. stage: the module adm or adp."""
     args = training_arguments(stage.__name__, words)
-    teacher = common.load_training_teacher(args, start_processes(args.seed))
+    teacher = common.load_training_teacher(args, join_processes(args.seed))
     if stage is adp:
         return adp.ADP(args, teacher, Pairs(args.pairs, teacher))
     return adm.ADM(args, teacher, read_prompts(args.prompts))
@@ -152,6 +152,12 @@ def save_checkpoint(folder, teacher, parametrisation="teacher", steps=1, state=N
         meta["arguments"] |= {"lora": rank, "lora_targets": None}
     write_sealed(os.path.join(folder, "meta.json"), meta | {"files": describe_files(folder)})
     return str(folder)
+
+
+def load_student(path, teacher):
+    """A checkpoint -> (network to sample with, Student, meta)."""
+    folder, student, meta = common.open_student(str(path), teacher)
+    return common.load_student(folder, teacher), student, meta
 
 
 def adapt(teacher, rank):

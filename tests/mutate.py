@@ -76,9 +76,13 @@ TABLE = {
             "read_training_prompts(args.prompts)",
         ),
         # the secant
-        ("a secant from x_real", "(D_real - D_fake).mean(1), line)", "(D_fake - D_real).mean(1), line)"),
-        ("a secant of any length", "rise / mean_of_rows(line.square()).clamp(min=1e-12)", "rise"),
-        ("a secant of lines not squared", "mean_of_rows(line.square())", "mean_of_rows(line.abs())"),
+        ("a secant from x_real", "broadcast((D_real - D_fake)", "broadcast((D_fake - D_real)"),
+        ("a secant of any length", "rise / mean_of_rows(difference.square()).clamp(min=1e-12)", "rise"),
+        (
+            "a secant of lines not squared",
+            "mean_of_rows(difference.square())",
+            "mean_of_rows(difference.abs())",
+        ),
         ("a secant that may be none over none", ".clamp(min=1e-12)", ""),
         (
             "the secant's maps of x_real are x_fake's",
@@ -86,7 +90,7 @@ TABLE = {
             "b.maps_real = self.teacher.features(b.x_fake",
         ),
         ("a line's slope is dt", "else 1 / self.args.dt", "else self.args.dt"),
-        ("a line away from x_real", "line = b.x_real - b.x_fake", "line = b.x_fake - b.x_real"),
+        ("a line away from x_real", "difference = b.x_real - b.x_fake", "difference = b.x_fake - b.x_real"),
         # the networks
         ("dt in T's units", "self.args.dt * T", "self.args.dt"),
         (
@@ -208,6 +212,13 @@ TABLE = {
             "watch_gradient(x_fake, b.x_real - b.x_fake,",
             "watch_gradient(x_fake, b.x_fake - b.x_real,",
         ),
+        (
+            "the gradient off the line",
+            "return (along * line)",
+            "return (gradient.flatten(1) - along * line)",
+        ),
+        ("the gradient as it is", "if self.args.project:", "if not self.args.project:"),
+        ("the line with its length", "F.normalize(difference.flatten(1))", "difference.flatten(1)"),
         # DMD
         (
             "DMD unguided",
@@ -290,11 +301,11 @@ TABLE = {
         ),
         (
             "lambda of the latents for the pixels",
-            "args.lambda_pixel / max(1, n_pixel)",
-            "args.lambda_latent / max(1, n_pixel)",
+            "args.lambda_pixel / n_pixel",
+            "args.lambda_latent / n_pixel",
         ),
         ("latent heads are summed", "args.lambda_latent / n_latent", "args.lambda_latent"),
-        ("pixel heads are summed", "args.lambda_pixel / max(1, n_pixel)", "args.lambda_pixel"),
+        ("pixel heads are summed", "args.lambda_pixel / n_pixel", "args.lambda_pixel"),
         ("pairs the wrong way round", "x_T, x_0 = self.pairs", "x_0, x_T = self.pairs"),
         (
             "ADP's times biased to data",
@@ -520,13 +531,13 @@ TABLE = {
         ("an empty negative prompt is none", "and self.null_prompt is None", "and not self.null_prompt"),
         (
             "the null prompt is a word",
-            'self._null = self.encode([self.null_prompt or ""])\n            if',
-            'self._null = self.encode(["a"])\n            if',
+            'null = self.encode([self.null_prompt or ""])',
+            'null = self.encode(["a"])',
         ),
         (
             "the null prompt is a word in SD3",
-            "self._null = self.encode([self.null_prompt])\n        return",
-            'self._null = self.encode(["a"])\n        return',
+            "return self.encode([self.null_prompt])",
+            'return self.encode(["a"])',
         ),
         (
             "SDXL's null prompt not zero",
@@ -667,7 +678,7 @@ TABLE = {
     ],
     "teachers/stable_diffusion.py": [
         ("SD's times rounded", "timestep.float()", "timestep.to(self.dtype)"),
-        ("zeros as Stable Diffusion's null", "null = Teacher.null", "null = SDXL.null"),
+        ("zeros as Stable Diffusion's null", "_null = Teacher._null", "_null = SDXL._null"),
     ],
     "teachers/wan.py": [
         ("Wan's times down to 0", "i * (T - 1) / steps", "i * T / steps"),
@@ -900,8 +911,8 @@ TABLE = {
         ),
         (
             "the last student is not scored",
-            "self.leaving or not last and step % self.args.eval_every:",
-            "self.leaving or step % self.args.eval_every:",
+            "if step < self.args.iterations and step % self.args.eval_every:",
+            "if step % self.args.eval_every:",
         ),
         ("seconds of all iterations", "(now - self.clock) / (step - self.logged)", "now - self.clock"),
         (
@@ -911,7 +922,7 @@ TABLE = {
         ),
         (
             "a second checkpoint for a signal",
-            "self._ask_whether_to_leave()  # a signal meanwhile",
+            "self._agree()  # a signal meanwhile",
             "pass  # a signal meanwhile",
         ),
         (
@@ -1021,10 +1032,7 @@ TABLE = {
             "clip_grad_norm_(parameters, 10 * clip)",
         ),
         ("the last value for the mean", "torch.stack(values).mean()", "values[-1]"),
-        ("the cosine of the ascent", "F.cosine_similarity(-rows", "F.cosine_similarity(rows"),
-        ("the gradient off the line", "gradient = (along * line)", "gradient = (rows - along * line)"),
-        ("the gradient as it is", "        if project:", "        if not project:"),
-        ("the line with its length", "line = F.normalize(toward", "line = (toward"),
+        ("the cosine of the ascent", "F.cosine_similarity(-gradient", "F.cosine_similarity(gradient"),
         ("across without the square", "1 - cosine.square()", "1 - cosine"),
         ("the average's decay inverted", "decay=decay)", "decay=1 - decay)"),
         ("the average is not used", "self.average.copy_to(self.net.parameters())", "self.average"),

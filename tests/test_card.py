@@ -12,8 +12,9 @@ import helpers
 import sample
 from support.card import LICENCES, write_card
 from support.errors import UserError
+from support.hub import TEACHERS
 
-SD3 = common.TEACHERS["sd3-medium"]
+SD3 = TEACHERS["sd3-medium"]
 ROW = {"system": "student", "steps": 1, "nfe": 1, "prompts": 2, "samples": 4, "ci": {}, "accuracy": 0.5}
 
 
@@ -89,7 +90,7 @@ def test_the_licence_is_the_teachers(teacher, tmp_path, monkeypatch):
     assert (data.base_model, data.license, data.license_name) == (SD3, "other", "stabilityai-ai-community")
     assert data.license_link.startswith(f"https://huggingface.co/{SD3}/")
     assert "inherits their licence, stabilityai-ai-community" in text
-    assert set(LICENCES) == set(common.TEACHERS.values())
+    assert set(LICENCES) == set(TEACHERS.values())
 
     (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: someone/base\n---\ntext")
     text, data = write(str(tmp_path))

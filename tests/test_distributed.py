@@ -245,7 +245,7 @@ def test_lora_leaves_the_backbone_as_it_was_and_saves_what_it_trains(arguments_o
     assert weights.keys() == fresh_weights.keys()
     assert all(weight.equal(weights[name]) for name, weight in fresh_weights.items())
 
-    saved, *_ = common.load_student(str(tmp_path), fresh)
+    saved, *_ = helpers.load_student(str(tmp_path), fresh)
     x = torch.randn(2, *teacher.latent_shape)
     t = torch.tensor([300.0, 900.0])
     cond = teacher.encode(["a red circle", "a square"])

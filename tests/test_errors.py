@@ -519,12 +519,12 @@ def test_training_outlives_its_terminal(adm_arguments, tmp_path, monkeypatch, pa
     monkeypatch.setattr("support.run.save_preview", lambda *args: None)
     if part == "the notes":
 
-        def is_due(run, step):
+        def agree(run):
             monkeypatch.setattr("sys.stderr", DeadTerminal())
             note("told to stop")
-            return step == 2
+            return False
 
-        monkeypatch.setattr("support.run.Run.is_due", is_due)
+        monkeypatch.setattr("support.run.Run._agree", agree)
     else:
 
         def break_pipe(bar, *args):

@@ -77,7 +77,7 @@ def test_a_mistake_is_one_clean_line(capsys, monkeypatch):
         launch(fail)
     assert capsys.readouterr().err == "sample.py: there is no folder \\x1b[31m\\nnew\\udcff\n"
     with pytest.raises(SystemExit):
-        Parser("", {}, {}).parse_args(["--\x1b[31m"])
+        Parser("").parse_args(["--\x1b[31m"])
     assert "\x1b" not in capsys.readouterr().err
 
 

@@ -96,7 +96,7 @@ def test_a_checkpoint_of_an_adapter_is_its_whole_student(students):
     adapter, whole = students
     assert not os.path.exists(os.path.join(adapter, "student"))
     teacher = helpers.load_teacher(read_json(os.path.join(adapter, "meta.json"))["teacher"], helpers.CPU)
-    weights = [common.load_student(path, teacher)[0].state_dict() for path in (adapter, whole)]
+    weights = [helpers.load_student(path, teacher)[0].state_dict() for path in (adapter, whole)]
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-5, atol=1e-6)
@@ -107,7 +107,7 @@ def test_an_adapter_is_kept_where_the_pipeline_reads_none(tmp_path, monkeypatch)
     teacher = helpers.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), helpers.CPU)
     state, layers = helpers.adapt(teacher, RANK)
     checkpoint = helpers.save_checkpoint(tmp_path / "adapter", teacher, layers=layers)
-    student, *_ = common.load_student(checkpoint, teacher)
+    student, *_ = helpers.load_student(checkpoint, teacher)
     for name, weight in student.state_dict().items():
         torch.testing.assert_close(weight, state[name], rtol=1e-5, atol=1e-6)
 

@@ -13,7 +13,7 @@ import helpers
 from common import T
 from support.errors import UserError
 from support.pairs import Pairs
-from support.parallel import start_processes
+from support.parallel import join_processes
 from support.prompts import read_prompts
 from support.rng import RowRNG, make_rngs
 from support.systems import System
@@ -464,7 +464,7 @@ def test_guidance_may_be_none_at_all(teacher):
 def test_the_seed_is_that_of_initial_weights():
     drawn = []
     for seed in (3, 3, 4):
-        start_processes(seed)
+        join_processes(seed)
         drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[1] != drawn[2]
 

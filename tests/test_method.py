@@ -206,7 +206,7 @@ def test_a_student_that_goes_on_is_told_the_same_guidance(places, prompts_file, 
     words = ["--teacher", places["flux"][0], *helpers.size("flux"), "--prompts", prompts_file]
     teacher = common.load_teacher_from(helpers.training_arguments("adm", words), CPU)
     student = helpers.save_checkpoint(tmp_path / "student", teacher)  # told 2
-    assert common.load_student(student, teacher)[1].guidance == 2
+    assert helpers.load_student(student, teacher)[1].guidance == 2
     method = helpers.make_method(adm, [*words, "--init", student, *options.split()])
     assert method.student.guidance == guidance
     assert method.teacher.student_guidance == guidance

@@ -8,7 +8,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-import common
 import helpers
 import sample
 from tiny import train
@@ -81,7 +80,7 @@ def export(teachers, folder, name):
     place = str(folder / "exported" / name)
     printed = run_sample("--student", checkpoint, "--export", f"{place}/", "--precision", precision)
     assert printed[-2] == IMPORTS
-    net, student, _ = common.load_student(checkpoint, teacher)
+    net, student, _ = helpers.load_student(checkpoint, teacher)
     return printed[-2:], student, net
 
 
@@ -102,7 +101,7 @@ def export_lora(teachers, folder, name):
     card = ModelCard.load(file.parent / "README.md")
     assert card.data.base_model_relation == "adapter"
     assert printed[0].split(": ")[-1].rstrip(".") in card.text
-    net, student, _ = common.load_student(checkpoint, teacher)
+    net, student, _ = helpers.load_student(checkpoint, teacher)
     pictures, _ = helpers.draw_student(student, net)
     plain, _ = helpers.draw_student(student, teacher.denoiser)  # its adapter, if it has one, is off
     visible = 0.01 if family == "qwen-image" else 0.05  # of Qwen's random autoencoder all pictures are alike

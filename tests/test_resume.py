@@ -113,7 +113,7 @@ def test_student_is_a_plain_model_folder(finished, teacher):
 
 def test_checkpoint_says_what_it_holds(finished, teacher):
     for path in (finished, finished / "step_000002"):
-        net, student, meta = common.load_student(str(path), teacher)
+        net, student, meta = helpers.load_student(str(path), teacher)
         assert student.parametrisation == "teacher"
         assert student.times == [1000, 500]
         assert meta["step"] == 2
@@ -169,11 +169,11 @@ def test_the_newest_whole_checkpoint_is_taken(finished, teacher, dmd, tmp_path, 
     damage(newest / file)
     capfd.readouterr()
     if "state" not in reason:
-        _, _, meta = common.load_student(str(run), teacher)
+        _, _, meta = helpers.load_student(str(run), teacher)
         assert meta["step"] == 1
         assert f"{newest} is passed over: {reason}" in capfd.readouterr().err
         with pytest.raises(UserError, match="is not a complete checkpoint: its"):
-            common.load_student(str(newest), teacher)
+            helpers.load_student(str(newest), teacher)
     if "student/" not in reason or "config" in reason:
         adm.main(dmd(run, "--resume"))
         errors = capfd.readouterr().err
@@ -479,7 +479,7 @@ def test_a_checkpoint_is_due_by_the_clock_too(dmd, tmp_path):
         args = SimpleNamespace(save_minutes=2)
         saved = time.perf_counter() - seconds
         run = SimpleNamespace(args=args, saved=saved, signal=None, leaving=False)
-        assert runs.Run._ask_whether_to_leave(run) is is_late
+        assert runs.Run._agree(run) is is_late
 
 
 def test_a_checkpoint_that_cannot_be_removed_ends_no_run(dmd, tmp_path, monkeypatch, capfd):

@@ -23,6 +23,7 @@ from metrics import weights
 from support import configs, hub
 from support.checkpoints import compute_fingerprint, list_settings
 from support.errors import UserError
+from support.hub import TEACHERS
 from tools import meta
 
 CPU = torch.device("cpu")
@@ -159,7 +160,7 @@ def test_every_field_of_the_installed_diffusers_has_its_place():
                 assert not fields.keys() - part.fields.keys(), name
 
 
-@pytest.mark.parametrize("name", common.TEACHERS)
+@pytest.mark.parametrize("name", TEACHERS)
 def test_the_known_teachers_are_taken(name):
     """Their real configs, nulls and fields of other schedulers included."""
     known = meta.read_configs(name)

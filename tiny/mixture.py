@@ -43,7 +43,7 @@ from support.arguments import (
     seed_number,
 )
 from support.errors import UserError, launch
-from support.files import make_folder, read_json, write_atomically, write_json
+from support.files import make_folder, read_json, write_json, write_text
 from support.rng import RowRNG, generator
 from support.training import set_lr
 from tiny.gaussians import LIGHT, MODES, Mixture, measure_variation
@@ -194,10 +194,10 @@ class MixtureADM(adm.ADM):
             b.x0_hat.register_hook(lambda gradient: weight * gradient)
         return x_t, t
 
-    def measure_slope(self, b, line):
+    def measure_slope(self, b, difference):
         """ADM's, of which the mean in each quarter of the times is logged; long lines weigh more in it."""
-        slope = super().measure_slope(b, line)
-        square = line.square().mean(1)
+        slope = super().measure_slope(b, difference)
+        square = difference.square().mean(1)
         quarters = (4 * b.s / T).long()
         for quarter, name in enumerate(SLOPES):
             rows = quarters == quarter
@@ -268,7 +268,7 @@ def run_adp(teacher, pairs, seed, iterations):
     torch.manual_seed(seed)
     words = f"{ADP_WORDS} --warmup {iterations * 5 // 6}"
     words = make_words(words, teacher.denoiser.members, seed, iterations)
-    args = parse_adp_arguments(__doc__, words, common.TEACHERS, common.FAMILIES)
+    args = parse_adp_arguments(__doc__, words, common.FAMILIES)
     method = MixtureADP(args, teacher, pairs)
     for step in range(iterations):
         rate = args.warmup_lr if step < args.warmup else args.lr
@@ -294,7 +294,7 @@ def run_adm(teacher, loss, options, seed, iterations):
     torch.manual_seed(seed)
     begin = time.process_time()
     words = make_words(f"{ADM_WORDS} {options}", teacher.denoiser.members, seed, iterations)
-    args = parse_adm_arguments(__doc__, words, common.TEACHERS, common.FAMILIES, MixtureADM.losses)
+    args = parse_adm_arguments(__doc__, words, common.FAMILIES, MixtureADM)
     method = MixtureADM(args, teacher, [""])
     method.power = POWERS.get(loss, 0)
     rates = {method.opt_G: args.lr, method.opt_f: args.fake_lr, method.opt_heads: args.head_lr}
@@ -435,7 +435,7 @@ def format_slopes(log):
 
 
 def read_arguments(argv):
-    parser = Parser(__doc__, {}, {})
+    parser = Parser(__doc__)
     add = parser.group("what runs: all that these choices give together")
     dimension = number(int, "at least 2", lambda value: value >= 2)
     add("--dim", "dimensions of the samples", type=dimension, nargs="+", default=[2], shown="2")
@@ -488,8 +488,7 @@ def main(argv=None):
             if points:
                 moments.setdefault((row["start"], row["loss"]), points)
     table = make_table(report["rows"])
-    with write_atomically(os.path.join(args.out, "table.md")) as temporary, open(temporary, "w") as file:
-        file.write(table + "\n")
+    write_text(os.path.join(args.out, "table.md"), table + "\n")
     save_figure(Mixture(2), moments, os.path.join(args.out, "figure.png"))
     save_animation(Mixture(2), moments, args.iterations, os.path.join(args.out, "animation.gif"))
     save_curves(report["rows"], Mixture(2), args.iterations, os.path.join(args.out, "curves.png"))

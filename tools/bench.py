@@ -33,10 +33,11 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-import common
+from metrics.rows import format_markdown
 from support.arguments import Parser, above_zero, positive
 from support.errors import UserError, launch
 from support.files import write_json
+from support.hub import TEACHERS
 from tiny import train
 from tools.measure import BACKWARD, STAGES, measure
 
@@ -107,7 +108,7 @@ def measure_row(name, processes, extra, options, teacher, folder):
 
 
 def parse_arguments(argv):
-    parser = Parser(__doc__, common.TEACHERS, common.FAMILIES)
+    parser = Parser(__doc__)
     add = parser.group("teacher")
     shown = "the tiny one of tiny/train.py with random weights"
     add("--teacher", "a known name, a pipeline folder, or a hub id", shown=shown)
@@ -135,8 +136,8 @@ def parse_arguments(argv):
     add("--peak", "the card's TFLOP/s in bf16", type=above_zero, default=989.0)
     add("--json", "file for the numbers")
     args = parser.parse_args(argv)
-    if args.random_weights and args.teacher not in common.TEACHERS:
-        names = ", ".join(common.TEACHERS)
+    if args.random_weights and args.teacher not in TEACHERS:
+        names = ", ".join(TEACHERS)
         raise UserError(f"--random-weights is for a known teacher: {names}")
     return args
 
@@ -189,10 +190,7 @@ def format_table(measured, peak):
     for row in measured:
         first.setdefault(row["stage"], row)
         lines.append(format_row(row, first[row["stage"]], peak))
-    titles = list(lines[0])
-    cells = [titles, ["---"] * len(titles)]
-    cells += [list(line.values()) for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    return format_markdown([list(lines[0]), *(list(line.values()) for line in lines)])
 
 
 def format_row(row, first, peak):

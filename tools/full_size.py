@@ -25,6 +25,7 @@ from metrics.rows import format_markdown
 from support.arguments import Parser, parse_adm_arguments, positive
 from support.errors import UserError, launch
 from support.files import ROOT, read_json, read_json_lines, write_json
+from support.hub import TEACHERS
 from tools.bench import write_random
 from tools.measure import choose_prompts
 from tools.plan import GB, Networks, add_up, count_activations, count_states
@@ -53,7 +54,7 @@ def run(words, out, threads):
 
 def plan(words):
     """GB that --plan adds up for the words of an adm.py command, without text encoders."""
-    args = parse_adm_arguments(__doc__, words, common.TEACHERS, common.FAMILIES, adm.ADM.losses)
+    args = parse_adm_arguments(__doc__, words, common.FAMILIES, adm.ADM)
     networks = Networks(args, adm.ADM, adm.iterate)
     rows = count_states(args, networks, 1) | count_activations(args, networks)
     rows.pop("text encoders", None)
@@ -111,9 +112,9 @@ def train(stage, words, folder, threads):
 
 
 def main():
-    parser = Parser(__doc__, common.TEACHERS, common.FAMILIES)
+    parser = Parser(__doc__)
     add = parser.group("what is tried")
-    add("--teachers", "known ones", nargs="+", choices=list(common.TEACHERS), default=FITTING)
+    add("--teachers", "known ones", nargs="+", choices=list(TEACHERS), default=FITTING)
     add("--threads", "of a stage's process", type=positive, default=os.cpu_count(), shown="one a core")
     add("--json", "file for the numbers")
     args = parser.parse_args()

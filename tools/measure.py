@@ -247,6 +247,8 @@ def measure(name, processes, extra, options, teacher, folder):
     watch = Watch(stage.module.iterate, processes, options.brief)
     iterations = watch.warm_up + options.iterations
     arguments = list_arguments(stage, options, iterations, teacher, folder)
+    if stage.module is adp:
+        arguments += ["--pairs", collect_pairs(teacher, 2 * options.batch, folder)]
     arguments = [*stage.arguments, *arguments, *extra.split()]
     with watch_runs(watch):
         stage.module.main(arguments)
@@ -256,23 +258,25 @@ def measure(name, processes, extra, options, teacher, folder):
 
 
 def list_arguments(stage, options, iterations, teacher, folder):
-    """The command line of a stage; of ADP the pairs are collected, too."""
-    prompts = choose_prompts(teacher)
+    """The command line of a stage, without ADP's pairs."""
     arguments = ["--teacher", teacher, "--out", os.path.join(folder, "run"), "--log-every", "1"]
     arguments += ["--batch", str(options.batch), "--iterations", str(iterations)]
     if not options.checkpointing:
         arguments.append("--no-checkpointing")
     if stage.module is adm:
-        return arguments + ["--prompts", prompts]
-    pairs = os.path.join(folder, "pairs")
-    number = str(2 * options.batch)
-    collect = ["--teacher", teacher, "--prompts", prompts, "--out", pairs]
-    collect_ode.main([*collect, "--count", number, "--shard-size", number, "--steps", "2"])
+        return arguments + ["--prompts", choose_prompts(teacher)]
     if options.pixel_backbone:
-        arguments += ["--pixel-backbone", options.pixel_backbone]
-    else:
-        arguments += ["--lambda-pixel", "0"]
-    return arguments + ["--pairs", pairs]
+        return arguments + ["--pixel-backbone", options.pixel_backbone]
+    return arguments + ["--lambda-pixel", "0"]
+
+
+def collect_pairs(teacher, count, folder):
+    """Runs collect_ode.py -> the folder of so many pairs."""
+    pairs = os.path.join(folder, "pairs")
+    number = str(count)
+    arguments = ["--teacher", teacher, "--prompts", choose_prompts(teacher), "--out", pairs]
+    collect_ode.main([*arguments, "--count", number, "--shard-size", number, "--steps", "2"])
+    return pairs
 
 
 def choose_prompts(teacher):

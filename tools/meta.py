@@ -11,13 +11,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from common import TEACHERS, find_family
+from common import find_family
 from support.errors import UserError
 from support.files import ROOT, read_json
+from support.hub import TEACHERS
 from support.loading import assemble, read_teacher
 from support.offload import decode_in_tiles
 from support.parallel import choose_dtype, shares_weights
-from support.training import can_checkpoint
+from support.training import checkpoint_teacher
 
 CONFIGS = os.path.join(ROOT, "assets", "configs")  # of the known teachers
 META = torch.device("meta")
@@ -92,9 +93,7 @@ def make_teacher_on_meta(args, configs):
         run_again = functools.partial(
             checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), GPUAutocast(dtype))
         )
-        teacher.denoiser.enable_gradient_checkpointing(run_again)
-        if can_checkpoint(teacher.pipe.vae) and not teacher.video:
-            teacher.pipe.vae.enable_gradient_checkpointing(run_again)
+        checkpoint_teacher(teacher, run_again)
     decode_in_tiles(teacher)
     shapes = teacher.condition_shapes(configs["text_length"])
 

@@ -354,7 +354,7 @@ def run_command(words, log):
 
 
 def main():
-    parser = Parser(__doc__, (), {})
+    parser = Parser(__doc__)
     add = parser.group("what is run")
     add("--tables", "of docs/results.md", nargs="+", choices=list(TABLES), default=list(TABLES))
     add("--seeds", "of the runs", nargs="+", type=seed_number, default=[0, 1, 2])

@@ -5,6 +5,7 @@ import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
@@ -28,13 +29,13 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = flatten([*args, *kwargs.values()])
+        inputs = tree_leaves((args, kwargs))
         tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
         if tensors and all(x.is_meta for x in tensors):
             out = self._compute_on_meta(func, args, kwargs, inputs, tensors)
         else:
             out = func(*args, **kwargs)
-        for x in [*tensors, *flatten([out])]:
+        for x in [*tensors, *tree_leaves(out)]:
             if isinstance(x, torch.Tensor) and x.device.type == self.kind:
                 self._count(x.untyped_storage())
         count_flops = flop_registry.get(func._overloadpacket)
@@ -52,7 +53,7 @@ class Storages(TorchDispatchMode):
             return made if len(made) > 1 else made[0]
         out = func(*args, **kwargs)
         if key not in self.results:
-            outputs = flatten([out])
+            outputs = tree_leaves(out)
             old = {x.untyped_storage() for x in tensors}
             views = not all(is_new_on_meta(x, old) for x in outputs)
             self.results[key] = None if views else [describe(x) for x in outputs]
@@ -84,14 +85,3 @@ def make_on_meta(description):
 def is_new_on_meta(x, old):
     """Whether this is a tensor of the meta device that shares none of the storages `old`."""
     return isinstance(x, torch.Tensor) and x.is_meta and x.untyped_storage() not in old
-
-
-def flatten(values):
-    """What is in nested lists and tuples, in one list."""
-    flat = []
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            flat += flatten(value)
-        else:
-            flat.append(value)
-    return flat

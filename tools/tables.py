@@ -5,7 +5,7 @@ import statistics
 import textwrap
 
 from metrics.rows import format_markdown
-from support.files import write_atomically
+from support.files import write_text
 
 # tv and squared_distance were biased in reports of before 2026-11-28: metrics/variety.py
 COLUMNS = ("accuracy", "valid", "tv_uniform", "coverage", "position_std", "pairwise_distance", "lpips_random")
@@ -99,9 +99,7 @@ def write_tables(folder, results):
         table = f"{format_table(name, entry)}\n\n{describe(entry)}\n"
         texts[file] = put_table(texts[file], name, table)
     for file, text in texts.items():
-        with write_atomically(os.path.join(folder, file)) as temporary:
-            with open(temporary, "w", encoding="utf-8") as opened:
-                opened.write(text)
+        write_text(os.path.join(folder, file), text)
     return texts
 
 
