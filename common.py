@@ -246,7 +246,8 @@ class Teacher:
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        # a pass uses each weight once: copies that are kept to its end would be of no use
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def network(self, checkpoint=None):
         """The denoiser, or the student in a checkpoint's folder, from its files, float32. UserError for
@@ -305,13 +306,15 @@ class Teacher:
         return [(block, fold) for block in choose_four(blocks)]
 
     def decode(self, latents):
-        """Latents -> pixels, about [-1, 1], not clamped; gradients flow. A megapixel at a time."""
+        """Latents -> pixels, about [-1, 1], not clamped; gradients flow. A megapixel at a time, which is
+        checkpointed where the autoencoder itself is not."""
         rows = max(1, 2**20 // math.prod(self.resolution))
         latents = unscale(latents, self.pipe.vae)
         parts = latents.split(rows)
         present = self.offload.resident("vae") if self.offload else contextlib.nullcontext()
         with present:
-            if torch.is_grad_enabled() and len(parts) > 1:
+            is_whole = not self.pipe.vae.is_gradient_checkpointing
+            if torch.is_grad_enabled() and is_whole and len(parts) > 1:
                 pixels = [checkpoint(self._decode, part, use_reentrant=False) for part in parts]
             else:
                 pixels = [self._decode(part) for part in parts]

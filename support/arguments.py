@@ -457,7 +457,7 @@ def add_training_arguments(parser):
     add("--out", "the run's folder", type=new_folder, shown="runs/STAGE-TEACHER")
     add("--resume", "go on from the run's newest checkpoint, if there is one", action="store_true")
     add("--log-every", "iterations between two lines of metrics", type=positive, default=10)
-    add("--save-every", "iterations between two checkpoints", type=positive, default=500)
+    add("--save-every", "iterations between two checkpoints", type=positive, default=1000)
     minutes = "minutes after a checkpoint that another is due, after however few iterations"
     add("--save-minutes", minutes, type=above_zero, default=60)
     add("--keep", "newest checkpoints that are kept, beside the best", type=positive, default=3)

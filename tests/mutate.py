@@ -439,6 +439,8 @@ TABLE = {
             "checkpoint(self._decode, part, use_reentrant=False)",
             "checkpoint(self._decode, parts[0], use_reentrant=False)",
         ),
+        ("a decoder checkpointed twice", "is_whole = not self.pipe", "is_whole = True or self.pipe"),
+        ("autocast keeps weights", "cache_enabled=False", "cache_enabled=True"),
         ("pictures decoded all at once", "max(1, 2**20 // math.prod(self.resolution))", "max(1, 2**20)"),
         (
             "students start rounded",

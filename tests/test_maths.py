@@ -452,8 +452,30 @@ def test_pictures_are_decoded_in_parts_of_a_megapixel(teacher, monkeypatch):
         pixels = teacher.decode(x)
         pixels.square().mean().backward()
         results.append((pixels.detach(), x.grad))
-    assert sizes[:4] == [3, 1, 1, 1]
+    assert sizes == [3, *[1, 1, 1], *[1, 1, 1]]  # a megapixel at a time, and once more for the gradients
     torch.testing.assert_close(*results)
+
+    del sizes[:]
+    teacher.pipe.vae.enable_gradient_checkpointing()  # it does that itself, and not twice
+    x = latents.clone().requires_grad_()
+    teacher.decode(x).square().mean().backward()
+    teacher.pipe.vae.disable_gradient_checkpointing()
+    assert sizes == [1, 1, 1]
+    torch.testing.assert_close(x.grad, results[0][1])
+
+
+def test_a_pass_in_bf16_keeps_no_copies_of_weights(teacher, monkeypatch):
+    """Autocast would keep a copy of each weight that trains to the end of the pass, 5 GB for SDXL."""
+    monkeypatch.setattr(teacher, "dtype", torch.bfloat16)
+    seen = []
+
+    def look(module, inputs):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+
+    hook = teacher.denoiser.register_forward_pre_hook(look)
+    teacher.predict(teacher.denoiser, draw_normal(1, 4, 8, 8).float(), torch.tensor([500.0]), teacher.null(1))
+    hook.remove()
+    assert seen == [(True, False)]
 
 
 def test_guidance_may_be_none_at_all(teacher):

@@ -305,9 +305,10 @@ def test_dmd_loss_moves_samples_into_modes(monkeypatch):
 # Documentation --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["plane", "regimes", "wide", "line", "secant", "secant-wide", "constant", "constant-wide"]
-)
+REPORTS = "plane regimes wide high-noise line secant secant-wide constant constant-wide flat flat-wide"
+
+
+@pytest.mark.parametrize("name", REPORTS.split())
 def test_tables_of_the_documentation_are_those_of_its_reports(name, capsys):
     """docs/mixture.md has what --report prints, the report's command and its date."""
     text = Path(ROOT, "docs/mixture.md").read_text(encoding="utf-8")

@@ -101,7 +101,7 @@ def save_curves(rows, mixture, iterations, path):
     width = 1 + 3.2 * len(starts)
     figure = matplotlib.figure.Figure(figsize=(width, 6), layout="constrained", dpi=80)
     grid = figure.subplots(2, len(starts), squeeze=False, sharex=True, sharey="row")
-    labels = {"far": "mass of the far mode", "tv_modes": "total variation of modes"}
+    labels = {"far": "mass of the far mode", "tv_modes": "total variation with gaps"}
     for row in rows:
         for line, name in zip(grid, labels):
             axes = line[starts.index(row["start"])]

@@ -184,14 +184,12 @@ FLOAT = {
 
 class GPUAutocast(TorchFunctionMode):
     """What torch.autocast("cuda", dtype) does, for tensors on the meta device, which it does not know: matrix
-    products and convolutions in `dtype`, norms and softmax in float32; weights that train are cast once, and
-    kept until the end. Attention is the flash kernel's, which never makes the matrix of all pairs. With dtype
-    float32 it is attention alone."""
+    products and convolutions in `dtype`, norms and softmax in float32. Attention is the flash kernel's, which
+    never makes the matrix of all pairs. With dtype float32 it is attention alone."""
 
     def __init__(self, dtype):
         super().__init__()
         self.dtype = dtype
-        self.kept = {}  # {id of a weight: its copy}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -203,20 +201,11 @@ class GPUAutocast(TorchFunctionMode):
             return attend(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def __exit__(self, *error):
-        self.kept.clear()
-        return super().__exit__(*error)
-
-    def _cast(self, x, dtype):
+    @staticmethod
+    def _cast(x, dtype):
         if not isinstance(x, torch.Tensor) or x.dtype not in (torch.float32, torch.bfloat16):
             return x
-        if x.dtype == dtype:
-            return x
-        if not (x.is_leaf and x.requires_grad):
-            return x.to(dtype)
-        if id(x) not in self.kept:
-            self.kept[id(x)] = x.to(dtype)
-        return self.kept[id(x)]
+        return x.to(dtype)
 
 
 def attend(query, key, value, *_, **__):
