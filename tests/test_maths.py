@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+import adm
 import adp
 import common
 import helpers
@@ -18,7 +19,7 @@ from support.prompts import read_prompts
 from support.rng import RowRNG, make_rngs
 from support.systems import System
 from support.tensors import is_finite
-from support.training import MovingAverage, set_lr
+from support.training import Means, MovingAverage, set_lr
 
 SDXL = {
     "beta_start": 0.00085,
@@ -476,6 +477,36 @@ def test_a_pass_in_bf16_keeps_no_copies_of_weights(teacher, monkeypatch):
     teacher.predict(teacher.denoiser, draw_normal(1, 4, 8, 8).float(), torch.tensor([500.0]), teacher.null(1))
     hook.remove()
     assert seen == [(True, False)]
+
+
+def test_a_penalised_discriminator_learns_the_line_to_x_real():
+    """docs/paper-gaps.md#what-d-learns: L(tau) is least where grad D = (x_real - x_fake) / (4 w N dt)."""
+    line = torch.tensor([[0.9, 0.2], [0.2, -0.5]], dtype=torch.float64)
+    small, dt, weight = 1e-4, 1 / 64, 0.25
+    x_fake = torch.randn(100_000, 2, dtype=torch.float64, generator=torch.manual_seed(0))
+    x_real = x_fake + small * x_fake @ line  # this l is the gradient of a D, as a difference of scores is
+    method = object.__new__(adm.ADM)
+    method.log = Means()
+    method.args = SimpleNamespace(r1=weight, r2=weight, r_noise=1e-4, dt=dt)
+    method.teacher = SimpleNamespace(features=lambda x, s, cond: x)
+
+    def compute_gradient(matrix):
+        """Of L(tau) in a D(x) = x matrix x / 2, whose gradient in x is matrix x."""
+        matrix = matrix.clone().requires_grad_()
+
+        def judge(*maps):
+            logits = [(x @ matrix * x).sum(1, keepdim=True) / 2 for x in maps]
+            return logits if len(maps) > 1 else logits[0]
+
+        method.heads_train = judge
+        rng = SimpleNamespace(normal_like=torch.randn_like)
+        b = adm.MicroBatch(rng, [], k=0, x_fake=x_fake, x_real=x_real, maps_fake=x_fake)
+        (gradient,) = torch.autograd.grad(method.discriminator_loss(b), matrix)
+        return (gradient + gradient.T) / 2
+
+    best = small * line / (4 * weight * 2 * dt)
+    at_start = compute_gradient(torch.zeros(2, 2, dtype=torch.float64))
+    assert compute_gradient(best).norm() < 0.02 * at_start.norm()
 
 
 def test_guidance_may_be_none_at_all(teacher):
