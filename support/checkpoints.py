@@ -12,7 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from support.configs import list_fields
 from support.errors import UserError, note
 from support.files import as_json, compute_checksum, list_files, read_sealed, write_text
-from support.parallel import lay_out, list_parameters
+from support.parallel import add_up, agree, lay_out, list_parameters, rank, world_size
 from support.tensors import sample_bits
 
 META = {  # what has to be in meta.json
@@ -77,11 +77,11 @@ def find_checkpoint(path, part=None):
     return path, meta
 
 
-def find_newest(run, part=None):
+def find_newest(run, part=None, together=False):
     """(step folder, meta) of the newest whole checkpoint of a run, or None. Says what is wrong with newer
-    ones."""
+    ones. part, together: as open_checkpoint has them."""
     for folder in list_checkpoints(run):
-        meta, problem = open_checkpoint(folder, part)
+        meta, problem = open_checkpoint(folder, part, together)
         if problem is None:
             return folder, meta
         note(f"{folder} is passed over: {problem}")
@@ -138,18 +138,36 @@ def is_ours(folder):
     return set(os.listdir(folder)) <= CONTENT
 
 
-def open_checkpoint(folder, part=None):
-    """A step folder -> (its meta, None), or (None, what keeps it from being whole, in words)."""
+def open_checkpoint(folder, part=None, together=False):
+    """A step folder -> (its meta, None), or (None, what keeps it from being whole, in words). The files of
+    `part` are compared with their checksums; `together`: by all ranks, each of which reads a share."""
     meta = read_sealed(os.path.join(folder, "meta.json"))
-    if meta is None or not set(meta) >= META:
-        return None, "its meta.json is missing or damaged"
-    for name, checksum in meta["files"].items():
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            return None, f"its {name} is missing"
-        if part and name.startswith(PARTS[part]) and compute_checksum(path) != checksum:
-            return None, f"its {name} is damaged"
+    missing = find_missing(folder, meta)
+    if together and not agree(missing is None):
+        return None, "it is not the same on all nodes"
+    if missing:
+        return None, missing
+    names = [name for name in meta["files"] if part and name.startswith(PARTS[part])]
+    damaged = torch.zeros(len(names))
+    for i, name in enumerate(names):
+        is_own = not together or i % world_size() == rank()
+        if is_own and compute_checksum(os.path.join(folder, name)) != meta["files"][name]:
+            damaged[i] = 1
+    if together:
+        damaged = add_up(damaged)
+    if damaged.any():
+        return None, f"its {names[damaged.argmax()]} is damaged"
     return meta, None
+
+
+def find_missing(folder, meta):
+    """What is not there of a checkpoint with this meta, or None of one, in words; None where all is."""
+    if meta is None or not set(meta) >= META:
+        return "its meta.json is missing or damaged"
+    for name in meta["files"]:
+        if not os.path.isfile(os.path.join(folder, name)):
+            return f"its {name} is missing"
+    return None
 
 
 def describe_files(folder):

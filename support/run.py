@@ -135,7 +135,8 @@ class Run:
 
     def _open(self, stage):
         check_that_no_run_is_there(self.args)  # again, now that nobody else can write there
-        found = find_newest(self.folder, "state")
+        check_that_nodes_share(self.folder, len(list_checkpoints(self.folder)))
+        found = find_newest(self.folder, "state", together=True)
         if found:
             self._restore(*found)
         else:

@@ -696,6 +696,8 @@ TABLE = {
         ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
     ],
     "support/checkpoints.py": [
+        ("every rank reads all", "i % world_size() == rank()", "i % 1 == 0"),
+        ("a rank hears no other", "damaged = add_up(damaged)", "damaged = damaged"),
         ("one average of AdamW", "weights += 2 * list_parameters(part)", "weights += list_parameters(part)"),
         ("a batch of one rank", ' * meta.get("processes", 1)', ""),
         (

@@ -22,7 +22,7 @@ import adp
 import common
 import evaluate
 import helpers
-from support import files, inputs, pairs, training
+from support import checkpoints, files, inputs, pairs, training
 from support import run as runs
 from support.checkpoints import compute_global_batch, find_checkpoint
 from support.errors import UserError
@@ -158,6 +158,26 @@ DAMAGE = {  # what happens to a file of the newest checkpoint, and what is said 
     "half a state": ("state/f.pt", lambda path: os.truncate(path, 5000), "its state/f.pt is damaged"),
     "a bit of the student": (WEIGHTS, flip_a_byte, f"its {WEIGHTS} is damaged"),
 }
+
+
+@pytest.mark.parametrize("is_damaged", (True, False))
+def test_ranks_share_the_reading_of_a_checkpoint(finished, monkeypatch, is_damaged):
+    """Each of two compares every second file of the state, and hears what the other one found."""
+    read = []
+    compute = checkpoints.compute_checksum
+    monkeypatch.setattr(checkpoints, "compute_checksum", lambda path: read.append(path) or compute(path))
+    monkeypatch.setattr(checkpoints, "agree", lambda number: True)
+    folder = str(finished / "step_000002")
+    names = [name for name in checkpoints.open_checkpoint(folder)[0]["files"] if name.startswith("state/")]
+    seen = torch.zeros(len(names))
+    seen[2] = is_damaged
+    problem = f"its {names[2]} is damaged" if is_damaged else None
+    monkeypatch.setattr(checkpoints, "add_up", lambda own: own + seen)
+    for number in (0, 1):
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert checkpoints.open_checkpoint(folder, "state", together=True)[1] == problem
+    assert read == [os.path.join(folder, name) for name in names[0::2] + names[1::2]]
 
 
 @pytest.mark.parametrize("name", DAMAGE)
