@@ -172,7 +172,7 @@ class ADM:
 
     def penalty(self, x, D, b, weight):
         """R1 of x_real, R2 of x_fake: weight N (dt/T) |grad D|^2 by finite differences, N the size of x."""
-        # paper silent: penalties: nothing else holds D's level; with them grad D is nearer x_real - x_fake
+        # paper silent: penalties: nothing else holds D's slope; with them grad D is nearer x_real - x_fake
         if not weight:
             return 0
         with torch.no_grad():

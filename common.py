@@ -313,8 +313,8 @@ class Teacher:
         parts = latents.split(rows)
         present = self.offload.resident("vae") if self.offload else contextlib.nullcontext()
         with present:
-            is_whole = not self.pipe.vae.is_gradient_checkpointing
-            if torch.is_grad_enabled() and is_whole and len(parts) > 1:
+            checkpoints_itself = self.pipe.vae.is_gradient_checkpointing
+            if torch.is_grad_enabled() and not checkpoints_itself and len(parts) > 1:
                 pixels = [checkpoint(self._decode, part, use_reentrant=False) for part in parts]
             else:
                 pixels = [self._decode(part) for part in parts]

@@ -12,8 +12,8 @@ from support.media import save_figure, save_labelled_grid
 MEANINGS = {
     "accuracy": "Share of samples that show what the prompt says (higher is better)",
     "valid": "Share of samples that show one clean shape (higher is better)",
-    "tv": "Total variation to the reference of what a prompt leaves open (lower is nearer)",
-    "coverage": "Share of the values left open that come half as often as they should (higher is better)",
+    "tv": "Total variation to the reference of what is left open, in excess of chance (lower is nearer)",
+    "coverage": "Share of the values left open with at least half their rate (higher is better)",
     "position_std": "Spread of a prompt's shapes in pixels (higher is more diverse)",
     "squared_distance": "Squared distance to the reference of what a prompt leaves open (lower is nearer)",
     "pairwise_distance": "RMS distance of a prompt's samples (higher is more diverse)",

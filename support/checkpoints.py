@@ -11,8 +11,15 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from support.configs import list_fields
 from support.errors import UserError, note
-from support.files import as_json, compute_checksum, list_files, read_sealed, write_text
-from support.parallel import add_up, agree, lay_out, list_parameters, rank, world_size
+from support.files import (
+    as_json,
+    compute_checksum,
+    compute_checksum_of_json,
+    list_files,
+    read_sealed,
+    write_text,
+)
+from support.parallel import add_up, agree, lay_out, list_parameters, local_world_size, rank
 from support.tensors import sample_bits
 
 META = {  # what has to be in meta.json
@@ -79,13 +86,24 @@ def find_checkpoint(path, part=None):
 
 def find_newest(run, part=None, together=False):
     """(step folder, meta) of the newest whole checkpoint of a run, or None. Says what is wrong with newer
-    ones. part, together: as open_checkpoint has them."""
+    ones. part, together: as open_checkpoint has them; UserError then where nodes have not the same ones."""
     for folder in list_checkpoints(run):
+        if together:
+            check_that_nodes_share(run, read_step(folder))
         meta, problem = open_checkpoint(folder, part, together)
         if problem is None:
             return folder, meta
         note(f"{folder} is passed over: {problem}")
+    if together:
+        check_that_nodes_share(run, -1)
     return None
+
+
+def check_that_nodes_share(out, found):
+    """UserError where the ranks have found different things, a number each, in the folder `out`. All call
+    it."""
+    if not agree(found):
+        raise UserError(f"{out} is not the same on all nodes: give an --out that they share")
 
 
 def find_best(run, identity, last):
@@ -127,10 +145,13 @@ def follow(path):
 def list_checkpoints(run):
     """The step folders of a run, newest first, whole or not."""
     names = os.listdir(run) if os.path.isdir(run) else []
-    steps = [name for name in names if STEP.fullmatch(name)]
-    steps.sort(key=lambda name: int(name.removeprefix("step_")), reverse=True)
-    folders = [os.path.join(run, name) for name in steps]
-    return [folder for folder in folders if os.path.isdir(folder)]
+    steps = [os.path.join(run, name) for name in names if STEP.fullmatch(name)]
+    return sorted(filter(os.path.isdir, steps), key=read_step, reverse=True)
+
+
+def read_step(folder):
+    """The iteration that a step folder's name has."""
+    return int(os.path.basename(folder).removeprefix("step_"))
 
 
 def is_ours(folder):
@@ -140,19 +161,21 @@ def is_ours(folder):
 
 def open_checkpoint(folder, part=None, together=False):
     """A step folder -> (its meta, None), or (None, what keeps it from being whole, in words). The files of
-    `part` are compared with their checksums; `together`: by all ranks, each of which reads a share."""
+    `part` are compared with their checksums; `together`: all ranks call it, those of a node share the
+    reading, and all hear the same. UserError then where nodes have not the same in it."""
     meta = read_sealed(os.path.join(folder, "meta.json"))
     missing = find_missing(folder, meta)
-    if together and not agree(missing is None):
-        return None, "it is not the same on all nodes"
+    if together:
+        found = "0" if missing else compute_checksum_of_json(meta)
+        check_that_nodes_share(folder, int(found[:12], 16))
     if missing:
         return None, missing
     names = [name for name in meta["files"] if part and name.startswith(PARTS[part])]
     damaged = torch.zeros(len(names))
-    for i, name in enumerate(names):
-        is_own = not together or i % world_size() == rank()
-        if is_own and compute_checksum(os.path.join(folder, name)) != meta["files"][name]:
-            damaged[i] = 1
+    sharing = local_world_size() if together else 1
+    for i in range(rank() % sharing, len(names), sharing):
+        path = os.path.join(folder, names[i])
+        damaged[i] = compute_checksum(path) != meta["files"][names[i]]
     if together:
         damaged = add_up(damaged)
     if damaged.any():
@@ -161,7 +184,7 @@ def open_checkpoint(folder, part=None, together=False):
 
 
 def find_missing(folder, meta):
-    """What is not there of a checkpoint with this meta, or None of one, in words; None where all is."""
+    """What is missing of a checkpoint, in words, or None. meta: None where it could not be read."""
     if meta is None or not set(meta) >= META:
         return "its meta.json is missing or damaged"
     for name in meta["files"]:

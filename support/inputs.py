@@ -2,7 +2,7 @@
 
 import os
 
-from support.checkpoints import find_checkpoint, find_newest, list_checkpoints
+from support.checkpoints import check_that_nodes_share, find_checkpoint, find_newest, list_checkpoints
 from support.errors import UserError, require
 from support.packages import check_packages
 from support.pairs import read_index
@@ -42,13 +42,6 @@ def check_start(args, folder, meta):
 def is_stream(path):
     """Whether it is a pipe, as the shell's <(...)."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
-def check_that_nodes_share(out, found):
-    """UserError where the ranks have found different things, a number each, in the folder `out`. All call
-    it."""
-    if not agree(found):
-        raise UserError(f"{out} is not the same on all nodes: give an --out that they share")
 
 
 def find_start(args, part=None):

@@ -140,7 +140,7 @@ def save_video(pixels, path, fps):
 TITLES = {
     "Losses": {
         "mse": "mse: squared error of the student's velocity",
-        "loss_G": "loss_G: the student's loss\n(--loss adm and ADP: -D(fake), dmd: dmd_loss)",
+        "loss_G": "loss_G: the student's loss\n(ADP and --loss adm: -D(fake); dmd: dmd_loss)",
         "loss_D": "loss_D: the discriminator's hinge loss\n(+ penalties), 2 = D cannot tell",
         "loss_f": "loss_f: the fake score's denoising loss",
         "dmd_loss": "dmd_loss: half the squared DMD direction\n(ADM only logs it)",

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from support.checkpoints import (
+    check_that_nodes_share,
     compute_global_batch,
     count_most,
     describe_files,
@@ -43,7 +44,7 @@ from support.files import (
     write_atomically,
     write_sealed,
 )
-from support.inputs import check_that_no_run_is_there, check_that_nodes_share
+from support.inputs import check_that_no_run_is_there
 from support.loading import describe_teacher
 from support.lora import Adapted
 from support.lora_files import save_adapter
@@ -135,7 +136,6 @@ class Run:
 
     def _open(self, stage):
         check_that_no_run_is_there(self.args)  # again, now that nobody else can write there
-        check_that_nodes_share(self.folder, len(list_checkpoints(self.folder)))
         found = find_newest(self.folder, "state", together=True)
         if found:
             self._restore(*found)

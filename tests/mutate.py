@@ -439,7 +439,7 @@ TABLE = {
             "checkpoint(self._decode, part, use_reentrant=False)",
             "checkpoint(self._decode, parts[0], use_reentrant=False)",
         ),
-        ("a decoder checkpointed twice", "is_whole = not self.pipe", "is_whole = True or self.pipe"),
+        ("a decoder checkpointed twice", "not checkpoints_itself", "not None"),
         ("autocast keeps weights", "cache_enabled=False", "cache_enabled=True"),
         ("pictures decoded all at once", "max(1, 2**20 // math.prod(self.resolution))", "max(1, 2**20)"),
         (
@@ -696,7 +696,7 @@ TABLE = {
         ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
     ],
     "support/checkpoints.py": [
-        ("every rank reads all", "i % world_size() == rank()", "i % 1 == 0"),
+        ("every rank reads all", "local_world_size() if together else 1", "1"),
         ("a rank hears no other", "damaged = add_up(damaged)", "damaged = damaged"),
         ("one average of AdamW", "weights += 2 * list_parameters(part)", "weights += list_parameters(part)"),
         ("a batch of one rank", ' * meta.get("processes", 1)', ""),
