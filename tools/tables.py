@@ -7,8 +7,11 @@ import textwrap
 from metrics.rows import format_markdown
 from support.files import write_text
 
-# tv and squared_distance were biased in reports of before 2026-11-28: metrics/variety.py
-COLUMNS = ("accuracy", "valid", "tv_uniform", "coverage", "position_std", "pairwise_distance", "lpips_random")
+# no report of before 2026-11-28 has tv: it was biased
+COLUMNS = (
+    *("accuracy", "valid", "tv", "tv_uniform", "coverage"),
+    *("position_std", "pairwise_distance", "lpips_random"),
+)
 GAUGES = ("loss_f", "dmd_loss", "cosine", "D_gap", "D_abs", "norm_G")  # of docs/training.md
 FILES = {"health": "training.md"}  # of a table that is not in results.md
 # the paper's tables 4 and 5, to stand beside ours: CLIP score, MPS; training time, CLIP score, MPS
