@@ -209,11 +209,14 @@ def find_linear_layers(net):
 
 
 def compile_blocks(net):
-    """torch.compile, block by block, in place."""
+    """torch.compile, block by block, in place; of blocks within blocks, as SDXL's, the inner ones alone."""
     # blocks of a class share their code, and SDXL's are of many shapes
     torch._dynamo.config.recompile_limit = 64
-    for block in find_blocks(net):
-        block.compile()
+    blocks = find_blocks(net)
+    for block in blocks:
+        _, *parts = block.modules()
+        if not set(parts).intersection(blocks):
+            block.compile()
 
 
 @contextlib.contextmanager
