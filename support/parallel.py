@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 # The other ranks wait that long for the main one, which fetches a teacher, and writes checkpoints of up to
-# 573 GB and reads them back for their checksums.
+# 573 GB and reads them back for their checksums; within an iteration, where none is long behind the others,
+# less: a card or a network that hangs would take all others' time.
 PATIENCE = datetime.timedelta(hours=4)
+WITHIN_AN_ITERATION = datetime.timedelta(minutes=30)
 GPUS_OF_A_NODE = 8  # as --plan takes it
 
 
@@ -76,6 +78,16 @@ def choose_dtype(precision, device):
 def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
+
+
+def set_patience(timeout, args):
+    """How long this rank waits for the others from here on, after which it ends with an error. args:
+    --shard, as hsdp has groups of its own."""
+    if not dist.is_initialized():
+        return
+    own = lay_out_nodes().get_all_groups() if args.shard == "hsdp" else ()
+    for group in (dist.group.WORLD, *own):
+        dist.set_timeout(timeout, group)
 
 
 def leave_together():

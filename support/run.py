@@ -51,12 +51,15 @@ from support.lora_files import save_adapter
 from support.media import save_curves, save_grid, save_video
 from support.pairs import identify
 from support.parallel import (
+    PATIENCE,
+    WITHIN_AN_ITERATION,
     average,
     gather,
     gather_zero1,
     get_share,
     is_main,
     lay_out,
+    set_patience,
     wait_for_all,
     world_size,
 )
@@ -281,6 +284,8 @@ class Run:
             for step in range(self.start, self.args.iterations):
                 if self.args.offload and (step == self.start or step % self.ahead == 0):
                     self._encode_ahead(step)
+                if step > self.start:  # with --compile the first takes longer
+                    set_patience(WITHIN_AN_ITERATION, self.args)
                 yield step
                 if self.leaving:
                     break
@@ -371,6 +376,7 @@ class Run:
         """What is due after an iteration: a held-out score, and a checkpoint: every --save-every,
         --save-minutes after the last one, at the end, when a rank was told to stop, and of a student that is
         better than all before it."""
+        set_patience(PATIENCE, self.args)
         is_late = self._agree()
         last = step == self.args.iterations
         is_due = self.leaving or last or is_late or step % self.args.save_every == 0

@@ -337,6 +337,27 @@ def group_of_one():
     dist.destroy_process_group()
 
 
+def test_a_rank_that_hangs_in_an_iteration_is_not_waited_for_as_a_checkpoint_is(
+    arguments_of, tmp_path, monkeypatch, group_of_one
+):
+    """The first iteration may compile; then each has half an hour, and what follows it four."""
+    told = []
+    monkeypatch.setattr(dist, "set_timeout", lambda timeout, group: told.append(timeout.seconds))
+    adm.main([*arguments_of("dmd"), "--out", str(tmp_path), "--batch", "4", "--iterations", "3"])
+    hours, minutes = 4 * 3600, 30 * 60
+    assert told == [hours, minutes, hours, minutes, hours]
+
+
+def test_all_groups_of_nodes_that_share_hear_how_long_to_wait(monkeypatch, group_of_one):
+    heard = []
+    layout = SimpleNamespace(get_all_groups=lambda: ["copies", "sharing"])
+    monkeypatch.setattr(parallel, "lay_out_nodes", lambda: layout)
+    monkeypatch.setattr(dist, "set_timeout", lambda timeout, group: heard.append(group))
+    for shard in ("hsdp", "fsdp"):
+        parallel.set_patience(parallel.PATIENCE, SimpleNamespace(shard=shard))
+    assert heard == [dist.group.WORLD, "copies", "sharing", dist.group.WORLD]
+
+
 def test_micro_batches_add_up_in_the_buckets_of_ddp(group_of_one):
     """Gradients beside them would take 4 bytes a parameter."""
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
