@@ -5,6 +5,7 @@ import json
 import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from support.tensors import sample_bits
 
 # Images that are scored at a time: a constant, so that scores do not depend on the number of ranks
 CHUNK = 64
+WRITERS = 4  # threads: a PNG of a megapixel takes longer to write than a student of one step to draw
 
 
 class Images:
@@ -81,16 +83,19 @@ class Images:
         left = [part for part in share if not self.has_drawn(*part, batch)]
         if not left:
             return None
-        seconds = []
-        with self.system.on_device():
+        seconds, writing = [], []
+        with self.system.on_device(), ThreadPoolExecutor(WRITERS) as pool:
             for first, k in tqdm(left, desc=self.name, unit="batch", disable=not is_main()):
                 numbers = range(first, min(first + batch, len(prompts)))
                 start = time.perf_counter()
                 pixels = self.system.images([prompts[i] for i in numbers], numbers, [seeds[k]])[:, 0]
                 seconds.append((time.perf_counter() - start) / len(numbers))
+                wait_for(writing)  # the last batch's
+                writing = []
                 for i, image in zip(numbers, pixels):
                     rows = image.flatten(1, -2)  # [3, (F x) H, W]
-                    save_grid(rows[None], self.files[i][k], padding=0)
+                    writing.append(pool.submit(save_grid, rows[None], self.files[i][k], padding=0))
+            wait_for(writing)
         return np.mean(seconds)
 
     def has_drawn(self, first, k, batch):
@@ -141,6 +146,12 @@ class Images:
                 if not os.path.exists(path):
                     save_video(self.read_pixels(p, k), path, self.fps)
         return paths
+
+
+def wait_for(jobs):
+    """Raises what one of these futures has raised."""
+    for job in jobs:
+        job.result()
 
 
 class Prepared(torch.utils.data.Dataset):

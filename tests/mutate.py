@@ -722,6 +722,7 @@ TABLE = {
         ("Wan's float32 parts in bf16", " and name not in kept", ""),
     ],
     "metrics/images.py": [
+        ("a picture that is not written is not missed", "job.result()", "pass"),
         ("scores of other weights", "digest.update(sample_bits(scorer.list_weights()))", "pass"),
         (
             "scored with the first prompts",
@@ -739,7 +740,7 @@ TABLE = {
             "tops = [0 for i in range(self.frames)]",
         ),
         ("ranks that found two checkpoints", "self.check()  # the main", "pass  # the main"),
-        ("no system comes to the device", "with self.system.on_device():", "if True:"),
+        ("no system comes to the device", "self.system.on_device(), Thread", "Thread"),
     ],
     "metrics/systems.py": [
         (

@@ -1,6 +1,7 @@
 """Users' pictures: every kind gives its right pixels or one sentence; folders, and what lies there beside."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -9,9 +10,11 @@ import struct
 import sys
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -543,3 +546,15 @@ def test_the_best_prompts_come_before_the_worst(greys, monkeypatch):
     titles = [axes.get_title().split("\n")[0] for axes in figures[0].axes]
     assert titles == ["clip 3.000", "clip 2.000", "clip 0.000", "clip 1.000"]
     assert [axes.images[0].get_array().mean() for axes in figures[0].axes] == [114, 110, 10, 14]
+
+
+def test_a_picture_that_cannot_be_written_ends_the_drawing(tmp_path):
+    """Threads write them."""
+    drawn = torch.zeros(1, 1, 3, 8, 8)
+    teacher = SimpleNamespace(frames=None, fps=None, resolution=(8, 8))
+    system = SimpleNamespace(teacher=teacher, on_device=contextlib.nullcontext, images=lambda *args: drawn)
+    files = [[str(tmp_path / "0.png")], [str(tmp_path / "no folder" / "1.png")]]
+    images = Images("student", str(tmp_path), files, {}, system)
+    with pytest.raises(UserError, match=r"1\.png cannot be written"):
+        images.draw(["a circle", "a square"], [0], 1)
+    assert (tmp_path / "0.png").exists()
