@@ -1,6 +1,7 @@
 """The plots of docs/results.md and docs/training.md."""
 
 import math
+import re
 import shlex
 import statistics
 
@@ -10,6 +11,7 @@ from tools.tables import group_runs
 
 METHODS = {  # (name, colour, cost of an iteration by docs/benchmarks.md, the DMD loss's being 1)
     "dmd": ("DMD loss", "C0", 1.0),
+    "dmd-slow": ("DMD loss, rate 3e-5", "C6", 1.0),
     "dmdx": ("ADM, rate 3e-5", "C3", 1.75),
     "fast": ("ADM, rate 1e-4", "C1", 1.75),
     "projected": ("ADM --project, rate 1e-4", "C2", 1.75),
@@ -87,7 +89,8 @@ def save_plot(results, path):
 
 def read_run(run):
     """A run of results.json -> (its method, its iterations)."""
-    return run["name"].partition("-")[0], read_iterations(shlex.split(run["command"]))
+    method = re.sub(r"-\d+$", "", run["name"])
+    return method, read_iterations(shlex.split(run["command"]))
 
 
 def read_iterations(words):

@@ -76,6 +76,7 @@ RUNS = {
     "dmd-600": f"{TRIAL} --lr 1e-4 --loss dmd",
     "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
     "dmd-5000": f"{LONG} --iterations 5000 --lr 1e-4 --loss dmd",
+    "dmd-slow-600": f"{TRIAL} --lr 3e-5 --loss dmd",
     "dmdx-600": f"{TRIAL} --lr 3e-5",
     "dmdx-860": f"{LONG} --iterations 860 --lr 3e-5",
     "dmdx-2870": f"{LONG} --iterations 2870 --lr 3e-5",
@@ -143,7 +144,10 @@ SMALL_LPIPS = "--lpips-net random --lpips-size 64"
 TABLES = {
     "demo": (("adp", "dmd", "dmdx"), f"{EVALUATE},lpips {SMALL_LPIPS}"),
     "600": (
-        ("adp", "dmd-150", "dmd-600", "dmdx-600", "fast-600", "projected-600", "secant-600", "bare-600"),
+        (
+            *("adp", "dmd-150", "dmd-600", "dmd-slow-600", "dmdx-600", "fast-600"),
+            *("projected-600", "secant-600", "bare-600"),
+        ),
         EVALUATE,
     ),
     "equal": (("adp", "dmd-150", "dmdx"), EVALUATE),

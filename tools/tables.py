@@ -82,6 +82,7 @@ LABELS = {
 }
 METHODS = {  # of the runs whose names end with their iterations
     "dmd": "the DMD loss",
+    "dmd-slow": "the DMD loss at DMDX's rate",
     "dmdx": "DMDX",
     "fast": "DMDX at the DMD loss's rate",
     "projected": "ADM `--project`",
@@ -154,7 +155,7 @@ def format_table(table, entry):
 
 def label_run(name):
     """A run's name -> what a table calls it."""
-    method, _, iterations = name.partition("-")
+    method, _, iterations = name.rpartition("-")
     if method in METHODS and iterations.isdecimal():
         return f"{METHODS[method]}, {int(iterations):,} iterations"
     return LABELS.get(name, name)
