@@ -403,10 +403,11 @@ def test_a_rank_that_found_another_checkpoint_than_the_main_one_stops(tmp_path, 
 def test_a_teacher_that_draws_nothing_makes_way_for_the_student(
     teacher, tmp_path, monkeypatch, side_by_side, moves
 ):
-    checkpoint = helpers.save_checkpoint(tmp_path / "student", teacher)
+    folder = helpers.save_checkpoint(tmp_path / "student", teacher)
     moved = []
     monkeypatch.setattr(teacher.denoiser, "to", moved.append)
-    sample.load_system(SimpleNamespace(side_by_side=side_by_side, student=checkpoint), teacher)
+    student = common.Student(teacher, "teacher", 1)
+    sample.load_system(SimpleNamespace(side_by_side=side_by_side), folder, student)
     assert moved == moves
 
 

@@ -516,14 +516,14 @@ def test_a_checkpoint_that_cannot_be_removed_ends_no_run(dmd, tmp_path, monkeypa
 
 def test_ranks_that_would_start_from_two_checkpoints_stop(finished, dmd, tmp_path, monkeypatch):
     """As where the run of --init still trains."""
-    monkeypatch.setattr(inputs, "agree", lambda step: step is False)  # neither has a run that goes on
+    monkeypatch.setattr(inputs, "agree", lambda step: False)
     with pytest.raises(UserError, match="is not the newest on all nodes: give --init a step_... folder"):
         adm.main(dmd(tmp_path / "run", f"--init {finished}"))
 
 
 def test_a_node_that_has_not_the_run_that_goes_on_stops_with_it(finished, dmd, tmp_path, monkeypatch):
     """Its --out is a folder of its own."""
-    monkeypatch.setattr(inputs, "agree", lambda found: False)
+    monkeypatch.setattr(checkpoints, "agree", lambda found: False)
     with pytest.raises(UserError, match="is not the same on all nodes: give an --out that they share"):
         adm.main(dmd(tmp_path / "run", f"--init {finished} --resume"))
 
@@ -753,9 +753,19 @@ def test_a_damaged_line_of_metrics_costs_that_line_alone(finished, dmd, tmp_path
     assert [line["step"] for line in helpers.read_metrics(run)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("same", (0, 1))
+def test_nodes_that_see_other_things_of_a_run_stop(finished, monkeypatch, same):
+    """In its list of checkpoints, or in one of them, as by a view of a disk that is late: the one that the
+    main rank sees whole would be passed over, and written over later."""
+    answers = iter([True] * same + [False])
+    monkeypatch.setattr(checkpoints, "agree", lambda number: next(answers))
+    with pytest.raises(UserError, match="is not the same on all nodes"):
+        checkpoints.find_newest(str(finished), "state", together=True)
+
+
 def test_nodes_that_find_different_checkpoints_are_refused(adm_arguments, tmp_path, monkeypatch):
     """As where another node's --out is another disk's."""
-    monkeypatch.setattr(inputs, "agree", lambda start: False)
+    monkeypatch.setattr(checkpoints, "agree", lambda found: False)
     with pytest.raises(UserError, match="not the same on all nodes"):
         adm.main([*adm_arguments, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
