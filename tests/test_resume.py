@@ -523,7 +523,7 @@ def test_ranks_that_would_start_from_two_checkpoints_stop(finished, dmd, tmp_pat
 
 def test_a_node_that_has_not_the_run_that_goes_on_stops_with_it(finished, dmd, tmp_path, monkeypatch):
     """Its --out is a folder of its own."""
-    monkeypatch.setattr(checkpoints, "agree", lambda found: False)
+    monkeypatch.setattr(checkpoints, "agree", lambda found: found is not False)
     with pytest.raises(UserError, match="is not the same on all nodes: give an --out that they share"):
         adm.main(dmd(tmp_path / "run", f"--init {finished} --resume"))
 
