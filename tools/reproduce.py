@@ -99,6 +99,7 @@ RUNS = {
     "guided": f"{TRIAL} --lr 3e-5 --guidance 2.8",
     # two updates of f (and D) for one of the student, or a faster f
     "dmd-ttur-2": f"{TRIAL} --lr 1e-4 --loss dmd --ttur 2",
+    "dmd-two-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd --ttur 2",
     "dmd-fast-f": f"{TRIAL} --lr 1e-4 --loss dmd --fake-lr 1e-3",
     "projected-ttur-2": f"{TRIAL} --lr 1e-4 --project --ttur 2",
     "bare-ttur-2": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0 --ttur 2",
@@ -153,6 +154,7 @@ TABLES = {
     "equal": (("adp", "dmd-150", "dmdx"), EVALUATE),
     "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860"), EVALUATE),
     "1100": (("adp", "dmd-1500", "bare-1100"), EVALUATE),
+    "two-1500": (("adp", "dmd-1500", "dmd-two-1500"), EVALUATE),
     "5000": (("adp", "dmd-5000", "bare-3650"), EVALUATE),
     "2870": (("adp", "dmdx-2870"), EVALUATE),
     "variants": (

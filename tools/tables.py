@@ -83,6 +83,7 @@ LABELS = {
 METHODS = {  # of the runs whose names end with their iterations
     "dmd": "the DMD loss",
     "dmd-slow": "the DMD loss at DMDX's rate",
+    "dmd-two": "the DMD loss, two updates of f",
     "dmdx": "DMDX",
     "fast": "DMDX at the DMD loss's rate",
     "projected": "ADM `--project`",
