@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from support.checkpoints import (
-    check_that_nodes_share,
     compute_global_batch,
     count_most,
     describe_files,
@@ -147,8 +146,7 @@ class Run:
         best_folder = None
         if self.held_out:
             best_folder, self.best = find_best(self.folder, self.held_out.identity, self.start)
-        # this waits for all, too: every rank has looked before the main one writes
-        check_that_nodes_share(self.folder, self.start)
+        wait_for_all()  # every rank has looked before the main one writes
         make_folder(os.path.join(self.folder, "samples"))
         if is_main():
             self._tidy()
