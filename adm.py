@@ -110,8 +110,11 @@ class ADM:
         """Line 3: x_fake and x_real, one ODE step from x_t to t - dt -> x_fake, differentiable in theta."""
         x_t, t = self.diffuse_sample(b)
         b.s = t - self.args.dt * T
-        x0_fake, eps_fake = self.teacher.predict(self.f, x_t, t, b.cond)
-        x_fake = self.teacher.step(x0_fake, eps_fake, b.s)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.args.straight_through):
+            x0_fake, eps_fake = self.teacher.predict(self.f, x_t, t, b.cond)
+            x_fake = self.teacher.step(x0_fake, eps_fake, b.s)
+        if self.args.straight_through:  # ours, not the paper's
+            x_fake = x_fake.detach() + (x_t - x_t.detach())  # its value, and the gradient of x_t
         with torch.no_grad():
             x0_real, eps_real = self.teacher.guided(x_t, t, b.cond, self.args.guidance)
             b.x_real = self.teacher.step(x0_real, eps_real, b.s)

@@ -286,6 +286,8 @@ def parse_adm_arguments(doc, argv, families, method):
     add("--r-noise", r_noise, type=above_zero, default=0.1)
     project = "the student learns only the part of D's gradient along x_real - x_fake; ours, not the paper's"
     add("--project", project, action="store_true")
+    straight = "the gradient of x_fake is taken for x_t's, without a pass back through the fake score; ours"
+    add("--straight-through", straight, action="store_true")
     warmup = "first iterations, in which only the fake score and the heads learn"
     add("--warmup", warmup, type=whole, default=0)
     add_training_arguments(parser)
@@ -293,6 +295,8 @@ def parse_adm_arguments(doc, argv, families, method):
     args = parse_training_arguments(parser, argv, ADM_RATES, "adm")
     if args.project and args.loss != "adm":
         parser.error("--project is for --loss adm: no other has a gradient of D to project")
+    if args.straight_through and args.loss == "dmd":
+        parser.error("--straight-through is not for --loss dmd, which never goes back through the fake score")
     if args.loss not in method.with_discriminator:
         of_D = ["--r1", "--r2", "--r-noise", "--head-lr", "--head-width"]
         parser.note_idle(of_D, f"a discriminator, which --loss {args.loss} has not")

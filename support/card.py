@@ -31,7 +31,7 @@ LICENCES = {  # of the known teachers, for machines without network: the hub's w
 PLACE = "OWNER/NAME"  # in a card's lines of Python, for where it will be
 SETTINGS = (  # of a run's arguments, those that say how it learned; never its paths
     *("loss", "guidance", "negative_prompt", "dt", "t_range", "ttur", "r1", "r2", "r_noise"),
-    *("project", "first_time", "time_power"),
+    *("project", "straight_through", "first_time", "time_power"),
     *("lambda_latent", "lambda_pixel", "mse", "warmup", "lr", "warmup_lr", "fake_lr", "head_lr", "betas"),
     *("weight_decay", "clip", "decay", "ema", "head_width", "lora", "lora_targets", "seed"),
 )

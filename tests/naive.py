@@ -169,6 +169,8 @@ class NaiveADM:
                 real_0, real_eps = both_predictions(teacher, guided, x_t, b.t)
             b.s = b.t - args.dt * T
             b.x_fake = diffuse(teacher, fake_0, fake_eps, b.s)
+            if args.straight_through:
+                b.x_fake = b.x_fake.detach() + x_t - x_t.detach()
             b.x_real = diffuse(teacher, real_0, real_eps, b.s)
             if args.loss == "secant":
                 loss_G = loss_G + self.secant(b) / len(parts)

@@ -211,6 +211,7 @@ CASES = (
     # options that would do nothing
     (f"{SAMPLE} --student run --prompt circle --seeds 1 0 1", "--seeds has 1 twice"),
     (f"{WITH_PROMPTS} --loss dmd --project", "--project is for --loss adm"),
+    (f"{WITH_PROMPTS} --loss dmd --straight-through", "--straight-through is not for --loss dmd"),
     (f"{WITH_PROMPTS} --lora-targets to_q", "--lora-targets says what --lora adapts"),
     (f"{WITH_PROMPTS} --lora 2 --compile", "--compile is for networks that train whole"),
     (f"{WITH_PROMPTS} --gpu-gb 24", "--gpu-gb is what --plan compares with"),

@@ -51,6 +51,7 @@ STAGES = {
     "adm+r1r2": Stage(adm, ONE_STEP, 5, 4, (1, 1, 1, 1)),
     "secant": Stage(adm, [*ONE_STEP, "--loss", "secant"], 5, 4, (1, 1, 0, 1)),
     "line": Stage(adm, [*ONE_STEP, "--loss", "line"], 5, 0, (1, 1, 0, 1)),
+    "straight": Stage(adm, [*ONE_STEP, "--loss", "secant", "--straight-through"], 5, 4, (1, 0, 0, 1)),
     "dmd": Stage(adm, [*ONE_STEP, "--loss", "dmd"], 5, 0, (1, 0, 0, 1)),
 }
 
