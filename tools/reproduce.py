@@ -85,6 +85,10 @@ RUNS = {
     "secant-600": f"{TRIAL} --lr 1e-4 --loss secant",
     "bare-600": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0",
     "line-600": f"{TRIAL} --lr 1e-4 --loss line",
+    # without a pass back through the fake score's step
+    "straight-dmdx-600": f"{TRIAL} --lr 3e-5 --straight-through",
+    "straight-bare-600": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0 --straight-through",
+    "straight-line-600": f"{TRIAL} --lr 1e-4 --loss line --straight-through",
     "bare-1100": f"{LONG} --iterations 1100 --lr 1e-4 --loss secant --r1 0 --r2 0",
     "bare-3650": f"{LONG} --iterations 3650 --lr 1e-4 --loss secant --r1 0 --r2 0",
     # what else ADM could be trained with
@@ -125,6 +129,7 @@ RUNS = {
     "sd3-dmd-490": f"{SD3} --guidance 2 --iterations 490 --lr 5e-5 --loss dmd",
     "sd3-projected-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --project",
     "sd3-line-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --loss line",
+    "sd3-straight-line-300": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --loss line --straight-through",
     "sd3-dmd-980": f"{SD3} --guidance 2 --iterations 980 --lr 5e-5 --loss dmd",
     "sd3-projected-600": f"{SD3} --guidance 2 --iterations 600 --lr 3e-5 --project",
     "sd3-dmd-slow": f"{SD3} --guidance 2 --iterations 300 --lr 3e-5 --loss dmd",
@@ -179,6 +184,13 @@ TABLES = {
         EVALUATE,
     ),
     "weight": (("adp", "dmd-600", "bare-600", "line-600"), EVALUATE),
+    "straight": (
+        (
+            *("adp", "dmdx-600", "straight-dmdx-600", "bare-600", "straight-bare-600"),
+            *("line-600", "straight-line-600"),
+        ),
+        EVALUATE,
+    ),
     "pipeline": (("A1-uniform", "A3", "A4", "adp", "B1-400", "B2-400", "dmd", "dmdx"), EVALUATE),
     "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
     "health": (
@@ -197,6 +209,7 @@ TABLES = {
         ("sd3-start", "sd3-dmd", "sd3-dmd-490", "sd3-adm-300", "sd3-projected-300", "sd3-line-300"),
         EVALUATE_SD3,
     ),
+    "sd3-straight": (("sd3-start", "sd3-line-300", "sd3-straight-line-300"), EVALUATE_SD3),
     "sd3-rate": (("sd3-start", "sd3-dmd", "sd3-dmd-slow", "sd3-line-300"), EVALUATE_SD3),
     "sd3-long": (("sd3-start", "sd3-dmd-980", "sd3-projected-600", "sd3-line-800"), EVALUATE_SD3),
     "video": (

@@ -73,6 +73,7 @@ LABELS = {
     "sd3-adm-300": "ADM, guidance 2, 300 iterations",
     "sd3-projected-300": "ADM `--project`, guidance 2",
     "sd3-line-300": "`--loss line`, guidance 2",
+    "sd3-straight-line-300": "`--loss line --straight-through`, guidance 2",
     "sd3-line-800": "`--loss line`, guidance 2, 800 iterations",
     "sd3-projected-600": "ADM `--project`, guidance 2, 600 iterations",
     "video-start": "the teacher's network in eight steps",
@@ -90,6 +91,9 @@ METHODS = {  # of the runs whose names end with their iterations
     "secant": "`--loss secant`",
     "bare": "`--loss secant --r1 0 --r2 0`",
     "line": "`--loss line`",
+    "straight-dmdx": "DMDX `--straight-through`",
+    "straight-bare": "`--loss secant --r1 0 --r2 0 --straight-through`",
+    "straight-line": "`--loss line --straight-through`",
 }
 
 
