@@ -114,7 +114,7 @@ class ADM:
             x0_fake, eps_fake = self.teacher.predict(self.f, x_t, t, b.cond)
             x_fake = self.teacher.step(x0_fake, eps_fake, b.s)
         if self.args.straight_through:  # ours, not the paper's
-            x_fake = x_fake.detach() + (x_t - x_t.detach())  # its value, and the gradient of x_t
+            x_fake = x_fake + (x_t - x_t.detach())  # its value, and the gradient of x_t
         with torch.no_grad():
             x0_real, eps_real = self.teacher.guided(x_t, t, b.cond, self.args.guidance)
             b.x_real = self.teacher.step(x0_real, eps_real, b.s)

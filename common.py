@@ -321,8 +321,8 @@ class Teacher:
         return torch.cat(pixels)
 
     def _decode(self, latents):
-        with self.autocast():
-            return self.pipe.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
+        # without autocast, as the pipelines do: that would give back what norms make in float32
+        return self.pipe.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
 
     # The pipeline itself -----------------------------------------------------------------------------------
 

@@ -82,6 +82,7 @@ def parse_arguments(argv):
         raise UserError("--report is for the model card of --export or --export-lora: give one of them, too")
     if args.exporting:
         parser.note_idle(["--out", "--seeds", "--fps", "--batch", "--offload"], "--prompt or --prompts")
+        args.offload = True  # the parts are written one by one, and need not be on a GPU together
     if not args.exporting and bool(args.prompt) == bool(args.prompts):
         raise UserError("give prompts: either --prompt TEXT ... or --prompts FILE")
     if args.prompt_column and not args.prompts:

@@ -61,7 +61,8 @@ def write_card(student, meta, name, lines, table=None, lora=""):
         "## Sampling",
         "```python\n" + "\n".join(['prompt = "a lighthouse in a storm"', *lines]) + "\n```",
         f"`{PLACE}` is where this card is, on the hub or on the disk. The number of steps, the scheduler and "
-        "the guidance are the student's own: with others it draws something else.",
+        "the guidance are the student's own: with others it draws something else."
+        + describe_versions(student),
         "## Training",
         format_settings(student, meta),
         *describe_scores(meta, table),
@@ -81,6 +82,19 @@ def describe(student, meta, lora):
         "of *Adversarial Distribution Matching for Diffusion Distillation Towards Efficient Image and Video "
         f"Synthesis* ([arXiv 2507.18569]({PAPER}))."
     )
+
+
+def describe_versions(student):
+    """What else its samples depend on: sentences."""
+    import diffusers
+
+    text = f" Written with diffusers {diffusers.__version__}: an older one may step to other noise levels."
+    if student.steps > 1 and student.teacher.prediction == "flow":  # whose pipelines pass no generator on
+        text += (
+            " Its later steps draw noise of their own from torch's global random numbers: for the same "
+            "samples again call `torch.manual_seed(0)` first; `generator=` is for the first noise alone."
+        )
+    return text
 
 
 def name_teacher(teacher):

@@ -79,8 +79,7 @@ class QwenImage(PackedTeacher):
     def _decode(self, latents):
         # as vae.decode of one frame, which then clamps to [-1, 1] and so ends gradients there
         vae = self.pipe.vae
-        with self.autocast():
-            pixels = vae.decoder(vae.post_quant_conv(latents.to(self.dtype).unsqueeze(2)))
+        pixels = vae.decoder(vae.post_quant_conv(latents.to(self.dtype).unsqueeze(2)))
         return pixels.squeeze(2).float()
 
     def call_settings(self, scale):

@@ -25,7 +25,7 @@ OF_FILES = {  # a file's or folder's, where they are others or come in another o
     "adp.py": OF_THE_STAGES + OF_THE_PARTS + SLOW,
     "evaluate.py": ["tests/test_indexes.py", "tests/test_evaluate.py"],
     "metrics/": [f"tests/test_{name}.py" for name in ("metrics", "images", "indexes", "evaluate")],
-    "sample.py": ["tests/test_indexes.py", "tests/test_errors.py"],
+    "sample.py": ["tests/test_indexes.py", "tests/test_errors.py", "tests/test_export.py"],
     "support/offload.py": ["tests/test_resume.py", "tests/test_evaluate.py"],
     "support/pairs.py": [*OF_THE_PARTS, "tests/test_resume.py"],
     "support/parallel.py": ["tests/test_maths.py", "tests/test_distributed.py"],
@@ -220,6 +220,8 @@ TABLE = {
             "return (along * line)",
             "return (gradient.flatten(1) - along * line)",
         ),
+        ("f's step keeps no gradient", " and not self.args.straight_through", " and False"),
+        ("straight through to nothing", "(x_t - x_t.detach())", "0 * x_t"),
         ("the gradient as it is", "if self.args.project:", "if not self.args.project:"),
         ("the line with its length", "F.normalize(difference.flatten(1))", "difference.flatten(1)"),
         # DMD
@@ -441,6 +443,11 @@ TABLE = {
             "all parts are the first",
             "checkpoint(self._decode, part, use_reentrant=False)",
             "checkpoint(self._decode, parts[0], use_reentrant=False)",
+        ),
+        (
+            "a decoder under autocast",
+            "        return self.pipe.vae.decode(",
+            "        with self.autocast(): return self.pipe.vae.decode(",
         ),
         ("a decoder checkpointed twice", "not checkpoints_itself", "not None"),
         ("autocast keeps weights", "cache_enabled=False", "cache_enabled=True"),
@@ -816,6 +823,7 @@ TABLE = {
             "read_prompts(args.prompts, args.prompt_column) if",
             "read_prompts(args.prompts) if",
         ),
+        ("an export with all parts on the GPU", "args.offload = True", "pass"),
         ("--fps forgotten", 'f"{path}.mp4", args.fps or teacher.fps)', 'f"{path}.mp4", teacher.fps)'),
     ],
     "support/offload.py": [

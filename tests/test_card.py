@@ -3,14 +3,16 @@
 import ast
 import json
 import os
+from types import SimpleNamespace
 
+import diffusers
 import pytest
 from huggingface_hub import ModelCard
 
 import common
 import helpers
 import sample
-from support.card import LICENCES, write_card
+from support.card import LICENCES, describe_versions, write_card
 from support.errors import UserError
 from support.hub import TEACHERS
 
@@ -75,6 +77,17 @@ def test_a_card_says_what_the_run_says(teacher):
     assert "clip 0.3123" in text
     assert "in 4 steps" in text
     assert "/secret" not in text
+
+
+@pytest.mark.parametrize(
+    "steps, prediction, is_told", ((4, "flow", True), (1, "flow", False), (4, "epsilon", False))
+)
+def test_a_card_says_what_fixes_the_later_noise(steps, prediction, is_told):
+    """The pipelines of flow models pass no generator on to their schedulers."""
+    student = SimpleNamespace(steps=steps, teacher=SimpleNamespace(prediction=prediction))
+    text = describe_versions(student)
+    assert ("torch.manual_seed" in text) == is_told
+    assert f"diffusers {diffusers.__version__}" in text
 
 
 def test_the_licence_is_the_teachers(teacher, tmp_path, monkeypatch):

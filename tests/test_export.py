@@ -9,6 +9,7 @@ import common
 import evaluate
 import helpers
 import sample
+from support import loading
 from support.errors import UserError
 from support.export import export, write_line
 from support.files import HOST
@@ -94,6 +95,19 @@ def test_what_diffusers_cannot_do_is_refused_before_the_weights_load(
     with pytest.raises(UserError, match=sentence):
         sample.main(["--student", run, "--export", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
+
+
+def test_an_export_needs_no_room_for_all_parts_at_once(teacher, tmp_path, monkeypatch):
+    run = helpers.save_checkpoint(tmp_path / "run", teacher, "teacher", 1)
+    place, asked = loading.place, []
+
+    def watch(teacher, in_turn):
+        asked.append(in_turn)
+        return place(teacher, in_turn)
+
+    monkeypatch.setattr(loading, "place", watch)
+    sample.main(["--student", run, "--export", str(tmp_path / "new")])
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("steps, is_told", ((2, True), (1, False)))

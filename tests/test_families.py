@@ -1,5 +1,6 @@
 """The families against diffusers: real configs, samplers, schedules, conditions, exported students."""
 
+import copy
 import inspect
 import json
 import math
@@ -335,6 +336,25 @@ def test_decode_is_the_pipelines_for_images(teachers):
     expected = teacher.pipe.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
     assert pixels.shape == (1, 3, 32, 32)
     torch.testing.assert_close(pixels, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BUILD)
+def test_decoders_run_without_autocast(teachers, kind, monkeypatch):
+    """As in the pipelines: with it norms would give back float32, at twice the memory."""
+    teacher = teachers[kind]
+    vae = copy.deepcopy(teacher.pipe.vae).to(torch.bfloat16)
+    seen = []
+
+    def look(decoder, inputs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+
+    vae.decoder.register_forward_pre_hook(look)
+    monkeypatch.setattr(teacher.pipe, "vae", vae)
+    monkeypatch.setattr(teacher, "dtype", torch.bfloat16)
+    assert teacher.decode(draw_noise(1, *teacher.latent_shape)).dtype == torch.float32
+    assert seen
+    assert not any(seen)
 
 
 @torch.no_grad()

@@ -90,11 +90,11 @@ def make_teacher_on_meta(args, configs):
     pipe = make_pipeline_on_meta(configs, dtype)
     teacher = family(pipe, args.teacher, META, dtype, args.resolution, args.frames)
     if args.checkpointing:
-        run_again = functools.partial(
-            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), GPUAutocast(dtype))
-        )
-        checkpoint_teacher(teacher, run_again)
+        checkpoint_teacher(teacher, make_checkpoint(dtype))
+        if pipe.vae.is_gradient_checkpointing:
+            pipe.vae.enable_gradient_checkpointing(make_checkpoint(torch.float32))
     decode_in_tiles(teacher)
+    decode = teacher._decode
     shapes = teacher.condition_shapes(configs["text_length"])
 
     def encode(prompts):
@@ -107,10 +107,22 @@ def make_teacher_on_meta(args, configs):
         wanted = dtype if shares_weights(args) or args.lora else torch.float32
         return convert(net, wanted).requires_grad_(True).train()
 
+    def decode_without_autocast(latents):
+        with GPUAutocast(torch.float32):
+            return decode(latents)
+
     teacher.encode = encode
     teacher.trainable = copy_trainable
+    teacher._decode = decode_without_autocast
     teacher.autocast = lambda: GPUAutocast(dtype)
     return teacher
+
+
+def make_checkpoint(dtype):
+    """torch's checkpoint, of which the second pass has the autocast of the first, too."""
+    return functools.partial(
+        checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), GPUAutocast(dtype))
+    )
 
 
 def make_pipeline_on_meta(configs, dtype):
@@ -173,7 +185,9 @@ LOWER = {
 }
 FLOAT = {
     F.group_norm,
+    F.interpolate,
     F.layer_norm,
+    F.rms_norm,
     F.softmax,
     torch.Tensor.pow,
     torch.Tensor.softmax,
