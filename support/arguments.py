@@ -330,7 +330,7 @@ def parse_adp_arguments(doc, argv, families):
         "first iterations on the velocity's squared error alone; with all of them, and --lambda-pixel 0, "
         "this is rectified flow"
     )
-    shown = "500, and 0 for a teacher that predicts velocity"
+    shown = "500, and 0 for a flow-matching teacher"
     add("--warmup", warmup, type=whole, shown=shown)
     power = "of 1 - t/T in u, which is uniform: 3 is the paper's; 1, uniform times, rectified flow's"
     add("--time-power", power, type=above_zero, default=3.0)  # paper

@@ -17,8 +17,10 @@ METHODS = {  # (name, colour, cost of an iteration by docs/benchmarks.md, the DM
     "projected": ("ADM --project, rate 1e-4", "C2", 1.75),
     "secant": ("--loss secant", "C4", 1.73),
     "bare": ("--loss secant, no penalties", "C5", 1.37),
+    "straight-bare": ("the same, straight through", "C7", 1.24),
+    "dmd-two": ("DMD loss, two updates of f", "C8", 1.4),
 }
-TABLES = ("demo", "600", "1500", "1100", "5000", "2870")  # of docs/results.json, whose runs are comparable
+TABLES = ("demo", "600", "1500", "5000", "2870")  # of docs/results.json, whose runs are comparable
 GAUGES = {
     "loss_f": "loss_f: the fake score's loss",
     "dmd_loss": "dmd_loss: half the squared DMD direction",

@@ -46,6 +46,7 @@ SHORT_RUN = f"{ADM} --init {{adp}} --ema 0.99"
 DEMO = f"{SHORT_RUN} --iterations 450"
 TRIAL = f"{SHORT_RUN} --iterations 600"
 HEALTH = f"{SHORT_RUN} --iterations 200"
+BARE = "--lr 1e-4 --loss secant --r1 0 --r2 0"
 LONG = f"{ADM} --init {{adp}} --ema 0.995"
 ALONE = f"{ADM} --steps 1 --ema 0.99 --iterations 600"
 SEVERAL = f"--seed {{seed}} {DISTIL} --batch 16 --ema 0.99"
@@ -70,8 +71,8 @@ RUNS = {
     "dmdx": f"{DEMO} --lr 3e-5",
     "ttur-4": f"{DEMO} --lr 3e-5 --ttur 4",
     "ttur-8": f"{DEMO} --lr 3e-5 --ttur 8",
-    # ADM for 860 iterations, or 1100 without penalties and D's gradient, takes as long as the DMD loss for
-    # 1500; 2870 and 3650: for 5000
+    # ADM for 860 iterations, or 1100 without penalties and D's gradient, or 1170 without that of f's step,
+    # takes as long as the DMD loss for 1500; 2870 and 3650: for 5000
     "dmd-150": f"{SHORT_RUN} --iterations 150 --lr 1e-4 --loss dmd",
     "dmd-600": f"{TRIAL} --lr 1e-4 --loss dmd",
     "dmd-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd",
@@ -83,14 +84,15 @@ RUNS = {
     "projected-600": f"{TRIAL} --lr 1e-4 --project",
     "projected-860": f"{LONG} --iterations 860 --lr 1e-4 --project",
     "secant-600": f"{TRIAL} --lr 1e-4 --loss secant",
-    "bare-600": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0",
+    "bare-600": f"{TRIAL} {BARE}",
     "line-600": f"{TRIAL} --lr 1e-4 --loss line",
     # without a pass back through the fake score's step
     "straight-dmdx-600": f"{TRIAL} --lr 3e-5 --straight-through",
-    "straight-bare-600": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0 --straight-through",
+    "straight-bare-600": f"{TRIAL} {BARE} --straight-through",
     "straight-line-600": f"{TRIAL} --lr 1e-4 --loss line --straight-through",
-    "bare-1100": f"{LONG} --iterations 1100 --lr 1e-4 --loss secant --r1 0 --r2 0",
-    "bare-3650": f"{LONG} --iterations 3650 --lr 1e-4 --loss secant --r1 0 --r2 0",
+    "bare-1100": f"{LONG} --iterations 1100 {BARE}",
+    "straight-bare-1170": f"{LONG} --iterations 1170 {BARE} --straight-through",
+    "bare-3650": f"{LONG} --iterations 3650 {BARE}",
     # what else ADM could be trained with
     "fast-600": f"{TRIAL} --lr 1e-4",
     "raven": f"{TRIAL} --lr 3e-5 --betas 0 0.999 --weight-decay 0 --ttur 2 --clip 1e9 --ema 0.98"
@@ -106,7 +108,7 @@ RUNS = {
     "dmd-two-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd --ttur 2",
     "dmd-fast-f": f"{TRIAL} --lr 1e-4 --loss dmd --fake-lr 1e-3",
     "projected-ttur-2": f"{TRIAL} --lr 1e-4 --project --ttur 2",
-    "bare-ttur-2": f"{TRIAL} --lr 1e-4 --loss secant --r1 0 --r2 0 --ttur 2",
+    "bare-ttur-2": f"{TRIAL} {BARE} --ttur 2",
     # docs/training.md: one that is healthy, and what ails the others
     "healthy": f"{HEALTH} --lr 3e-5",
     "slow-f": f"{HEALTH} --lr 3e-5 --fake-lr 3e-6",
@@ -156,10 +158,13 @@ TABLES = {
         ),
         EVALUATE,
     ),
-    "equal": (("adp", "dmd-150", "dmdx"), EVALUATE),
-    "1500": (("adp", "dmd-1500", "dmdx-860", "projected-860"), EVALUATE),
-    "1100": (("adp", "dmd-1500", "bare-1100"), EVALUATE),
-    "two-1500": (("adp", "dmd-1500", "dmd-two-1500"), EVALUATE),
+    "1500": (
+        (
+            *("adp", "dmd-1500", "dmd-two-1500", "dmdx-860", "projected-860"),
+            *("bare-1100", "straight-bare-1170"),
+        ),
+        EVALUATE,
+    ),
     "5000": (("adp", "dmd-5000", "bare-3650"), EVALUATE),
     "2870": (("adp", "dmdx-2870"), EVALUATE),
     "variants": (
@@ -183,7 +188,7 @@ TABLES = {
         ),
         EVALUATE,
     ),
-    "weight": (("adp", "dmd-600", "bare-600", "line-600"), EVALUATE),
+    "weight": (("adp", "dmd-150", "dmd-600", "dmdx", "bare-600", "line-600"), EVALUATE),
     "straight": (
         (
             *("adp", "dmdx-600", "straight-dmdx-600", "bare-600", "straight-bare-600"),
@@ -206,10 +211,12 @@ TABLES = {
         EVALUATE_SD3,
     ),
     "sd3-control": (
-        ("sd3-start", "sd3-dmd", "sd3-dmd-490", "sd3-adm-300", "sd3-projected-300", "sd3-line-300"),
+        (
+            *("sd3-start", "sd3-dmd", "sd3-dmd-490", "sd3-adm-300", "sd3-projected-300"),
+            *("sd3-line-300", "sd3-straight-line-300"),
+        ),
         EVALUATE_SD3,
     ),
-    "sd3-straight": (("sd3-start", "sd3-line-300", "sd3-straight-line-300"), EVALUATE_SD3),
     "sd3-rate": (("sd3-start", "sd3-dmd", "sd3-dmd-slow", "sd3-line-300"), EVALUATE_SD3),
     "sd3-long": (("sd3-start", "sd3-dmd-980", "sd3-projected-600", "sd3-line-800"), EVALUATE_SD3),
     "video": (

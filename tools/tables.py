@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, written from docs/results.json."""
+"""The tables of docs/results.md and its neighbours, written from docs/results.json."""
 
 import os
 import statistics
@@ -13,7 +13,11 @@ COLUMNS = (
     *("position_std", "pairwise_distance", "lpips_random"),
 )
 GAUGES = ("loss_f", "dmd_loss", "cosine", "D_gap", "D_abs", "norm_G")  # of docs/training.md
-FILES = {"health": "training.md"}  # of a table that is not in results.md
+FILES = {  # of a table that is not in results.md
+    "health": "training.md",
+    **dict.fromkeys(("sd3", "sd3-causes", "sd3-control"), "results-steps.md"),
+    **dict.fromkeys(("sd3-rate", "sd3-long", "video"), "results-steps.md"),
+}
 # the paper's tables 4 and 5, to stand beside ours: CLIP score, MPS; training time, CLIP score, MPS
 PAPER = {
     "pipeline": {
@@ -60,8 +64,8 @@ LABELS = {
     "ttur-4": "DMDX, four updates of f and D",
     "ttur-8": "DMDX, eight updates of f and D",
     "sd3-start": "the teacher's network in four steps",
-    "sd3-adm": "ADM, guidance 2",
-    "sd3-adm-mild": "ADM, guidance 1.5",
+    "sd3-adm": "ADM, guidance 2, 600 iterations",
+    "sd3-adm-mild": "ADM, guidance 1.5, 600 iterations",
     "sd3-dmd": "the DMD loss, guidance 2",
     "sd3-dmd-slow": "the DMD loss at the line's rate, guidance 2",
     "sd3-dmd-490": "the DMD loss, guidance 2, 490 iterations",
@@ -70,7 +74,7 @@ LABELS = {
     "sd3-adm-low-noise": "ADM, guidance 2, t up to T/2",
     "sd3-dmd-low-noise": "the DMD loss, guidance 2, t up to T/2",
     "sd3-adm-unguided": "ADM, no guidance",
-    "sd3-adm-300": "ADM, guidance 2, 300 iterations",
+    "sd3-adm-300": "ADM, guidance 2",
     "sd3-projected-300": "ADM `--project`, guidance 2",
     "sd3-line-300": "`--loss line`, guidance 2",
     "sd3-straight-line-300": "`--loss line --straight-through`, guidance 2",
@@ -210,28 +214,18 @@ def group_runs(entry):
 
 
 def describe(entry):
-    """What stands below a table: seeds, samples, intervals, machine, date, commit."""
+    """What stands below a table: seeds, samples, intervals, machine, date."""
     runs, teacher = entry["runs"], entry["teacher"]
     seeds = sorted({run["seed"] for run in runs})
     dates = sorted({run["date"] for run in runs})
-    commits = sorted({run["commit"][:7] for run in runs})
     machines = sorted({run["machine"] for run in runs})
     widest = max(measure_reach(run["row"]) for run in runs)
     samples = teacher["samples"] // teacher["prompts"]
-    text = f"Seeds {', '.join(map(str, seeds))}; ± is the standard deviation over them."
-    if len(seeds) == 1:
-        text = f"Seed {seeds[0]} alone."
-    text += (
-        f" {teacher['prompts']} prompts, {samples} samples each; one seed's accuracy has an interval of at "
-        f"most {widest:.3f} on either side. {'; '.join(machines)}; {', '.join(dates)}; commit "
-        f"{', '.join(commits)}."
+    which = f"Seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"Seed {seeds[0]} alone"
+    text = (
+        f"{which}; {teacher['prompts']} prompts, {samples} samples each; one seed's accuracy has an interval "
+        f"of at most {widest:.3f} on either side. {'; '.join(machines)}; {', '.join(dates)}."
     )
-    if entry.get("gains"):
-        text += (
-            " The gain in accuracy is over the first student of the same seed, prompt by prompt; ± is half "
-            "of its 95 % interval over the prompts, for these runs"
-        )
-        text += ", and behind it stand the seeds' own." if len(seeds) > 1 else "."
     return textwrap.fill(text, 118)
 
 
