@@ -93,7 +93,7 @@ class PickScore(HubClip):
         super().__init__(args.weights_dir)
         folder = find_repository(args.weights_dir, self.REPOSITORY, "config.json", "model.safetensors")
         try:
-            self.model = CLIPModel.from_pretrained(folder).to(self.device).eval()
+            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"PickScore's model in {folder} could not be loaded: {first_line(error)}"

@@ -63,7 +63,10 @@ def take_interval(value):
 
 
 def bootstrap_interval(values):
-    """The 95 % interval of a mean, from 1000 resamplings: values [P], one a prompt -> (low, high)."""
+    """The 95 % interval of a mean, from 1000 resamplings: values [P], one a prompt -> (low, high). None of
+    fewer than two; of fewer than 20 it is too narrow."""
+    if len(values) < 2:
+        return None
     rng = np.random.default_rng(0)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(1000)]
     return tuple(np.quantile(means, (0.025, 0.975)).tolist())

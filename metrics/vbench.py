@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 from support.errors import UserError, first_line, note
-from support.files import make_folder, read_sealed, remove, write_sealed
+from support.files import make_folder, read_sealed, remove, write_atomically, write_sealed
 from support.prompts import is_encodable, open_text, read_prompts
 
 # Of each dimension the scores that become 0 and 1 in the summary, and its weight, as in VBench's
@@ -117,8 +117,13 @@ def name_video(prompt, index):
 def link_videos(paths, place, prompt):
     for index, path in enumerate(paths):
         link = os.path.join(place, name_video(prompt, index))
-        if not os.path.exists(link):
+        if os.path.exists(link):
+            continue
+        try:
             os.link(path, link)
+        except OSError:  # not every disk has links
+            with write_atomically(link) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 def run_dimension(command, dimension, output):

@@ -11,7 +11,8 @@ def find_repository(weights_dir, repo, *files):
     """The folder with these files of a hub repository: WEIGHTS_DIR/REPO, or the hub's cache, where they are
     fetched to.
 
-    UserError that says which file is missing, and where it was looked for."""
+    UserError that says which file is missing, and where it was looked for, or that only some are below
+    WEIGHTS_DIR: those would not be used."""
     import huggingface_hub
 
     folder = os.path.join(weights_dir or "", repo)
@@ -19,7 +20,9 @@ def find_repository(weights_dir, repo, *files):
     missing = [file for file in files if file not in present]
     if not missing:
         return folder
-    for file in (*missing, *present):  # the missing ones first: an error is to name one of them
+    if present:
+        raise UserError(f"--weights-dir: {folder} has {present[0]} and no {missing[0]}: it wants both")
+    for file in files:
         try:
             path = huggingface_hub.hf_hub_download(repo, file, local_files_only=is_offline())
         except (OSError, ValueError) as error:

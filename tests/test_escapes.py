@@ -19,7 +19,7 @@ from metrics.page import save_page
 from metrics.plots import save_sheet
 from metrics.rows import format_markdown
 from metrics.systems import name_systems
-from metrics.vbench import check_vbench, read_prompts_of_table, run_vbench
+from metrics.vbench import check_vbench, link_videos, read_prompts_of_table, run_vbench
 from support.arguments import Parser
 from support.errors import UserError, launch
 from support.escapes import make_cell, make_printable
@@ -231,6 +231,16 @@ def test_how_many_videos_vbench_wants_is_said(capsys):
     said = capsys.readouterr().err
     assert "--seeds 25" in said
     assert "static_filter.py" in said
+
+
+def test_videos_are_copied_where_a_disk_has_no_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "video.mp4").write_bytes(b"frames")
+    link_videos([tmp_path / "video.mp4"], tmp_path, "a cat")
+    assert (tmp_path / "a cat-0.mp4").read_bytes() == b"frames"
 
 
 def test_vbenchs_command_and_files(tmp_path, monkeypatch, capsys):

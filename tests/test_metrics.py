@@ -20,6 +20,7 @@ from metrics.plots import save_differences
 from metrics.preference import Hpsv2, Mps, PickScore, fit_into_square
 from metrics.rows import bootstrap_interval, format_table, take_interval, take_mean
 from metrics.vbench import QUALITY, SEMANTIC, summarise
+from metrics.weights import find_repository
 from support.arguments import CLIP, LPIPS
 from support.errors import UserError
 from tiny import shapes, train
@@ -577,6 +578,14 @@ def test_fids_file_is_not_unpickled(inception):
     assert not (path.parent / "unpickled").exists()
 
 
+def test_a_folder_of_weights_that_is_not_complete_is_said(tmp_path):
+    """The hub's would take the place of all of it."""
+    (tmp_path / "some/model").mkdir(parents=True)
+    (tmp_path / "some/model/a.safetensors").touch()
+    with pytest.raises(UserError, match="has a.safetensors and no config.json"):
+        find_repository(str(tmp_path), "some/model", "config.json", "a.safetensors")
+
+
 # Rows -----------------------------------------------------------------------------------------------------
 
 
@@ -586,6 +595,12 @@ def test_the_interval_is_the_analytic_one():
     half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
     assert (high - low) / 2 == pytest.approx(half, rel=0.06)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.1 * half)
+
+
+@pytest.mark.parametrize("values", ([0.5], [float("nan"), 0.5], [float("nan")]))
+def test_one_prompt_has_no_interval(values):
+    """It would read as +- 0.000."""
+    assert take_interval(np.array(values)) is None
 
 
 OF_THE_PAPER = argparse.Namespace()
