@@ -83,7 +83,7 @@ def save_plot(results, path):
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlabel("time, in iterations of the DMD loss")
         axes.set_ylabel(column)
-    curves[0].legend(fontsize=9)
+    curves[0].legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     for axes in (plane, *curves):
         axes.grid(alpha=0.3)
     save_figure(figure, path)
