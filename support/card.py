@@ -60,9 +60,7 @@ def write_card(student, meta, name, lines, table=None, lora=""):
         describe(student, meta, lora),
         "## Sampling",
         "```python\n" + "\n".join(['prompt = "a lighthouse in a storm"', *lines]) + "\n```",
-        f"`{PLACE}` is where this card is, on the hub or on the disk. The number of steps, the scheduler and "
-        "the guidance are the student's own: with others it draws something else."
-        + describe_versions(student),
+        describe_sampling(student),
         "## Training",
         format_settings(student, meta),
         *describe_scores(meta, table),
@@ -84,11 +82,15 @@ def describe(student, meta, lora):
     )
 
 
-def describe_versions(student):
-    """What else its samples depend on: sentences."""
+def describe_sampling(student):
+    """What its samples depend on: a paragraph."""
     import diffusers
 
-    text = f" Written with diffusers {diffusers.__version__}: an older one may step to other noise levels."
+    text = (
+        f"`{PLACE}` is where this card is, on the hub or on the disk. The number of steps, the scheduler and "
+        "the guidance are the student's own: with others it draws something else. Written with diffusers "
+        f"{diffusers.__version__}: an older one may step to other noise levels."
+    )
     if student.steps > 1 and student.teacher.prediction == "flow":  # whose pipelines pass no generator on
         text += (
             " Its later steps draw noise of their own from torch's global random numbers: for the same "

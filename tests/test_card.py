@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 import common
 import helpers
 import sample
-from support.card import LICENCES, describe_versions, write_card
+from support.card import LICENCES, describe_sampling, write_card
 from support.errors import UserError
 from support.hub import TEACHERS
 
@@ -85,7 +85,7 @@ def test_a_card_says_what_the_run_says(teacher):
 def test_a_card_says_what_fixes_the_later_noise(steps, prediction, is_told):
     """The pipelines of flow models pass no generator on to their schedulers."""
     student = SimpleNamespace(steps=steps, teacher=SimpleNamespace(prediction=prediction))
-    text = describe_versions(student)
+    text = describe_sampling(student)
     assert ("torch.manual_seed" in text) == is_told
     assert f"diffusers {diffusers.__version__}" in text
 
