@@ -12,13 +12,18 @@ import helpers
 from support.errors import UserError
 from support.files import read_json
 from tools import plots, processes, reproduce, tables
+from tools.variants import VARIANTS
 
 PLACES = ("pairs", "init", "out", "resume")
 
 
 def parse_training(words):
     """The words of a command of a training stage -> its settings, without folders."""
-    settings = vars(helpers.training_arguments(words[0].removesuffix(".py"), words[1:]))
+    script, *options = words
+    if script == "tools/variants.py":
+        assert options.pop(0) in VARIANTS
+        script = "adm.py"
+    settings = vars(helpers.training_arguments(script.removesuffix(".py"), options))
     return {name: value for name, value in settings.items() if name not in PLACES}
 
 

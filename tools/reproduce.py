@@ -45,6 +45,7 @@ ADM = f"adm.py {SDXL} --prompts prompts/shapes_train.txt {DISTIL} --batch 32 --g
 SHORT_RUN = f"{ADM} --init {{adp}} --ema 0.99"
 DEMO = f"{SHORT_RUN} --iterations 450"
 TRIAL = f"{SHORT_RUN} --iterations 600"
+WORDS = f"{TRIAL.removeprefix('adm.py ')} --lr 3e-5"
 HEALTH = f"{SHORT_RUN} --iterations 200"
 BARE = "--lr 1e-4 --loss secant --r1 0 --r2 0"
 LONG = f"{ADM} --init {{adp}} --ema 0.995"
@@ -103,6 +104,14 @@ RUNS = {
     "default-penalty": f"{TRIAL} --lr 3e-5 --dt 1/64 --r1 0.004 --r2 0.004",
     "weak-penalty": f"{TRIAL} --lr 3e-5 --r1 0.003 --r2 0.003",
     "guided": f"{TRIAL} --lr 3e-5 --guidance 2.8",
+    # what could make D better (tools/variants.py), and a larger batch at rates that are higher by its root
+    "taps-600": f"tools/variants.py taps {WORDS}",
+    "product-600": f"tools/variants.py product {WORDS}",
+    "taps-product-600": f"tools/variants.py taps-product {WORDS}",
+    "rows-600": f"tools/variants.py rows {WORDS}",
+    "times-600": f"tools/variants.py times {WORDS}",
+    "memory-600": f"tools/variants.py memory {WORDS}",
+    "batch-600": f"{TRIAL} --batch 128 --lr 6e-5 --fake-lr 6e-4 --head-lr 6e-3",
     # two updates of f (and D) for one of the student, or a faster f
     "dmd-ttur-2": f"{TRIAL} --lr 1e-4 --loss dmd --ttur 2",
     "dmd-two-1500": f"{LONG} --iterations 1500 --lr 1e-4 --loss dmd --ttur 2",
@@ -174,6 +183,13 @@ TABLES = {
         ),
         EVALUATE,
     ),
+    "discriminators": (
+        (
+            *("adp", "dmdx-600", "taps-600", "product-600", "taps-product-600", "rows-600"),
+            *("times-600", "memory-600", "batch-600"),
+        ),
+        EVALUATE,
+    ),
     "lag": (
         (
             *("adp", "dmd-600", "dmd-ttur-2", "dmd-fast-f", "projected-600", "projected-ttur-2"),
@@ -230,6 +246,7 @@ QUICK = {
     "collect_ode.py": "--count 64 --shard-size 32 --batch 32 --steps 2",
     "adp.py": "--iterations 4 --warmup 2 --batch 4",
     "adm.py": "--iterations 2 --warmup 1 --batch 2",
+    "tools/variants.py": "--iterations 2 --warmup 1 --batch 2",
     "evaluate.py": "--seeds 2",
 }
 

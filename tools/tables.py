@@ -97,6 +97,13 @@ METHODS = {  # of the runs whose names end with their iterations
     "line": "`--loss line`",
     "straight-dmdx": "DMDX `--straight-through`",
     "straight-bare": "`--loss secant --r1 0 --r2 0 --straight-through`",
+    "taps": "ADM, D on the up blocks, too",
+    "product": "ADM, heads with an inner product",
+    "taps-product": "ADM, both",
+    "rows": "ADM, D's gradient normalised a row",
+    "times": "ADM, D at four times a sample",
+    "memory": "ADM, D with a memory of micro-batches",
+    "batch": "ADM, batches of 128 at twice the rates",
     "straight-line": "`--loss line --straight-through`",
 }
 
