@@ -55,7 +55,7 @@ class InnerProductHeads(Heads):
 
 
 class InnerProduct(adm.ADM):
-    """D's heads also read their maps by an inner product with x, which gives its gradient a direct way out."""
+    """The heads also read their maps by an inner product with x, which gives the gradient a direct way."""
 
     def __init__(self, args, teacher, prompts):
         if teacher.video:
