@@ -28,6 +28,7 @@ writes the same files. A repeated command goes on where the last one ended, and 
 
 import support.interrupt  # noqa: F401  Ctrl-C while torch loads
 import os
+import shlex
 import tempfile
 import time
 
@@ -133,6 +134,9 @@ def check_arguments(args, dimensions):
         raise UserError(f"there is no folder --weights-dir {args.weights_dir!r}")
     if "vbench" in args.metrics:
         require_video_writer()
+        path = os.path.abspath(args.out)
+        if shlex.quote(path) != path:
+            raise UserError(f"VBench gives {path!r} to a shell, which would split it: give another --out")
         if not dimensions:
             wanted = "give its VBench_full_info.json as --prompts"
             raise UserError(f"--metrics vbench wants VBench's own prompts: {wanted}")
@@ -164,6 +168,8 @@ def evaluate(args, prompts, dimensions, out):
     if args.reference not in systems:
         measured[args.reference] = find_reference(out, args.reference)
     video = bool(teacher and teacher.video)
+    if video and args.images:
+        raise UserError(f"--images are single pictures, and {args.teacher} makes videos: measure them apart")
     for images in measured.values():
         images.check()
         images.measure()

@@ -38,6 +38,7 @@ class Oracle(Scorer):
     pairwise_distance  root mean square between two samples"""
 
     takes = ("images", "videos")
+    distances = ("tv", "squared_distance")
     description = "exact counts, prompt by prompt, in the world of tiny/shapes.py"
 
     def __init__(self, args, prompts, video):

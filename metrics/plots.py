@@ -6,7 +6,7 @@ import textwrap
 import numpy as np
 import torch
 
-from metrics.rows import merge_rows
+from metrics.rows import bootstrap_interval, merge_rows
 from support.media import save_figure, save_labelled_grid
 
 MEANINGS = {
@@ -99,11 +99,15 @@ def save_differences(values, reference, path):
 
 
 def draw_difference(axes, difference):
-    """The histogram of differences [P], one a prompt, NaN where it has none, and their mean."""
+    """The histogram of differences [P], one a prompt, NaN where it has none, and their mean with its 95 %
+    interval."""
     difference = difference[np.isfinite(difference)]
     axes.hist(difference, bins=30)
     axes.axvline(0, color="black", linewidth=1)
-    axes.axvline(difference.mean(), color="C1", label=f"mean {difference.mean():.3g}")
+    label = f"mean {difference.mean():.3g}"
+    if interval := bootstrap_interval(difference):
+        label += " ({:.3g} to {:.3g})".format(*interval)
+    axes.axvline(difference.mean(), color="C1", label=label)
     axes.legend(fontsize=9)
     axes.set_xlabel(f"higher in {(difference > 0).mean():.0%} of the prompts")
 
@@ -117,7 +121,9 @@ def save_sheet(images, name, values, prompts, path):
     chosen = [*order[:columns], *order[::-1][:columns]]
     figure = matplotlib.figure.Figure(figsize=(max(5, 2 * columns), 6), layout="constrained")
     meaning = MEANINGS.get(name, name)
-    figure.suptitle(f"{images.name}: the highest above, the lowest below, by\n{meaning}", fontsize=11)
+    samples = len(images.files[0])
+    which = f", mean of {samples} samples, of which the first is shown" if samples > 1 else ""
+    figure.suptitle(f"{images.name}: the highest above, the lowest below, by\n{meaning}{which}", fontsize=11)
     for i, p in enumerate(chosen):
         axes = figure.add_subplot(2, columns, i + 1)
         axes.imshow(images.read_frames(p)[0])

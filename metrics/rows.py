@@ -5,6 +5,7 @@ import numpy as np
 from metrics.paper import VBENCH_NOTE
 from metrics.scorer import join_columns
 from metrics.vbench import SUMMARY
+from support.errors import UserError
 from support.escapes import make_cell
 
 HIDDEN = (
@@ -22,9 +23,11 @@ HIDDEN = (
 
 def make_row(images, scorers, scores, references):
     """The row of a system: scores {metric: list of what score() gave}, references the same of the reference
-    -> (row, columns {column: array over samples}, values {column: mean of each prompt [P]}).
+    -> (row, columns {column: array over samples}, values {column: mean of each prompt [P]}). UserError for
+    scores that are no numbers.
 
-    The row has "ci", {column: 95 % interval}, of all numbers that are means over the prompts."""
+    The row has "ci", {column: 95 % interval}, of all numbers that are means over the prompts. The values are
+    for comparing systems: the reference has none of its distances to itself."""
     prompts, samples = len(images.files), len(images.files[0])
     row = {"system": images.name, "steps": None, "nfe": None}
     if images.system:
@@ -36,15 +39,28 @@ def make_row(images, scorers, scores, references):
         result = scorer.result(scores[metric], references[metric])
         for name, value in result.items():
             if name in joined:
+                check_numbers(images, metric, joined[name])
                 per_sample = joined[name].reshape(prompts, samples).astype(np.float64)
                 value = per_sample.mean(1)
-            if isinstance(value, np.ndarray):
+            is_own = scores[metric] is references[metric] and name in scorer.distances
+            if isinstance(value, np.ndarray) and not is_own:
                 values[name] = value
             row[name] = take_mean(value)
             if (interval := take_interval(value)) is not None:
                 row["ci"][name] = interval
         columns |= joined
     return row, columns, values
+
+
+def check_numbers(images, metric, column):
+    """UserError where a network gave an image no number."""
+    bad = np.flatnonzero(~np.isfinite(column))
+    if len(bad):
+        p, k = divmod(int(bad[0]), len(images.files[0]))
+        raise UserError(
+            f"the metric {metric} gave no number for {len(bad)} of {len(column)} images of {images.name}, "
+            f"{images.files[p][k]} the first: its weights may be damaged"
+        )
 
 
 def take_mean(value):

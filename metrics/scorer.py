@@ -14,6 +14,7 @@ class Scorer:
 
     takes = ("images",)  # what it is for: "images", "videos"
     model = None  # its network, if it has one
+    distances = ()  # results that are distances to the reference, and of the reference itself something else
     description = ""  # model, weights and settings: what has to stand beside a number
 
     @classmethod

@@ -792,6 +792,12 @@ TABLE = {
     ],
     "metrics/rows.py": [
         (
+            "the reference's distance to itself",
+            "if isinstance(value, np.ndarray) and not is_own:",
+            "if isinstance(value, np.ndarray):",
+        ),
+        ("scores that are no numbers", "if len(bad):", "if len(bad) == len(column):"),
+        (
             "an interval of nothing",
             "bootstrap_interval(value[np.isfinite(value)]) if",
             "bootstrap_interval(value) if",

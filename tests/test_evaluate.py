@@ -332,6 +332,7 @@ NOT_FOLDERS = [
     (["--images", "x=GOOD", "--reference", "y"], "--reference 'y' is none of the systems x"),
     (["--images", "x=GOOD", "--side-by-side", "x", "y"], "--side-by-side 'y'"),
     (["--images", "x=GOOD", "--metrics", "vbench", "--out", "/tmp"], "VBench_full_info.json"),
+    (["--images", "x=GOOD", "--metrics", "vbench", "--out", "/tmp/a b"], "gives '/tmp/a b' to a shell"),
     (["--images", "x=GOOD", "--metrics", "fid"], "give --reference a folder"),
     # before a teacher is read: there is none
     (["--teacher", "none", "--images", "x=/nowhere"], "no folder of images '/nowhere'"),
@@ -362,6 +363,14 @@ def test_students_of_two_sizes_are_drawn_at_a_chosen_one(tmp_path):
     args.resolution = None
     fill_from_students(args, students[1:])
     assert args.resolution == [64, 64]
+
+
+def test_pictures_beside_a_teacher_of_videos(folders, tmp_path):
+    teacher = helpers.make_teacher(tmp_path / "teacher", 0, "cogvideox")
+    words = ["--teacher", teacher, "--images", f"x={folders}/good", "--prompts", str(folders / "prompts.txt")]
+    with pytest.raises(UserError, match="--images are single pictures, and .*teacher makes videos"):
+        evaluate.main([*words, *helpers.size("cogvideox"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_number_of_images(folders):

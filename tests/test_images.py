@@ -341,6 +341,29 @@ def test_fid_says_how_many_images_it_is_of(tmp_path):
     assert fid.note([{"system": "x", "fid_images": [2048, 3000]}]) == "; x of 2,048 and 3,000 images"
 
 
+def test_a_score_that_is_no_number_is_refused(greys):
+    scorer = SimpleNamespace(distances=(), result=lambda own, reference: {"clip": own[0]["clip"].mean()})
+    scores = {"clip": [{"clip": np.array([1.0, 2.0, np.nan, 4.0])}]}
+    third = re.escape(greys[0].files[1][0])
+    with pytest.raises(UserError, match=f"clip gave no number for 1 of 4 images of .*, {third} the first"):
+        make_row(greys[0], {"clip": scorer}, scores, scores)
+    scores["clip"][0]["clip"][2] = 3
+    row, _, values = make_row(greys[0], {"clip": scorer}, scores, scores)
+    assert row["clip"] == 2.5
+    assert values["clip"].tolist() == [1.5, 3.5]
+
+
+def test_the_reference_is_not_compared_with_its_distance_to_itself(greys):
+    """The oracle's tv, of the reference, is to uniform."""
+    scorer = SimpleNamespace(distances=("tv",), result=lambda own, reference: {"tv": np.array([0.25, 0.75])})
+    own, reference = ({"oracle": [{"accuracy": np.ones(4)}]} for _ in range(2))
+    row, _, values = make_row(greys[0], {"oracle": scorer}, own, reference)
+    assert values["tv"].tolist() == [0.25, 0.75]
+    row, _, values = make_row(greys[0], {"oracle": scorer}, own, own)
+    assert row["tv"] == 0.5
+    assert values == {}
+
+
 def test_fid_of_one_image_is_refused(tmp_path):
     (tmp_path / "one").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "one/0.png")
@@ -535,7 +558,9 @@ def test_differences_are_a_systems_minus_the_references(monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     plots.save_differences({"r": {"clip": np.zeros(3)}, "s": {"clip": np.ones(3)}}, "r", "x")
-    assert "100% of the prompts" in figures[0].axes[0].get_xlabel()
+    [axes] = figures[0].axes
+    assert "100% of the prompts" in axes.get_xlabel()
+    assert axes.get_legend().get_texts()[0].get_text() == "mean 1 (1 to 1)"  # with its interval
 
 
 def test_the_best_prompts_come_before_the_worst(greys, monkeypatch):
@@ -543,6 +568,7 @@ def test_the_best_prompts_come_before_the_worst(greys, monkeypatch):
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     greys[0].files = greys[0].files + greys[1].files  # of greys 10, 14, 110, 114
     plots.save_sheet(greys[0], "clip", np.arange(4.0), list("abcd"), "x")
+    assert "mean of 2 samples, of which the first is shown" in figures[0].get_suptitle()
     titles = [axes.get_title().split("\n")[0] for axes in figures[0].axes]
     assert titles == ["clip 3.000", "clip 2.000", "clip 0.000", "clip 1.000"]
     assert [axes.images[0].get_array().mean() for axes in figures[0].axes] == [114, 110, 10, 14]
