@@ -186,10 +186,11 @@ TABLES = {
     "discriminators": (
         (
             *("adp", "dmdx-600", "taps-600", "product-600", "taps-product-600", "rows-600"),
-            *("times-600", "memory-600", "batch-600"),
+            *("times-600", "memory-600"),
         ),
         EVALUATE,
     ),
+    "batch": (("adp", "dmdx-600", "batch-600"), EVALUATE),
     "lag": (
         (
             *("adp", "dmd-600", "dmd-ttur-2", "dmd-fast-f", "projected-600", "projected-ttur-2"),
