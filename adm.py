@@ -55,7 +55,7 @@ class ADM:
     """The networks of Algorithm 1, and a method for each of its lines."""
 
     # --loss: the method that is line 3, or in its place
-    losses = {"adm": "generator_loss", "secant": "secant_loss", "line": "secant_loss", "dmd": "dmd_loss"}
+    losses = {"adm": "generator_loss", "secant": "secant_loss", "line": "line_loss", "dmd": "dmd_loss"}
     with_discriminator = ("adm", "secant")
 
     def __init__(self, args, teacher, prompts):
@@ -133,11 +133,17 @@ class ADM:
         return self.log(loss_G=hinge_generator(self.heads(maps_fake)))
 
     def secant_loss(self, b):
-        """Ours, in line 3's place: D's slope on the line to x_real, or 1/dt; see docs/paper-gaps.md."""
+        """Ours, in line 3's place: x_fake is moved to x_real by D's slope on the line between them."""
         x_fake = self.step_ode(b)
         difference = b.x_real - b.x_fake
-        slope = self.measure_slope(b, difference) if self.heads else 1 / self.args.dt
+        slope = self.measure_slope(b, difference)  # derived in docs/paper-gaps.md
         return self.log(loss_G=-(slope * difference * x_fake).mean())
+
+    def line_loss(self, b):
+        """Ours, in line 3's place, without D: x_fake is moved to x_real by a constant slope, T/dt."""
+        x_fake = self.step_ode(b)
+        slope = 1 / self.args.dt
+        return self.log(loss_G=-(slope * (b.x_real - b.x_fake) * x_fake).mean())
 
     @torch.no_grad()
     def measure_slope(self, b, difference):
@@ -174,7 +180,7 @@ class ADM:
         return self.log(loss_D=hinge_discriminator(D_real, D_fake) + r1 + r2)
 
     def penalty(self, x, D, b, weight):
-        """R1 of x_real, R2 of x_fake: weight N (dt/T) |grad D|^2 by finite differences, N the size of x."""
+        """R1 of x_real, R2 of x_fake: weight N (dt/T) |grad D|^2 by finite differences, N numbers a row."""
         # paper silent: penalties: nothing else holds D's slope; with them grad D is nearer x_real - x_fake
         if not weight:
             return 0

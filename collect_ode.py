@@ -34,7 +34,8 @@ def parse_arguments(argv):
     arguments.add_sampler_arguments(parser)
     arguments.add_training_prompts(parser)
     add = parser.group("method")
-    add("--count", "number of pairs; each takes a random prompt", type=positive, default=4096)
+    count = "number of pairs, each of a random prompt; a folder that is there cannot grow"
+    add("--count", count, type=positive, default=4096)
     add = parser.group("run")
     add("--out", "folder for the shards", type=new_folder, shown="pairs/TEACHER")
     add("--shard-size", "pairs in a file", type=positive, default=64)

@@ -136,7 +136,8 @@ def check_arguments(args, dimensions):
         require_video_writer()
         path = os.path.abspath(args.out)
         if shlex.quote(path) != path:
-            raise UserError(f"VBench gives {path!r} to a shell, which would split it: give another --out")
+            plain = "letters without accents, digits, / . - and _"
+            raise UserError(f"VBench gives {path!r} to a shell: give an --out of {plain} alone")
         if not dimensions:
             wanted = "give its VBench_full_info.json as --prompts"
             raise UserError(f"--metrics vbench wants VBench's own prompts: {wanted}")
@@ -205,7 +206,8 @@ def evaluate(args, prompts, dimensions, out):
 
     paper = select_rows(merge_rows(rows), args)
     interval = "± is half of a 95 % bootstrap interval over the prompts"
-    text = f"{format_table(rows, paper)}\n\n{describe_samples(rows)}; {interval}.\n"
+    compared = f"; compared with {make_printable(args.reference)}" if len(measured) > 1 else ""
+    text = f"{format_table(rows, paper)}\n\n{describe_samples(rows)}{compared}; {interval}.\n"
     for name, scorer in scorers.items():
         text += f"{name}: {make_printable(scorer.description)}{scorer.note(rows)}.\n"
     print(text)

@@ -93,6 +93,7 @@ def write_numbers(path, args, scorers, rows, paper):
     report = {
         "rows": rows,
         "paper": paper,
+        "reference": args.reference,
         "seed": args.seed,
         "commit": read_commit(),
         "minutes": (time.time() - args.since) / 60,

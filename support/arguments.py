@@ -109,9 +109,10 @@ def number(kind, wanted, allowed, most=10**9):
 def resolution(text):
     """ "1024" or "480x720" -> (height, width)."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not match or "0" in match.groups():
+    sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(sides) < 1:
         raise argparse.ArgumentTypeError(f"must be a number of pixels or HEIGHTxWIDTH, not {text}")
-    return int(match[1]), int(match[2] or match[1])
+    return sides
 
 
 def ratio(text):

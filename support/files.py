@@ -14,7 +14,7 @@ import socket
 import torch
 import xxhash
 
-from support.errors import UserError
+from support.errors import UserError, first_line, note
 from support.parallel import is_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -185,8 +185,10 @@ def take_lock(path):
         except BlockingIOError:
             os.close(lock)
             return None
-        except OSError:
-            return lock  # a file system without locks
+        except OSError as error:
+            reason = first_line(error)
+            note(f"{path} cannot be locked ({reason}): see to it that no second command writes there")
+            return lock
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(lock)):
                 return lock

@@ -4,6 +4,7 @@ import os
 
 from support.checkpoints import check_that_nodes_share, find_checkpoint, find_newest, list_checkpoints
 from support.errors import UserError, require
+from support.loading import describe_teacher
 from support.packages import check_packages
 from support.pairs import read_index
 from support.parallel import agree
@@ -68,6 +69,7 @@ def fill_from_students(args, students):
     first = metas[0] if metas else {}
     if not args.teacher:
         args.teacher = first["teacher"]
+    if describe_teacher(args.teacher) == first.get("teacher"):
         args.variant = args.variant or first.get("variant")
         args.teacher_lora = args.teacher_lora or first.get("teacher_lora")
     for name in ("resolution", "frames"):

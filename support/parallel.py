@@ -97,11 +97,13 @@ def leave_together():
     if is_alone or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives a restart
+    done, all_done = f"dmdx/{attempt}/done", f"dmdx/{attempt}/all done"
     with contextlib.suppress(RuntimeError):  # the node that has the store may be gone
         store = dist.TCPStore(*place, is_master=False)
-        if store.add("dmdx/done", 1) == world_size():
-            store.set("dmdx/all done", "")
-        store.wait(["dmdx/all done"], datetime.timedelta(days=30))
+        if store.add(done, 1) == world_size():
+            store.set(all_done, "")
+        store.wait([all_done], datetime.timedelta(days=30))
 
 
 def average(values):

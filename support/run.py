@@ -376,9 +376,11 @@ class Run:
         better than all before it."""
         set_patience(PATIENCE, self.args)
         is_late = self._agree()
+        is_best = self._measure(step)
+        if self.held_out:
+            is_late = self._agree() or is_late  # a signal may have come while the student was scored
         last = step == self.args.iterations
         is_due = self.leaving or last or is_late or step % self.args.save_every == 0
-        is_best = self._measure(step)
         if is_due or is_best:
             self.save(step, prompts, is_best)
             self._agree()  # a signal meanwhile: there is a checkpoint of this iteration
@@ -412,6 +414,8 @@ class Run:
         share = average({"told": float(self.signal is not None), "late": float(is_late)})
         if share["told"] and not self.leaving:
             note("told to stop: the run ends with a checkpoint of this iteration")
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                note("torchrun kills what takes longer than its --shutdown-timeout, 30 s if none is given")
         self.leaving = share["told"] > 0
         return share["late"] > 0
 

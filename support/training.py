@@ -179,12 +179,20 @@ class MovingAverage:
         if self.average is None:
             yield
             return
-        self.average.store(self.net.parameters())
-        self.average.copy_to(self.net.parameters())
+        self._exchange()
         try:
             yield
         finally:
-            self.average.restore(self.net.parameters())
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self):
+        """The weights for their averages, in place and one by one: EMAModel would copy all of them to the
+        CPU, on every rank."""
+        for weight, average in zip(self.net.parameters(), self.average.shadow_params):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     def state_dict(self):
         return self.average.state_dict() if self.average else {}

@@ -92,7 +92,8 @@ TABLE = {
             "b.maps_real = self.teacher.features(b.x_real",
             "b.maps_real = self.teacher.features(b.x_fake",
         ),
-        ("a line's slope is dt", "else 1 / self.args.dt", "else self.args.dt"),
+        ("a line's slope is dt", "slope = 1 / self.args.dt", "slope = self.args.dt"),
+        ("the line away from x_real", "slope * (b.x_real - b.x_fake)", "slope * (b.x_fake - b.x_real)"),
         ("a line away from x_real", "difference = b.x_real - b.x_fake", "difference = b.x_fake - b.x_real"),
         # the networks
         ("dt in T's units", "self.args.dt * T", "self.args.dt"),
@@ -869,7 +870,7 @@ TABLE = {
         ("ranks that differ agree", "unique()) == 1", "unique()) > 0"),
         ("weights of one seed", "torch.manual_seed(seed)", "torch.manual_seed(0)"),
         ("gradients beside DDP's buckets", "p.grad = torch.zeros_like(p)", "p.grad = None"),
-        ("the first node leaves", 'store.wait(["dmdx/all done"], datetime.timedelta(days=30))', "pass"),
+        ("the first node leaves", "store.wait([all_done], datetime.timedelta(days=30))", "pass"),
         ("nodes that share everything", 'lay_out_nodes() if args.shard == "hsdp" else None', "None"),
         ("one node waits for others", 'read_number("LOCAL_WORLD_SIZE", world_size())', "0"),
     ],
@@ -1058,7 +1059,8 @@ TABLE = {
         ("the cosine of the ascent", "F.cosine_similarity(-gradient", "F.cosine_similarity(gradient"),
         ("across without the square", "1 - cosine.square()", "1 - cosine"),
         ("the average's decay inverted", "decay=decay)", "decay=1 - decay)"),
-        ("the average is not used", "self.average.copy_to(self.net.parameters())", "self.average"),
+        ("the average is not used", "weight.copy_(average)", "weight.copy_(weight)"),
+        ("the average is lost", "average.copy_(kept)", "average.copy_(average)"),
     ],
     "support/schedulers.py": [
         ("LCM's skip", "EXACT = 1e6", "EXACT = 10.0"),

@@ -19,7 +19,7 @@ import evaluate
 import helpers
 import sample
 from support.errors import UserError, explain, launch, note
-from support.files import read_json, write_atomically
+from support.files import lock_folder, read_json, write_atomically
 from support.inputs import check_inputs
 from support.pairs import find_problem
 
@@ -160,6 +160,10 @@ CASES = (
     (
         f"{WITH_PROMPTS} --resolution 32x",
         "argument --resolution: must be a number of pixels or HEIGHTxWIDTH, not 32x",
+    ),
+    (
+        f"{WITH_PROMPTS} --resolution 32x00",
+        "argument --resolution: must be a number of pixels or HEIGHTxWIDTH, not 32x00",
     ),
     (f"{WITH_PROMPTS} --frames 9", "--frames is for video teachers"),
     (f"{WITH_PROMPTS} --steps 0", "argument --steps: must be from 1 to 1000, not 0"),
@@ -614,3 +618,12 @@ def test_every_script_is_launched(script):
     imports = [line for line in lines if line.startswith(("import ", "from "))]
     assert imports[0].startswith("import support.interrupt")
     assert lines[-2:] == ['if __name__ == "__main__":', "    launch(main)"]
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    def flock(lock, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with lock_folder(str(tmp_path)):
+        assert f"{tmp_path}/.lock cannot be locked (No locks available)" in capsys.readouterr().err

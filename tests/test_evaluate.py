@@ -349,6 +349,17 @@ def test_wrong_folders(folders, arguments, sentence):
         evaluate.main(["--prompts", str(folders / "prompts.txt"), *words])
 
 
+def test_a_students_variant_is_recalled_with_its_teacher(monkeypatch, tmp_path):
+    meta = {"teacher": str(tmp_path), "variant": "fp16", "resolution": [8, 8]}
+    monkeypatch.setattr("support.inputs.find_checkpoint", lambda student: (student, meta))
+    for teacher, variant in ((None, "fp16"), (f"{tmp_path}/.", "fp16"), ("sdxl", None)):
+        args = argparse.Namespace(
+            teacher=teacher, variant=None, teacher_lora=None, resolution=None, frames=None
+        )
+        fill_from_students(args, ["run"])
+        assert args.variant == variant, teacher
+
+
 def test_students_of_two_sizes_are_drawn_at_a_chosen_one(tmp_path):
     teacher = helpers.load_teacher(helpers.make_teacher(tmp_path / "teacher", 0), torch.device("cpu"))
     students = [helpers.save_checkpoint(tmp_path / "small", teacher)]

@@ -333,3 +333,10 @@ def test_a_moving_average_is_as_large_as_the_student(teacher_folder):
     networks = Networks(args, adm.ADM, adm.iterate)
     states = count_states(args, networks, 1)
     assert states["EMA of the student"] == (4 * count_parameters(networks.teacher.denoiser), 0, 0)
+
+
+def test_of_several_processes_one_prints_the_plan(adm_arguments, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    adm.main([*adm_arguments, "--plan"])
+    assert capsys.readouterr().out == ""

@@ -181,6 +181,11 @@ def test_unknown_words_are_refused(prompt, word):
         shapes.parse(prompt)
 
 
+def test_a_prompt_with_two_values_of_an_attribute_is_refused():
+    with pytest.raises(ValueError, match="two values of colour"):
+        shapes.parse("a red green circle")
+
+
 @pytest.mark.parametrize("world", [shapes.ATTRIBUTES, shapes.VIDEO])
 def test_prompts_leave_attributes_out_as_often_as_they_say(world):
     rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -309,3 +310,15 @@ def test_what_cannot_be_scored_is_refused_before_training(adm_arguments, few_pro
         with pytest.raises(UserError, match=sentence):
             adm.main([*adm_arguments, "--out", str(tmp_path / "run"), "--eval-every", "1", *words.split()])
     assert helpers.take_snapshot(tmp_path) == before
+
+
+def test_a_signal_while_the_student_is_scored_ends_the_run_at_that_iteration(train, tmp_path, monkeypatch):
+    def measure(self, method):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(held_out.HeldOut, "measure", measure)
+    train(tmp_path / "run", "--iterations 4 --eval-every 2")
+    assert list_steps(tmp_path / "run") == ["step_000002"]
+    scored = read_held_out(tmp_path / "run")
+    assert list(scored) == [2]

@@ -112,3 +112,17 @@ def test_what_cannot_be_had_is_refused(monkeypatch, tmp_path):
         teacher = helpers.load_teacher(folder, torch.device("cpu"))
         with pytest.raises(UserError, match=message):
             variants.VARIANTS[name](args, teacher, [])
+
+
+def test_only_algorithm_1_has_variants(adm_arguments, monkeypatch):
+    with pytest.raises(UserError, match="of --loss adm, not of --loss secant"):
+        make_variant(monkeypatch, "times", [*adm_arguments, "--loss", "secant"])
+
+
+@pytest.mark.parametrize("name", ["taps", "product"])
+def test_a_variant_leaves_its_teacher_as_it_is(adm_arguments, monkeypatch, teacher, name):
+    """The planner makes several from one teacher."""
+    args = make_variant(monkeypatch, name, adm_arguments).args
+    heads = [variants.VARIANTS[name](args, teacher, ["a circle"]).heads for _ in range(2)]
+    assert len(teacher.taps) == 3
+    assert len(heads[0].heads) == len(heads[1].heads)

@@ -201,7 +201,8 @@ class MixtureADM(adm.ADM):
         quarters = (4 * b.s / T).long()
         for quarter, name in enumerate(SLOPES):
             rows = quarters == quarter
-            self.log(**{name: (slope[rows, 0] * square[rows]).sum() / square[rows].sum()})
+            if rows.any():  # --t-range may leave a quarter out
+                self.log(**{name: (slope[rows, 0] * square[rows]).sum() / square[rows].sum()})
         return slope
 
     def unit_line_loss(self, b):

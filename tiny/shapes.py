@@ -134,6 +134,8 @@ def parse(prompt):
     for word in words:
         if word in known:
             name, i = known[word]
+            if attributes[name] is not None:
+                raise ValueError(f"the prompt {prompt!r} has two values of {name}")
             attributes[name] = i
         elif word not in ("a", "shape", "moving", "on", "background"):
             unknown = f"the word {word!r}, which the world of shapes does not know"

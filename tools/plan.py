@@ -9,7 +9,7 @@ import itertools
 from support.checkpoints import count_most
 from support.escapes import make_printable
 from support.lora import find_targets
-from support.parallel import GPUS_OF_A_NODE, find_blocks, shares_weights
+from support.parallel import GPUS_OF_A_NODE, find_blocks, is_main, shares_weights
 from tools.meta import count_parameters
 from tools.trace import Networks, change, shorten
 
@@ -22,7 +22,10 @@ def print_plan(args, stage, iterate):
     """--plan: what each of args.plan GPUs will hold, part by part, whether it fits args.gpu_gb, and if not,
     what would. stage and iterate: ADM or ADP, and its iteration.
 
-    A GB is 1e9 bytes; an "80 GB" card has 85 of them, which leaves 5 to CUDA and to fragmentation."""
+    A GB is 1e9 bytes; an "80 GB" card has 85 of them, which leaves 5 to CUDA and to fragmentation. Under
+    torchrun one process says it."""
+    if not is_main():
+        return
     networks = Networks(args, stage, iterate)
     rows = count_states(args, networks, args.plan)
     rows |= count_activations(args, networks)

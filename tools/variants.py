@@ -6,6 +6,7 @@ The words behind the variant's name are adm.py's. docs/results.md, "What else wa
 """
 
 import collections
+import copy
 import dataclasses
 import os
 import sys
@@ -21,12 +22,22 @@ from support.errors import UserError, launch
 from support.tensors import mean_of_rows
 
 
-class UpTaps(adm.ADM):
+class Variant(adm.ADM):
+    """The base of all: each changes D, so that Algorithm 1's own loss is wanted."""
+
+    def __init__(self, args, teacher, prompts):
+        if args.loss != "adm":
+            raise UserError(f"the variants are of --loss adm, not of --loss {args.loss}")
+        super().__init__(args, teacher, prompts)
+
+
+class UpTaps(Variant):
     """D reads the U-Net's up blocks, too, so that its backbone's pass goes on to the end."""
 
     def __init__(self, args, teacher, prompts):
         if teacher.denoiser_name != "unet":
             raise UserError(f"up blocks are a U-Net's, and {args.teacher} has none")
+        teacher = copy.copy(teacher)  # the planner makes several of these from one
         teacher.taps = teacher.taps + [(block, lambda out: out) for block in teacher.denoiser.up_blocks]
         super().__init__(args, teacher, prompts)
 
@@ -54,12 +65,13 @@ class InnerProductHeads(Heads):
         return logits.chunk(len(groups)) if len(groups) > 1 else logits
 
 
-class InnerProduct(adm.ADM):
+class InnerProduct(Variant):
     """The heads also read their maps by an inner product with x, which gives the gradient a direct way."""
 
     def __init__(self, args, teacher, prompts):
         if teacher.video:
             raise UserError("the inner product is written for pictures, not video")
+        teacher = copy.copy(teacher)
         read_maps = teacher.features
 
         def features(x_t, t, cond):
@@ -79,7 +91,7 @@ class UpTapsInnerProduct(UpTaps, InnerProduct):
     """Both."""
 
 
-class NormalisedRows(adm.ADM):
+class NormalisedRows(Variant):
     """D's gradient goes on through f divided by its mean size in the row, as the DMD loss's direction is."""
 
     def step_ode(self, b):
@@ -89,7 +101,7 @@ class NormalisedRows(adm.ADM):
         return x_fake
 
 
-class MoreTimes(adm.ADM):
+class MoreTimes(Variant):
     """D learns from every sample at four times t, where line 3 draws one."""
 
     def discriminator_loss(self, b):
@@ -101,8 +113,8 @@ class MoreTimes(adm.ADM):
         return sum(losses) / len(losses)
 
 
-class Memory(adm.ADM):
-    """D learns from the micro-batches of 10, 20 and 30 updates ago, too. The memory is not saved."""
+class Memory(Variant):
+    """D learns from the micro-batches of 10, 20 and 30 ago, too. The memory is not saved."""
 
     def __init__(self, args, teacher, prompts):
         super().__init__(args, teacher, prompts)
@@ -128,7 +140,8 @@ VARIANTS = {
 
 
 def main():
-    name, *words = sys.argv[1:] or [None]
+    words = sys.argv[1:]
+    name = words.pop(0) if words else None
     if name not in VARIANTS:
         raise UserError(f"give one of {', '.join(VARIANTS)}, and the words of adm.py behind it")
     adm.ADM = VARIANTS[name]
