@@ -14,7 +14,7 @@ import socket
 import torch
 import xxhash
 
-from support.errors import UserError, first_line, note
+from support.errors import UserError, note
 from support.parallel import is_main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -186,8 +186,8 @@ def take_lock(path):
             os.close(lock)
             return None
         except OSError as error:
-            reason = first_line(error)
-            note(f"{path} cannot be locked ({reason}): see to it that no second command writes there")
+            reason = f"{path} cannot be locked ({error.strerror})"
+            note(f"{reason}: see to it that no second command writes there")
             return lock
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(lock)):
