@@ -156,91 +156,47 @@ EVALUATE += " --prompts prompts/shapes_eval.txt --seeds 64 --batch 64 --metrics 
 # this teacher and that of videos take the paper's steps, and so long that they draw a quarter as much
 EVALUATE_SD3 = "evaluate.py --teacher assets/tiny-sd3 --guidance 2 --steps 25"
 EVALUATE_SD3 += " --prompts prompts/shapes_eval.txt --seeds 16 --batch 64 --metrics oracle"
+EVALUATE_VIDEO = "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --steps 100"
+EVALUATE_VIDEO += " --prompts prompts/motion_eval.txt --seeds 16 --batch 32 --metrics oracle"
 SMALL_LPIPS = "--lpips-net random --lpips-size 64"
 # the runs of a table, and the command that measures them
 TABLES = {
-    "demo": (("adp", "dmd", "dmdx"), f"{EVALUATE},lpips {SMALL_LPIPS}"),
-    "600": (
-        (
-            *("adp", "dmd-150", "dmd-600", "dmd-slow-600", "dmdx-600", "fast-600"),
-            *("projected-600", "secant-600", "bare-600"),
-        ),
-        EVALUATE,
-    ),
-    "1500": (
-        (
-            *("adp", "dmd-1500", "dmd-two-1500", "dmdx-860", "projected-860"),
-            *("bare-1100", "straight-bare-1170"),
-        ),
-        EVALUATE,
-    ),
-    "5000": (("adp", "dmd-5000", "bare-3650"), EVALUATE),
-    "2870": (("adp", "dmdx-2870"), EVALUATE),
-    "variants": (
-        (
-            *("dmdx-600", "raven", "small-dt", "default-penalty", "weak-penalty"),
-            *("dmd-600", "dmd-noisy"),
-        ),
-        EVALUATE,
-    ),
+    "demo": ("adp dmd dmdx", f"{EVALUATE},lpips {SMALL_LPIPS}"),
+    "600": ("adp dmd-150 dmd-600 dmd-slow-600 dmdx-600 fast-600 projected-600 secant-600 bare-600", EVALUATE),
+    "1500": ("adp dmd-1500 dmd-two-1500 dmdx-860 projected-860 bare-1100 straight-bare-1170", EVALUATE),
+    "5000": ("adp dmd-5000 bare-3650", EVALUATE),
+    "2870": ("adp dmdx-2870", EVALUATE),
+    "variants": ("dmdx-600 raven small-dt default-penalty weak-penalty dmd-600 dmd-noisy", EVALUATE),
     "discriminators": (
-        (
-            *("adp", "dmdx-600", "taps-600", "product-600", "taps-product-600", "rows-600"),
-            *("times-600", "memory-600"),
-        ),
+        "adp dmdx-600 taps-600 product-600 taps-product-600 rows-600 times-600 memory-600",
         EVALUATE,
     ),
-    "batch": (("adp", "dmdx-600", "batch-600"), EVALUATE),
+    "batch": ("adp dmdx-600 batch-600", EVALUATE),
     "lag": (
-        (
-            *("adp", "dmd-600", "dmd-ttur-2", "dmd-fast-f", "projected-600", "projected-ttur-2"),
-            *("bare-600", "bare-ttur-2"),
-        ),
+        "adp dmd-600 dmd-ttur-2 dmd-fast-f projected-600 projected-ttur-2 bare-600 bare-ttur-2",
         EVALUATE,
     ),
-    "choices": (
-        (
-            *("A1", "A1-uniform", "B1", "B1-400", "B2", "B2-400"),
-            *("dmd-600", "dmd-range", "dmdx-600", "guided"),
-        ),
-        EVALUATE,
-    ),
-    "weight": (("adp", "dmd-150", "dmd-600", "dmdx", "bare-600", "line-600"), EVALUATE),
+    "choices": ("A1 A1-uniform B1 B1-400 B2 B2-400 dmd-600 dmd-range dmdx-600 guided", EVALUATE),
+    "weight": ("adp dmd-150 dmd-600 dmdx bare-600 line-600", EVALUATE),
     "straight": (
-        (
-            *("adp", "dmdx-600", "straight-dmdx-600", "bare-600", "straight-bare-600"),
-            *("line-600", "straight-line-600"),
-        ),
+        "adp dmdx-600 straight-dmdx-600 bare-600 straight-bare-600 line-600 straight-line-600",
         EVALUATE,
     ),
-    "pipeline": (("A1-uniform", "A3", "A4", "adp", "B1-400", "B2-400", "dmd", "dmdx"), EVALUATE),
-    "ttur": (("dmdx", "ttur-4", "ttur-8"), EVALUATE),
-    "health": (
-        ("healthy", "slow-f", "slow-D", "fast-student", "no-penalty", "guidance-12"),
-        EVALUATE,
-    ),
-    "sd3": (("sd3-start", "sd3-adm", "sd3-adm-mild"), EVALUATE_SD3),
+    "pipeline": ("A1-uniform A3 A4 adp B1-400 B2-400 dmd dmdx", EVALUATE),
+    "ttur": ("dmdx ttur-4 ttur-8", EVALUATE),
+    "health": ("healthy slow-f slow-D fast-student no-penalty guidance-12", EVALUATE),
+    "sd3": ("sd3-start sd3-adm sd3-adm-mild", EVALUATE_SD3),
     "sd3-causes": (
-        (
-            *("sd3-start", "sd3-dmd", "sd3-dmd-low-noise", "sd3-bare-low-noise"),
-            *("sd3-adm-low-noise", "sd3-adm-unguided"),
-        ),
+        "sd3-start sd3-dmd sd3-dmd-low-noise sd3-bare-low-noise sd3-adm-low-noise sd3-adm-unguided",
         EVALUATE_SD3,
     ),
     "sd3-control": (
-        (
-            *("sd3-start", "sd3-dmd", "sd3-dmd-490", "sd3-adm-300", "sd3-projected-300"),
-            *("sd3-line-300", "sd3-straight-line-300"),
-        ),
+        "sd3-start sd3-dmd sd3-dmd-490 sd3-adm-300 sd3-projected-300 sd3-line-300 sd3-straight-line-300",
         EVALUATE_SD3,
     ),
-    "sd3-rate": (("sd3-start", "sd3-dmd", "sd3-dmd-slow", "sd3-line-300"), EVALUATE_SD3),
-    "sd3-long": (("sd3-start", "sd3-dmd-980", "sd3-projected-600", "sd3-line-800"), EVALUATE_SD3),
-    "video": (
-        ("video-start", "video-dmd", "video-bare", "video-adm"),
-        "evaluate.py --teacher assets/tiny-cogvideox --guidance 2 --steps 100"
-        " --prompts prompts/motion_eval.txt --seeds 16 --batch 32 --metrics oracle",
-    ),
+    "sd3-rate": ("sd3-start sd3-dmd sd3-dmd-slow sd3-line-300", EVALUATE_SD3),
+    "sd3-long": ("sd3-start sd3-dmd-980 sd3-projected-600 sd3-line-800", EVALUATE_SD3),
+    "video": ("video-start video-dmd video-bare video-adm", EVALUATE_VIDEO),
 }
 # with --quick behind every command: argparse takes the last
 QUICK = {
@@ -250,6 +206,11 @@ QUICK = {
     "tools/variants.py": "--iterations 2 --warmup 1 --batch 2",
     "evaluate.py": "--seeds 2",
 }
+
+
+def list_runs(table):
+    """The names of the runs of a table."""
+    return TABLES[table][0].split()
 
 
 def list_needed(name):
@@ -270,7 +231,7 @@ def order_runs(tables, seeds):
 
     for table in tables:
         for seed in seeds:
-            for name in TABLES[table][0]:
+            for name in list_runs(table):
                 add(name, seed)
     return ordered
 
@@ -338,7 +299,7 @@ class Runs:
 
     def evaluate(self, table, seeds):
         """Measures the runs of a table -> its entry of results.json."""
-        names, command = TABLES[table]
+        names, command = list_runs(table), TABLES[table][1]
         folder = os.path.join(self.out, f"table-{table}")
         words = self.complete(command)
         for seed in seeds:
@@ -423,7 +384,7 @@ def main():
             # read again: others may have been written meanwhile
             write_json(path, (read_json(path) or {}) | {table: entry})
         if "health" in args.tables:
-            names = TABLES["health"][0]
+            names = list_runs("health")
             metrics = {name: runs.folder(name, args.seeds[0]) + "/metrics.jsonl" for name in names}
             save_gauges(metrics, os.path.join(docs, "training.png"))
             shutil.copyfile(os.path.join(out, "table-health/grid.png"), os.path.join(docs, "gallery.png"))
