@@ -34,7 +34,7 @@ class HeldOut:
         self.prompts = read_held_out_prompts(args)
         self.seeds = range(args.eval_seeds)
         teacher.check(self.prompts)
-        files = [[None for _ in self.seeds] for _ in self.prompts]
+        files = [[None] * len(self.seeds)] * len(self.prompts)
         drawn = Images("the student", "", files, {}, System(teacher))  # of the size of the teacher's own
         check_metric(args.eval_metric, drawn, teacher.video)
         self.scorer = SCORERS[args.eval_metric](args, self.prompts, teacher.video)

@@ -1,6 +1,7 @@
 """The images of a system: drawn, scored and read, every rank its share."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -78,7 +79,7 @@ class Images:
         """Draws what is missing of this rank's share -> mean seconds an image; None where nothing was."""
         if not self.system:
             return None
-        batches = [(first, k) for first in range(0, len(prompts), batch) for k in range(len(seeds))]
+        batches = list(itertools.product(range(0, len(prompts), batch), range(len(seeds))))
         share = batches[rank() :: world_size()]
         left = [part for part in share if not self.has_drawn(*part, batch)]
         if not left:

@@ -1,5 +1,7 @@
 """The paper's own numbers, to stand beside ours."""
 
+import re
+
 from support.arguments import CLIP, LPIPS
 
 # paper: tables 1, 2 and 6; table 6, LPIPS, is of the systems of table 1
@@ -58,7 +60,7 @@ def select_rows(measured, args):
 
 def read_table(text):
     """One of the tables above -> [(row {"system", "steps", "nfe"}, {metric: score})]."""
-    heads, *lines = [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
+    heads, *lines = (re.split(r"\s*\|\s*", line.strip()) for line in text.strip().splitlines())
     entries = []
     for name, table, steps, nfe, *scores in lines:
         row = {"system": f"{name} (paper, {table})", "steps": int(steps), "nfe": int(nfe)}

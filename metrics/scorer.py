@@ -49,7 +49,10 @@ class Scorer:
 
 def join_columns(scores):
     """A list of {column: array} -> {column: one array over all samples}."""
-    return {name: np.concatenate([part[name] for part in scores]) for name in scores[0]}
+    columns = {}
+    for name in scores[0]:
+        columns[name] = np.concatenate([part[name] for part in scores])
+    return columns
 
 
 def cut_square(image):

@@ -94,7 +94,7 @@ def run_vbench(folder, videos, prompts, dimensions):
     Lays them out as VBench wants them, FOLDER/DIMENSION/PROMPT-INDEX.mp4, and runs it where it is installed;
     where it is not, the result is {} and the commands are printed."""
     scores = {}
-    for dimension in sorted({name for names in dimensions for name in names}):
+    for dimension in sorted(set().union(*dimensions)):
         place = os.path.abspath(os.path.join(folder, dimension))
         output = os.path.abspath(os.path.join(folder, "results", dimension))
         make_folder(place)

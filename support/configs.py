@@ -486,7 +486,8 @@ def config_file(part):
 def fill_config(kind, config):
     """A config as in its file -> one with the class's own defaults, too, and without private entries."""
     defaults = {field: parameter.default for field, parameter in list_fields(kind).items()}
-    return {**defaults, **{field: value for field, value in config.items() if not field.startswith("_")}}
+    public = {field: value for field, value in config.items() if not field.startswith("_")}
+    return defaults | public
 
 
 def list_fields(kind):

@@ -213,7 +213,8 @@ def check_vocabulary_files(folder, part):
     """UserError for a tokenizer without a vocabulary, of which transformers would make an empty one."""
     place = os.path.join(folder, part)
     kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-    if not any(all(os.path.exists(os.path.join(place, file)) for file in files) for files in kinds):
+    there = set(os.listdir(place)) if os.path.isdir(place) else set()
+    if not any(there.issuperset(files) for files in kinds):
         raise UserError(
             f"{place} has no vocabulary: no tokenizer.json, nor vocab.json and merges.txt, nor spiece.model"
         )

@@ -48,7 +48,10 @@ class Offload:
         """n prompts -> condition, on the device."""
         self.remember(prompts)
         rows = [self.conditions[prompt] for prompt in prompts]
-        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+        together = {}
+        for name in rows[0]:
+            together[name] = torch.stack([row[name] for row in rows]).to(self.device)
+        return together
 
     def remember(self, prompts):
         """Encodes those that are not known yet, and forgets none."""
