@@ -32,6 +32,7 @@ OF_FILES = {  # a file's or folder's, where they are others or come in another o
     "tools/plan.py": ["tests/test_plan.py"],
     "tools/trace.py": ["tests/test_plan.py"],
     "support/checkpoints.py": OF_CHECKPOINTS,
+    "support/export.py": ["tests/test_export.py"],
     "support/errors.py": ["tests/test_errors.py", "tests/test_teachers.py"],
     "support/files.py": ["tests/test_errors.py"],
     "support/loading.py": ["tests/test_teachers.py", *OF_THE_PARTS, *OF_THE_STAGES],
@@ -432,6 +433,7 @@ TABLE = {
         ("shards overlap", "range(k * args.shard_size, min(", "range(k * args.shard_size // 2, min("),
     ],
     "common.py": [
+        ("a block's first residual", "out[1][last]))", "out[1][0]))"),
         ("halvings by a video's frames", "min(shape[-2:]))) - 2", "min(shape[1:]))) - 2"),
         (
             "a student that forgets its guidance",
@@ -730,6 +732,8 @@ TABLE = {
         ("Wan's float32 parts in bf16", " and name not in kept", ""),
     ],
     "metrics/images.py": [
+        ("half a batch is drawn", "return all(os.path.exists(row[k])", "return any(os.path.exists(row[k])"),
+        ("pictures from the seed 0", "numbers, [seeds[k]])", "numbers, [k])"),
         ("a picture that is not written is not missed", "job.result()", "pass"),
         ("scores of other weights", "digest.update(sample_bits(scorer.list_weights()))", "pass"),
         (
@@ -879,6 +883,8 @@ TABLE = {
         ("operations of one update", "ttur=updates)", "ttur=1)"),
     ],
     "tools/plan.py": [
+        ("a smaller global batch", "args.accumulate * args.batch // batch", "args.batch // batch"),
+        ("adapters of square layers", "layer.in_features + layer.out_features", "2 * layer.in_features"),
         ("hours of minutes", "args.iterations / 3600", "args.iterations / 60"),
         (
             "an average of an eighth",
@@ -1149,11 +1155,15 @@ TABLE = {
             '("layers", "magnitudes")',
         ),
     ],
+    "support/export.py": [("an export without switches", "(**parts, **switches)", "(**parts)")],
     "metrics/vbench.py": [
         ("VBench's best scene", '"scene": (0.0, 0.8222, 1)', '"scene": (0.0, 1.0, 1)'),
         ("VBench's dimensions anew", 'if record and record["command"] == command:', "if False:"),
     ],
-    "metrics/scorer.py": [("a square from the left", "left = (image.width - side) // 2", "left = 0")],
+    "metrics/scorer.py": [
+        ("a square from the top", "top = (image.height - side) // 2", "top = 0"),
+        ("a square from the left", "left = (image.width - side) // 2", "left = 0"),
+    ],
     "metrics/report.py": [
         ("scores of the first images", "round_values(array[i].item())", "round_values(array[p].item())"),
     ],

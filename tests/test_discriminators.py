@@ -15,6 +15,7 @@ from support.errors import UserError
 from support.files import fetch
 from support.sam import load_sam_encoder
 from support.taps import choose_four
+from tiny import train
 
 CPU = torch.device("cpu")
 
@@ -123,6 +124,24 @@ def test_features_end_at_the_deepest_tap(teacher):
         handle.remove()
     assert {"down_blocks.0", "down_blocks.1", "mid_block"} <= set(ran)
     assert not [name for name in ran if name.startswith(("up_blocks", "conv_out"))]
+
+
+def test_a_tap_is_the_last_residual_before_the_downsampler(tmp_path):
+    """Of two in each block."""
+    torch.manual_seed(0)
+    pipe = train.FAMILIES["sdxl"]["build"]()
+    config = dict(pipe.unet.config) | {"layers_per_block": 2}
+    pipe.unet = type(pipe.unet).from_config(config)
+    pipe.save_pretrained(tmp_path / "teacher")
+    teacher = helpers.load_teacher(str(tmp_path / "teacher"), torch.device("cpu"))
+    outputs = []
+    block = teacher.denoiser.down_blocks[0]
+    last = block.attentions[-1] if getattr(block, "attentions", None) else block.resnets[-1]
+    last.register_forward_hook(lambda module, inputs, out: outputs.append(out))
+    x = torch.randn(1, *teacher.latent_shape)
+    maps = teacher.features(x, torch.tensor([500.0]), teacher.null(1))
+    [output] = outputs
+    assert maps[0].equal(output if torch.is_tensor(output) else output[0])
 
 
 def test_maps_wait_as_they_are_and_heads_read_them_in_float32(teacher_folder):

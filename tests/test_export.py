@@ -1,5 +1,7 @@
 """Exports of students: the printed line, the scheduler's times; what cannot be is refused at once."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
@@ -167,3 +169,16 @@ def test_so_are_folders_for_results(tmp_path, monkeypatch, path, words):
         with pytest.raises(UserError, match="cannot be"):
             sample.parse_arguments(["--student", "run", "--prompt", "x", *words])
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_exported_pipeline_has_its_teachers_switches(tmp_path):
+    """SDXL's class would have zeros for an empty prompt."""
+    folder = helpers.make_teacher(tmp_path / "teacher", 0)
+    path = tmp_path / "teacher/model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    teacher = helpers.load_teacher(folder, torch.device("cpu"))
+    run = helpers.save_checkpoint(tmp_path / "step_000001", teacher)
+    sample.main(["--student", run, "--export", str(tmp_path / "exported")])
+    exported = json.loads((tmp_path / "exported/model_index.json").read_text())
+    assert exported["force_zeros_for_empty_prompt"] is False

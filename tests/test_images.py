@@ -584,3 +584,31 @@ def test_a_picture_that_cannot_be_written_ends_the_drawing(tmp_path):
     with pytest.raises(UserError, match=r"1\.png cannot be written"):
         images.draw(["a circle", "a square"], [0], 1)
     assert (tmp_path / "0.png").exists()
+
+
+def test_a_picture_is_drawn_from_the_seed_of_its_name(tmp_path):
+    seeds = []
+
+    def draw(prompts, numbers, given):
+        seeds.append(given)
+        return torch.zeros(len(prompts), 1, 3, 8, 8)
+
+    teacher = SimpleNamespace(frames=None, fps=None, resolution=(8, 8))
+    system = SimpleNamespace(teacher=teacher, on_device=contextlib.nullcontext, images=draw)
+    files = [[str(tmp_path / f"{p}-{seed}.png") for seed in (5, 6)] for p in range(2)]
+    images = Images("x", str(tmp_path), files, {}, system)
+    images.draw(["a", "b"], range(5, 7), 2)
+    assert seeds == [[5], [6]]
+    seeds.clear()
+    os.remove(files[1][0])
+    images.draw(["a", "b"], range(5, 7), 2)
+    assert seeds == [[5]]  # half of a batch is there
+
+
+def test_a_grid_of_videos_has_two_prompts_of_every_system(greys, monkeypatch):
+    grids = []
+    monkeypatch.setattr(plots, "save_labelled_grid", lambda grid, *rest: grids.append(grid))
+    plots.save_examples({images.name: images for images in greys}, ["a", "b"], "x")
+    means = (grids[0].mean((2, 3, 4)) + 1) * 127.5
+    wanted = [[10, 20, 30], [14, 24, 34], [110, 120, 130], [114, 124, 134]]
+    assert means.round().tolist() == wanted

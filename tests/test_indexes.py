@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
@@ -24,6 +25,7 @@ from support.checkpoints import describe_files
 from support.errors import UserError
 from support.files import read_sealed, write_sealed
 from support.folders import describe_difference
+from support.pairs import find_problem
 from support.systems import System
 
 PROMPTS = ["a red circle", "a small square"]
@@ -475,3 +477,18 @@ def test_a_video_has_the_frames_a_second_that_are_asked_for(monkeypatch, given, 
     teacher = SimpleNamespace(video=True, fps=8)
     sample.save_sample(SimpleNamespace(fps=given), teacher, torch.zeros(3, 1, 4, 4), "x")
     assert saved == [wanted]
+
+
+def test_a_shard_of_other_pairs_is_not_taken(pairs_folder, tmp_path):
+    shutil.copytree(pairs_folder, tmp_path / "pairs")
+    shards = sorted(path.name for path in (tmp_path / "pairs").glob("*.safetensors"))
+    path = str(tmp_path / "pairs" / shards[0])
+    with safe_open(path, "pt") as file:
+        identity, checksum = file.metadata()["checksums"].split()
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    assert find_problem(path, identity) is None
+    assert find_problem(path, "another") == "not of these pairs"
+    tensors["x_0"][0, 0, 0, 0] += 1
+    save_file(tensors, path, metadata={"checksums": f"{identity} {checksum}"})
+    assert find_problem(path, identity, thorough=False) is None
+    assert find_problem(path, identity) == "damaged"

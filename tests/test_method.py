@@ -19,6 +19,11 @@ import helpers
 from support.parallel import freeze
 from support.rng import RowRNG, make_rngs
 from support.training import fill_training_arguments, minimise
+from teachers.flux import Flux
+from teachers.qwen_image import QwenImage
+from teachers.stable_diffusion import StableDiffusion
+from teachers.wan import Wan
+from teachers.z_image import ZImage
 
 ROOT = Path(helpers.ROOT)
 CPU = torch.device("cpu")
@@ -436,7 +441,19 @@ def test_adps_warm_up_has_a_rate_of_its_own(places, tmp_path, monkeypatch, famil
     assert seen == [(warmup, rate) for rate in rates]
 
 
-@pytest.mark.parametrize("family, guidance", ((common.SDXL, 8), (common.SD3, 7), (common.CogVideoX, 6)))
+ADM_GUIDANCE = [
+    (common.SDXL, 8),
+    (common.SD3, 7),
+    (common.CogVideoX, 6),
+    (Flux, 3.5),
+    (QwenImage, 4),
+    (StableDiffusion, 7.5),
+    (Wan, 5),
+    (ZImage, 6),
+]
+
+
+@pytest.mark.parametrize("family, guidance", ADM_GUIDANCE)
 def test_adms_guidance_is_the_familys_for_adm(family, guidance):
     args = helpers.training_arguments("adm", ["--teacher", "sdxl"])
     fill_training_arguments(args, family)

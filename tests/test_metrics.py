@@ -19,6 +19,7 @@ from metrics.paper import VIDEOS, read_table, select_rows
 from metrics.plots import save_differences
 from metrics.preference import Hpsv2, Mps, PickScore, fit_into_square
 from metrics.rows import bootstrap_interval, format_table, take_interval, take_mean
+from metrics.scorer import cut_square
 from metrics.vbench import QUALITY, SEMANTIC, summarise
 from metrics.weights import find_repository
 from support.arguments import CLIP, LPIPS
@@ -325,6 +326,19 @@ def test_hpsv2_cuts_nothing_off():
     assert not fitted[:10].any() and not fitted[30:].any()
     assert fitted[10:30, 39].min() == 255
     assert tuple(fitted[20, 1]) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("is_tall", [False, True])
+def test_squares_are_of_the_middle(is_tall):
+    """Of 6x2 and 2x6 pixels, of which the middle 2x2 are white."""
+    pixels = np.zeros((2, 6, 3), np.uint8)
+    pixels[:, 2:4] = 255
+    image = Image.fromarray(pixels.swapaxes(0, 1).copy() if is_tall else pixels)
+    assert np.asarray(cut_square(image)).min() == 255
+    fitted = np.asarray(fit_into_square(image, 6))
+    assert fitted.shape == (6, 6, 3)
+    assert fitted[2:4, 2:4].min() == 255
+    assert fitted.astype(bool).sum() == 2 * 2 * 3
 
 
 def make_small_clip():
@@ -646,11 +660,13 @@ def test_a_table_has_the_columns_of_all_rows():
         assert "| many | 1 | 0.750 | 0.250 | 0.25 |" in lines
 
 
-def test_differences_are_of_what_all_systems_have(tmp_path):
+def test_differences_are_of_what_all_systems_have(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("metrics.plots.save_figure", lambda figure, path: drawn.append(figure.axes))
     values = {"many": {"tv": np.ones(4), "accuracy": np.ones(4)}, "one": {"accuracy": np.zeros(4)}}
     for reference in values:
-        save_differences(values, reference, str(tmp_path / "differences.png"))
-        assert (tmp_path / "differences.png").exists()
+        save_differences(values, reference, "differences.png")
+    assert [[axes.get_title().split(" ")[0] for axes in figure] for figure in drawn] == [["Share"], ["Share"]]
 
 
 def test_the_papers_vbench_totals_follow_from_their_parts():

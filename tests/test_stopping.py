@@ -322,3 +322,13 @@ def test_a_signal_while_the_student_is_scored_ends_the_run_at_that_iteration(tra
     assert list_steps(tmp_path / "run") == ["step_000002"]
     scored = read_held_out(tmp_path / "run")
     assert list(scored) == [2]
+
+
+def test_a_checkpoint_has_a_score_of_its_own_iteration_alone(train, tmp_path):
+    run = tmp_path / "run"
+    train(run, "--iterations 4 --eval-every 2 --save-every 1 --keep 9", [0.25, 0.5])
+    scores = {}
+    for step in range(1, 5):
+        meta = find_checkpoint(str(run / f"step_{step:06d}"))[1]
+        scores[step] = meta.get("held_out", {}).get("score")
+    assert scores == {1: None, 2: 0.25, 3: None, 4: 0.5}
