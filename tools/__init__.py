@@ -1,1 +1,1 @@
-"""Commands beside the method: the memory planner, the benchmark and the table of seeds."""
+"""Commands beside the method: the memory planner, the benchmark, the ablations, variants of ADM."""
