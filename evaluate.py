@@ -206,8 +206,8 @@ def evaluate(args, prompts, dimensions, out):
 
     paper = select_rows(merge_rows(rows), args)
     interval = "± is half of a 95 % bootstrap interval over the prompts"
-    compared = f"; compared with {make_printable(args.reference)}" if len(measured) > 1 else ""
-    text = f"{format_table(rows, paper)}\n\n{describe_samples(rows)}{compared}; {interval}.\n"
+    reference = f"; reference: {make_printable(args.reference)}" if len(measured) > 1 else ""
+    text = f"{format_table(rows, paper)}\n\n{describe_samples(rows)}{reference}; {interval}.\n"
     for name, scorer in scorers.items():
         text += f"{name}: {make_printable(scorer.description)}{scorer.note(rows)}.\n"
     print(text)
