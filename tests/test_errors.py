@@ -57,6 +57,8 @@ def place(tmp_path_factory, teacher_folder, prompts_file, pairs_folder):
         os.truncate("pairs-damaged/00001.safetensors", 2000)
         shutil.copytree(pairs_folder, "pairs-incomplete")
         os.remove("pairs-incomplete/00002.safetensors")
+        shutil.copytree(pairs_folder, "pairs-unknown")
+        os.remove("pairs-unknown/index.json")
         os.mkdir("pairs-bare")
         (place / "pairs-bare/index.json").write_text('{"count": 1}')
         words = "--teacher other --prompts prompts.txt --out pairs-other --count 2 --steps 1"
@@ -122,6 +124,10 @@ CASES = (
         "collect_ode.py --teacher teacher --prompts prompts.txt --out pairs --steps 3",
         "pairs holds results of other settings: its steps is 2, not 3",
     ),
+    (
+        f"{COLLECT.replace('new', 'pairs-unknown')} --prompts prompts.txt --count 2 --steps 1",
+        "nobody knows of what the results in pairs-unknown are",
+    ),
     # pixel backbones
     (f"{ADP} --pairs pairs --pixel-backbone nowhere.pth", "there is no SAM checkpoint at 'nowhere.pth'"),
     (f"{ADP} --pairs pairs --pixel-backbone text.pth", "'text.pth' is not a SAM checkpoint"),
@@ -155,6 +161,7 @@ CASES = (
         "--side-by-side compares a --student with its teacher",
     ),
     ("sample.py --student run --export pairs", "pairs is there already"),
+    (f"{SAMPLE} --teacher teacher --prompt circle --report x", "--report is for the model card of --export"),
     # numbers
     (f"{WITH_PROMPTS} --resolution 33", "--resolution 33x33 is not a multiple of 8"),
     (
@@ -224,6 +231,8 @@ CASES = (
         f"{SAMPLE} --student run --prompt circle --steps 2",
         "leave them out, or add --side-by-side",
     ),
+    (f"{SAMPLE} --student run --prompt circle --guidance 0", "or add --side-by-side"),
+    (f"{SAMPLE} --student run --prompt circle --negative-prompt x", "or add --side-by-side"),
     # within what is not the command's own
     (
         f"{SAMPLE.replace('new', 'run/step_000001')} --student run --prompt circle",
@@ -350,6 +359,7 @@ KNOWN_WITHOUT_WEIGHTS = (
         "pip install lpips",
     ),
     ("evaluate.py --teacher teacher --prompts prompts.txt --metrics fid,hpsv2", "pip install torchmetrics"),
+    ("evaluate.py --teacher none --prompts table.csv --prompt-column description", "no teacher 'none'"),
     (
         f"{COLLECT} --teacher flux --prompts prompts.txt --negative-prompt red",
         "guided by a second pass; this is not",

@@ -334,6 +334,13 @@ NOT_FOLDERS = [
     (["--images", "x=GOOD", "--metrics", "vbench", "--out", "/tmp"], "VBench_full_info.json"),
     (["--images", "x=GOOD", "--metrics", "vbench", "--out", "/tmp/a b"], "gives '/tmp/a b' to a shell"),
     (["--images", "x=GOOD", "--metrics", "fid"], "give --reference a folder"),
+    (
+        ["--images", "x=GOOD", "--metrics", "oracle", "--reference", "BAD"],
+        "only --metrics fid takes a folder",
+    ),
+    (["--images", "x=GOOD", "--weights-dir", "/nowhere"], "there is no folder --weights-dir '/nowhere'"),
+    (["--images", "x=GOOD", "--metrics", "vbench"], "give --out"),
+    (["--images", "x=GOOD", "--images", "y=BAD", "--side-by-side", "x", "y"], "give --out"),
     # before a teacher is read: there is none
     (["--teacher", "none", "--images", "x=/nowhere"], "no folder of images '/nowhere'"),
     (["--teacher", "none", "--metrics", "lpips", "--seeds", "1"], "give --seeds 2 or more"),
@@ -358,6 +365,13 @@ def test_a_students_variant_is_recalled_with_its_teacher(monkeypatch, tmp_path):
         )
         fill_from_students(args, ["run"])
         assert args.variant == variant, teacher
+
+
+def test_several_processes_need_a_folder_that_they_share(folders, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(UserError, match="several processes, .* need a folder for the results: give --out"):
+        evaluate.main(["--prompts", str(folders / "prompts.txt"), "--images", f"x={folders}/good"])
 
 
 def test_students_of_two_sizes_are_drawn_at_a_chosen_one(tmp_path):
