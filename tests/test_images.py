@@ -402,8 +402,14 @@ OUTPUTS = {
         ["--out", ".", "--images", "images=images"],
         "would be among the images there",
     ),
+    "a folder of references": (
+        ["--out", "folder", "--reference", "folder", "--metrics", "fid"],
+        "the results in folder would be among the images",
+    ),
     "one system twice": (["--out", "new", "--side-by-side", "x", "x"], "not 'x' with itself"),
     "the teacher's steps": (["--out", "new", "--steps", "4"], "add --teacher, or leave them out"),
+    "the teacher's guidance": (["--out", "new", "--guidance", "0"], "add --teacher, or leave them out"),
+    "its negative prompt": (["--out", "new", "--negative-prompt", "x"], "add --teacher, or leave them out"),
     "json, a folder": (["--json", "folder"], "'folder' cannot be written: give the name of a file"),
     "json, a new folder": (["--json", "new/"], "'new/' cannot be written: give the name of a file"),
     "json, below a file": (["--json", "file/a.json"], "the folder file cannot be made"),
@@ -554,6 +560,17 @@ def test_a_grid_has_a_row_for_every_system_and_a_column_for_every_prompt(greys, 
     assert means.round().tolist() == [[20, 24], [120, 124]]
 
 
+def test_a_grid_of_videos_has_a_row_for_every_system_and_prompt(greys, monkeypatch):
+    grids = []
+    monkeypatch.setattr(plots, "save_labelled_grid", lambda *given: grids.append(given))
+    plots.save_examples({images.name: images for images in greys}, ["a", "b"], "x")
+    grid, rows, columns, _ = grids[0]
+    means = (grid.mean((2, 3, 4)) + 1) * 127.5
+    assert means.round().tolist() == [[10, 20, 30], [14, 24, 34], [110, 120, 130], [114, 124, 134]]
+    assert rows == ["s0: a", "s0: b", "s1: a", "s1: b"]
+    assert columns == ["frame 0", "frame 1", "frame 2"]
+
+
 def test_differences_are_a_systems_minus_the_references(monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
@@ -603,12 +620,3 @@ def test_a_picture_is_drawn_from_the_seed_of_its_name(tmp_path):
     os.remove(files[1][0])
     images.draw(["a", "b"], range(5, 7), 2)
     assert seeds == [[5]]  # half of a batch is there
-
-
-def test_a_grid_of_videos_has_two_prompts_of_every_system(greys, monkeypatch):
-    grids = []
-    monkeypatch.setattr(plots, "save_labelled_grid", lambda grid, *rest: grids.append(grid))
-    plots.save_examples({images.name: images for images in greys}, ["a", "b"], "x")
-    means = (grids[0].mean((2, 3, 4)) + 1) * 127.5
-    wanted = [[10, 20, 30], [14, 24, 34], [110, 120, 130], [114, 124, 134]]
-    assert means.round().tolist() == wanted

@@ -10,16 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from metrics import variety
+from metrics import plots, variety
 from metrics.clip import Clip, OpenClip
 from metrics.fid import Fid
 from metrics.lpips import Lpips
 from metrics.oracle import Oracle
 from metrics.paper import VIDEOS, read_table, select_rows
-from metrics.plots import save_differences
 from metrics.preference import Hpsv2, Mps, PickScore, fit_into_square
 from metrics.rows import bootstrap_interval, format_table, take_interval, take_mean
-from metrics.scorer import cut_square
 from metrics.vbench import QUALITY, SEMANTIC, summarise
 from metrics.weights import find_repository
 from support.arguments import CLIP, LPIPS
@@ -284,7 +282,8 @@ def compute_cosines(model, preprocess, images, texts):
     return cosines
 
 
-def test_clip(thumbnail, tmp_path):
+@pytest.mark.parametrize("size, square", (((90, 60), (15, 0, 75, 60)), ((60, 90), (0, 15, 60, 75))))
+def test_clip(thumbnail, tmp_path, size, square):
     """A square out of the middle, 256 pixels, a prefix; then 100 x cosine."""
     name, model, preprocess = thumbnail
     weights = str(tmp_path / "small.pt")
@@ -292,8 +291,8 @@ def test_clip(thumbnail, tmp_path):
     args = argparse.Namespace(
         clip_model=name, clip_weights=weights, clip_prefix="A photo depicts ", weights_dir=None
     )
-    images = [image.resize((90, 60)) for image in make_images(4)]
-    cut = [image.crop((15, 0, 75, 60)) for image in images]
+    images = [image.resize(size) for image in make_images(4)]
+    cut = [image.crop(square) for image in images]
     squares = [image.resize((256, 256), Image.Resampling.LANCZOS) for image in cut]
     texts = ["A photo depicts " + PROMPTS[i // 2] for i in range(4)]
     expected = compute_cosines(model, preprocess, squares, texts)
@@ -317,28 +316,17 @@ def test_hpsv2(thumbnail, tmp_path, monkeypatch, version, file, column):
     np.testing.assert_allclose(score(scorer, images)[column], expected, atol=1e-4)
 
 
-def test_hpsv2_cuts_nothing_off():
+@pytest.mark.parametrize("axes", ((0, 1, 2), (1, 0, 2)), ids=("wide", "tall"))
+def test_hpsv2_cuts_nothing_off(axes):
     """Its authors' own preparation: the longer side to the model's size, black bars at the shorter ones."""
     pixels = np.full((50, 100, 3), 255, np.uint8)
     pixels[:, :10] = (255, 0, 0)  # which a square cut out of the middle has not
-    fitted = np.asarray(fit_into_square(Image.fromarray(pixels), 40))
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(axes)))
+    fitted = np.asarray(fit_into_square(image, 40)).transpose(axes)
     assert fitted.shape == (40, 40, 3)
     assert not fitted[:10].any() and not fitted[30:].any()
     assert fitted[10:30, 39].min() == 255
     assert tuple(fitted[20, 1]) == (255, 0, 0)
-
-
-@pytest.mark.parametrize("is_tall", [False, True])
-def test_squares_are_of_the_middle(is_tall):
-    """Of 6x2 and 2x6 pixels, of which the middle 2x2 are white."""
-    pixels = np.zeros((2, 6, 3), np.uint8)
-    pixels[:, 2:4] = 255
-    image = Image.fromarray(pixels.swapaxes(0, 1).copy() if is_tall else pixels)
-    assert np.asarray(cut_square(image)).min() == 255
-    fitted = np.asarray(fit_into_square(image, 6))
-    assert fitted.shape == (6, 6, 3)
-    assert fitted[2:4, 2:4].min() == 255
-    assert fitted.astype(bool).sum() == 2 * 2 * 3
 
 
 def make_small_clip():
@@ -660,13 +648,16 @@ def test_a_table_has_the_columns_of_all_rows():
         assert "| many | 1 | 0.750 | 0.250 | 0.25 |" in lines
 
 
-def test_differences_are_of_what_all_systems_have(monkeypatch):
-    drawn = []
-    monkeypatch.setattr("metrics.plots.save_figure", lambda figure, path: drawn.append(figure.axes))
+@pytest.mark.parametrize("reference, other, mean", (("many", "one", -1), ("one", "many", 1)))
+def test_differences_are_of_what_all_systems_have(monkeypatch, reference, other, mean):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     values = {"many": {"tv": np.ones(4), "accuracy": np.ones(4)}, "one": {"accuracy": np.zeros(4)}}
-    for reference in values:
-        save_differences(values, reference, "differences.png")
-    assert [[axes.get_title().split(" ")[0] for axes in figure] for figure in drawn] == [["Share"], ["Share"]]
+    plots.save_differences(values, reference, "x")
+    [axes] = figures[0].axes
+    assert axes.get_title() == plots.write_title("accuracy")
+    assert axes.get_ylabel().startswith(f"{other} - {reference}")
+    assert axes.get_legend().get_texts()[0].get_text().startswith(f"mean {mean} ")
 
 
 def test_the_papers_vbench_totals_follow_from_their_parts():
