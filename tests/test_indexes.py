@@ -102,6 +102,26 @@ def test_samples_of_which_nothing_is_known_are_refused(drawn, tmp_path, text):
         sample.main([*words, "--out", str(tmp_path / "samples")])
 
 
+def test_a_folder_has_the_videos_of_one_speed(tmp_path):
+    system = SimpleNamespace(teacher=SimpleNamespace(fps=8), describe=dict)
+    args = SimpleNamespace(out=str(tmp_path), seeds=[0], fps=None)
+    sample.prepare_folder(args, [system], PROMPTS)
+    args.fps = 4
+    with pytest.raises(UserError, match="its fps is 8, not 4"):
+        sample.prepare_folder(args, [system], PROMPTS)
+
+
+def test_the_teachers_sample_is_on_the_left_of_its_students(teacher, tmp_path):
+    student = helpers.save_checkpoint(tmp_path / "student", teacher)
+    teachers = ["--teacher", teacher.path, "--steps", "2", "--guidance", "3"]
+    for name, words in (("alone", teachers), ("both", [*teachers, "--student", student, "--side-by-side"])):
+        sample.main([*words, "--prompt", PROMPTS[0], "--out", str(tmp_path / name)])
+    alone, both = (np.array(Image.open(tmp_path / name / "0000-0.png")) for name in ("alone", "both"))
+    assert both.shape == (32, 64, 3)
+    assert (both[:, :32] == alone).all()
+    assert (both[:, 32:] != alone).any()
+
+
 # evaluate.py --images -------------------------------------------------------------------------------------
 
 
