@@ -220,6 +220,19 @@ def test_the_change_that_helps_is_one_that_is_taken(sd3_medium):
     assert "--shard hsdp --lora" not in describe_fit(small, networks, 1e12)
 
 
+def test_smaller_batches_keep_the_global_batch():
+    args = parse(adm, "--teacher", "sd3-medium", "--plan", 8, "--batch", 6, "--accumulate", 2)
+    batches = [values for text, values in list_smaller_options(args) if text.startswith("--batch")]
+    assert batches == [{"batch": batch, "accumulate": 12 // batch} for batch in (3, 2, 1)]
+
+
+@pytest.mark.parametrize("options", ((), ("--lora-targets", "to_q", "ff.net.2")))
+def test_the_plan_counts_an_adapters_parameters(teacher_folder, options):
+    args = parse(adm, "--teacher", teacher_folder, "--lora", 3, *options)
+    net = Adapted(helpers.load_teacher(teacher_folder, helpers.CPU).denoiser, "student", 3, args.lora_targets)
+    assert count_adapter(args, make_networks(adm, args).teacher) == count_parameters(net)
+
+
 def test_unknown_teachers(tmp_path):
     for name in ("someone/else", str(tmp_path)):
         with pytest.raises(UserError):
