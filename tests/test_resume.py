@@ -502,6 +502,17 @@ def test_a_checkpoint_is_due_by_the_clock_too(dmd, tmp_path):
         assert runs.Run._agree(run) is is_late
 
 
+@pytest.mark.parametrize("told, late", ((True, False), (False, True)))
+def test_what_one_rank_of_two_hears_counts_for_all(monkeypatch, told, late):
+    monkeypatch.setattr(runs, "average", lambda values: {name: x / 2 for name, x in values.items()})
+    args = SimpleNamespace(save_minutes=2)
+    number = signal.SIGTERM if told else None
+    saved = time.perf_counter() - 180 * late
+    run = SimpleNamespace(args=args, saved=saved, signal=number, leaving=False)
+    assert runs.Run._agree(run) is late
+    assert run.leaving is told
+
+
 def test_a_checkpoint_that_cannot_be_removed_ends_no_run(dmd, tmp_path, monkeypatch, capfd):
     """As on NFS, where somebody reads it."""
 

@@ -319,9 +319,10 @@ def test_pairs_name_their_teacher_by_an_absolute_path(plain, tmp_path, monkeypat
 # Sizes ----------------------------------------------------------------------------------------------------
 
 
-def test_a_resolution_beyond_sd3s_positions(plain):
-    with pytest.raises(UserError, match="--resolution 48x48 is too large: .* 32 pixels a side"):
-        helpers.load_teacher(plain["sd3"], CPU, resolution=(48, 48))
+@pytest.mark.parametrize("height, width", ((48, 48), (48, 32), (32, 48)))
+def test_a_resolution_beyond_sd3s_positions(plain, height, width):
+    with pytest.raises(UserError, match=f"--resolution {height}x{width} is too large: .* 32 pixels a side"):
+        helpers.load_teacher(plain["sd3"], CPU, resolution=(height, width))
 
 
 def test_steps_beyond_the_schedule(plain, tmp_path):
