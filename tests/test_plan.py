@@ -94,20 +94,6 @@ def test_adapters_and_heads_share_their_optimisers_states_alone():
         assert rows["discriminator heads"] == (heads, heads, 2 * heads / ranks)
 
 
-def test_an_adapters_count_is_that_of_its_parameters(teacher_folder):
-    teacher = helpers.load_teacher(teacher_folder, torch.device("cpu"))
-    args = parse(adm, "--teacher", teacher_folder, "--lora", 4)
-    adapter = Adapted(teacher.denoiser, "student", 4)
-    assert count_adapter(args, teacher) == sum(p.numel() for p in adapter.parameters())
-
-
-def test_a_smaller_batch_leaves_the_global_one_as_it_is():
-    args = parse(adm, "--teacher", "sdxl", "--plan", 8, "--batch", 4, "--accumulate", 2)
-    values = [values for _, values in list_smaller_options(args)]
-    wanted = [{"batch": 2, "accumulate": 4}, {"batch": 1, "accumulate": 8}]
-    assert [value for value in values if "batch" in value] == wanted
-
-
 @pytest.fixture(scope="module")
 def sd3_medium():
     """SD3-Medium with activations of 2 GB a row -> (arguments, networks, bytes of all)."""
