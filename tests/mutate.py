@@ -709,6 +709,7 @@ TABLE = {
         ("Z-Image's guidance counted from 1", '"guidance_scale": scale - 1', '"guidance_scale": scale'),
     ],
     "support/checkpoints.py": [
+        ("LoRA's checkpoints stay", 'LORA_FILE, "scheduler"}', "LORA_FILE}"),
         ("every rank reads all", "local_world_size() if together else 1", "1"),
         ("a rank hears no other", "damaged = add_up(damaged)", "damaged = damaged"),
         ("one average of AdamW", "weights += 2 * list_parameters(part)", "weights += list_parameters(part)"),
@@ -809,6 +810,11 @@ TABLE = {
         ),
     ],
     "evaluate.py": [
+        (
+            "FID to the first system",
+            'if metric == "fid" or args.reference in systems',
+            "if args.reference in systems",
+        ),
         (
             "seeds from 0",
             "    seeds = range(args.seed, args.seed + args.seeds)\n    seconds",
@@ -923,6 +929,16 @@ TABLE = {
         ("peft is looked for late", "if args.lora:", "if False:"),
     ],
     "support/run.py": [
+        (
+            "a run of another length",
+            '"resolution", "frames", "parametrisation"',
+            '"resolution", "parametrisation"',
+        ),
+        (
+            "a user's folder goes",
+            "if os.path.isdir(folder) and is_ours(folder):",
+            "if os.path.isdir(folder):",
+        ),
         ("Ctrl-C as a success", "if self.leaving and self.signal == signal.SIGINT:", "if False:"),
         ("no checkpoint by the clock", 'return share["late"] > 0', "return False"),
         ("minutes of a second", ">= 60 * self.args.save_minutes", ">= self.args.save_minutes"),

@@ -25,7 +25,7 @@ from metrics.images import Images
 from metrics.oracle import Oracle
 from metrics.page import save_page
 from metrics.preference import PickScore
-from metrics.scorer import Scorer
+from metrics.scorer import Scorer, read_pixels
 from metrics.systems import find_images
 from support import files
 from support.errors import UserError
@@ -323,6 +323,34 @@ def test_variety_is_compared_with_the_references(folders, tmp_path):
     good, bad = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert bad["tv"] == bad["tv_uniform"]
     assert good["tv"] != good["tv_uniform"]
+
+
+def test_a_folder_that_is_no_system_is_what_fid_compares_with(folders, tmp_path, monkeypatch):
+    """By a scorer in its place, which gives the reference's mean grey."""
+
+    class MeanGrey(Scorer):
+        def __init__(self, args, prompts, video):
+            pass
+
+        def prepare(self, image):
+            return read_pixels(image)
+
+        def score(self, pixels, prompts):
+            return {"grey": pixels.flatten(2).mean(2).flatten().numpy()}
+
+        def result(self, scores, reference):
+            return {"fid": float(np.mean([part["grey"].mean() for part in reference]))}
+
+    monkeypatch.setitem(evaluate.SCORERS, "fid", MeanGrey)
+    monkeypatch.setattr(evaluate, "check_packages", lambda metric: None)
+    (tmp_path / "white").mkdir()
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "white/0.png")
+    words = ["--images", f"x={folders}/good", "--prompts", str(folders / "prompts.txt"), "--workers", "0"]
+    words += ["--metrics", "fid", "--reference", str(tmp_path / "white"), "--out", str(tmp_path / "out")]
+    evaluate.main(words)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["rows"][0]["fid"] == 1
+    assert report["reference"] == str(tmp_path / "white")
 
 
 NOT_FOLDERS = [

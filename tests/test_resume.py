@@ -808,3 +808,27 @@ def test_no_weight_of_a_teacher_is_made_up(teacher_folder, tmp_path, part, fault
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=sentence):
         helpers.load_teacher(str(folder), torch.device("cpu"))
+
+
+def test_a_users_folder_makes_way_for_a_checkpoint_and_stays(dmd, tmp_path):
+    run = tmp_path / "run"
+    adm.main(dmd(run, "--iterations 1"))
+    (run / "step_000002").mkdir()
+    (run / "step_000002/notes.txt").write_text("mine")
+    adm.main(dmd(run, "--iterations 2 --resume"))
+    assert (run / "step_000002/meta.json").exists()
+    [kept] = run.glob("step_000002.not-ours-*/notes.txt")
+    assert kept.read_text() == "mine"
+
+
+def test_checkpoints_of_adapters_go_too(dmd, tmp_path):
+    adm.main(dmd(tmp_path / "run", "--lora 2 --iterations 2 --save-every 1 --keep 1"))
+    assert [path.name for path in (tmp_path / "run").glob("step_*")] == ["step_000002"]
+
+
+@pytest.mark.parametrize("name", ["stage", "fingerprint", "resolution", "frames", "parametrisation", "steps"])
+def test_a_run_with_another_identity_is_another_run(finished, name):
+    meta = find_checkpoint(str(finished))[1]
+    ours = SimpleNamespace(meta=meta | {name: "another"}, parts={})
+    with pytest.raises(UserError, match=f"cannot be resumed: its {name} is .*, not another"):
+        runs.Run._compare(ours, "run", meta)

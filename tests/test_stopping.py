@@ -332,3 +332,14 @@ def test_a_checkpoint_has_a_score_of_its_own_iteration_alone(train, tmp_path):
         meta = find_checkpoint(str(run / f"step_{step:06d}"))[1]
         scores[step] = meta.get("held_out", {}).get("score")
     assert scores == {1: None, 2: 0.25, 3: None, 4: 0.5}
+
+
+def test_the_best_is_none_that_a_resumed_run_makes_again(train, tmp_path):
+    """It begins before the last one, which is damaged and has the highest score; and of equal scores the
+    first is the best."""
+    run = tmp_path / "run"
+    train(run, "--iterations 4 --save-every 1 --keep 9", [0.25, 0.25, 0.125, 0.5])
+    [state] = (run / "step_000004/state").glob("G.*")
+    os.truncate(state, 100)
+    train(run, "--iterations 5 --save-every 1 --keep 9 --resume", [0.125, 0.125])
+    assert (run / "best").read_text() == "step_000001\n"
