@@ -473,11 +473,13 @@ def test_nodes_that_share_no_group_leave_together(monkeypatch):
     port = free_port()
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    for name, value in {**place, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "1"}
+    for name, value in {**place, **ranks}.items():
         monkeypatch.setenv(name, value)
+    store.add("dmdx/0/done", 1)  # of before a restart: the store outlives it
     first = threading.Thread(target=leave_together, daemon=True)
     first.start()
-    while store.add("dmdx/done", 0) < 1:
+    while store.add("dmdx/1/done", 0) < 1:
         first.join(0.01)
     first.join(0.1)
     assert first.is_alive()
