@@ -69,9 +69,9 @@ def fill_from_students(args, students):
     first = metas[0] if metas else {}
     if not args.teacher:
         args.teacher = first["teacher"]
+        args.teacher_lora = args.teacher_lora or first.get("teacher_lora")
     if describe_teacher(args.teacher) == first.get("teacher"):
         args.variant = args.variant or first.get("variant")
-        args.teacher_lora = args.teacher_lora or first.get("teacher_lora")
     for name in ("resolution", "frames"):
         sizes = [meta.get(name) for meta in metas]
         if getattr(args, name) is None:
