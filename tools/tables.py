@@ -109,7 +109,7 @@ METHODS = {  # of the runs whose names end with their iterations
     "straight-bare": "`--loss secant --r1 0 --r2 0 --straight-through`",
     "taps": "ADM, D on the up blocks, too",
     "product": "ADM, heads with an inner product",
-    "taps-product": "ADM, both",
+    "taps-product": "ADM, the up blocks and an inner product",
     "rows": "ADM, D's gradient normalised a row",
     "times": "ADM, D at four times a sample",
     "memory": "ADM, D with a memory of micro-batches",
