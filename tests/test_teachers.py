@@ -455,3 +455,13 @@ def test_prompts_that_are_too_long_flood_no_log(tmp_path, monkeypatch, family):
     monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [handler])
     teacher.encode(["a small red circle " * 200])
     assert not told
+
+
+def test_a_teacher_is_tried_out_before_it_trains(teacher_folder, monkeypatch):
+    def try_out(teacher):
+        raise UserError("its parts do not fit together")
+
+    monkeypatch.setattr(common.loading, "try_out", try_out)
+    args = helpers.training_arguments("adm", ["--teacher", teacher_folder])
+    with pytest.raises(UserError, match="do not fit together"):
+        common.load_training_teacher(args, helpers.CPU)
