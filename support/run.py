@@ -376,23 +376,26 @@ class Run:
         better than all before it."""
         set_patience(PATIENCE, self.args)
         is_late = self._agree()
-        is_best = self._measure(step)
-        if self.held_out:
-            is_late = self._agree() or is_late  # a signal may have come while the student was scored
+        is_best = False
+        self.score = None
+        if self._is_score_due(step):
+            is_best = self._measure(step)
+            is_late = self._agree() or is_late  # a signal may have come meanwhile
         last = step == self.args.iterations
         is_due = self.leaving or last or is_late or step % self.args.save_every == 0
         if is_due or is_best:
             self.save(step, prompts, is_best)
             self._agree()  # a signal meanwhile: there is a checkpoint of this iteration
 
-    def _measure(self, step):
-        """Whether the student has a held-out score now, a line of its own in metrics.jsonl, that is higher
-        than all before. The ranks agree, as they all have the same score."""
-        self.score = None
+    def _is_score_due(self, step):
+        """Whether the student is scored after this iteration."""
         if not self.held_out or self.leaving:  # a run that was told to stop saves at once
             return False
-        if step < self.args.iterations and step % self.args.eval_every:
-            return False
+        return step == self.args.iterations or step % self.args.eval_every == 0
+
+    def _measure(self, step):
+        """Scores the student, in a line of its own in metrics.jsonl -> whether the score is higher than all
+        before. The ranks agree, as they all have the same score."""
         began = time.perf_counter()
         values = self.held_out.measure(self.method)
         seconds = time.perf_counter() - began

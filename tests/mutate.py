@@ -929,6 +929,7 @@ TABLE = {
         ("peft is looked for late", "if args.lora:", "if False:"),
     ],
     "support/run.py": [
+        ("a signal while scoring is not heard", "is_late = self._agree() or is_late", "is_late = is_late"),
         (
             "a run of another length",
             '"resolution", "frames", "parametrisation"',
@@ -956,8 +957,8 @@ TABLE = {
         ),
         (
             "the last student is not scored",
-            "if step < self.args.iterations and step % self.args.eval_every:",
-            "if step % self.args.eval_every:",
+            "return step == self.args.iterations or step % self.args.eval_every == 0",
+            "return step % self.args.eval_every == 0",
         ),
         ("seconds of all iterations", "(now - self.clock) / (step - self.logged)", "now - self.clock"),
         (
